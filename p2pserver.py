@@ -1,0 +1,1242 @@
+#!/usr/bin/env python3
+"""p2pserver: the rendezvous server by which two players behind home routers find each other.
+
+A host offers a game under a name; guests look it up; the two hand each other their candidate addresses through this
+server and from then on talk directly. JSON over HTTP/1.1, fields in brackets are optional:
+
+    POST   /games/register  {name, peerId, [info, listed]}              a host offers a game: 201; its owner again: 200
+    POST   /games/poll      {name, peerId, addresses, [after, replies]} a host publishes its addresses and learns of guests
+    POST   /games/start     {name, peerId, addresses}                   a guest asks for the host's addresses: 200, or 202: none yet
+    GET    /games                                                       the listed games, oldest first
+    GET    /games/<name>                                                one game
+    PATCH  /games/<name>    {peerId, [name, info, listed]}              its host renames or describes it (PUT does the same)
+    DELETE /games/<name>    {peerId}                                    its host ends it: 204
+    GET    /healthz                                                     200, or 503 while shutting down
+    GET    /                                                            this table, for a person
+
+    register, 201 or 200   {name, expiresIn, pollAfter}
+    poll, 200              {name, guests: [{sessionId, sessionKey, addresses}], cursor, expiresIn, pollAfter, [gone]}
+    start, 200 or 202      {name, sessionId, sessionKey, addresses, cursor, expiresIn, pollAfter}
+    list, 200              {games: [{name, info, guests, ready}]}       one game, and PATCH: {name, info, guests, ready}
+    any error              application/problem+json (RFC 9457): {type, title, status, detail, [errors: {field: rule}]}
+
+The peerId authorises: whoever registers a game with it owns the game. It is never shown to anybody, logged or kept: the
+registry holds a keyed digest. Each host and guest pair gets a session of its own, whose sessionKey only the two know.
+
+Threads: one accepts connections and, several times a second, removes what has expired; each connection has a thread of its
+own, which reads a request, calls one endpoint and writes one answer. All games live in the Registry behind its one lock,
+which is held for dictionary work alone: nothing is parsed, serialised, sent or logged under it. What happens to games is
+queued as events and logged afterwards. The main thread only waits for the signal to stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import errno
+import functools
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import types
+import unicodedata
+import urllib.parse
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple
+
+if __name__ == "__main__":
+    # http.client imports ssl, which costs this process 4 MB and a fifth of its start, and which a server does not use.
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+    import http.server
+    del sys.modules["ssl"]
+else:
+    import http.server
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("p2pserver")
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+# One table is the limits, the command line and the environment: --game-ttl is also P2P_GAME_TTL and settings.game_ttl.
+
+class Option(NamedTuple):
+    """A row of the table: its default's type is the option's, and numbers stay within [low, high]."""
+
+    name: str
+    default: Any
+    help: str
+    low: float = 0
+    high: float = 0
+    choices: Tuple[str, ...] = ()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "P2P_" + self.name.upper()
+
+    def parse(self, text: str) -> Any:
+        """The value that text stands for; ValueError with the rule if it stands for none."""
+        if isinstance(self.default, bool):
+            if text not in ("0", "1"):
+                raise ValueError("must be 1 or 0")
+            return text == "1"
+        if isinstance(self.default, str):
+            if self.choices and text not in self.choices:
+                raise ValueError("must be one of " + ", ".join(self.choices))
+            if not text.isascii() or not text.isprintable():
+                raise ValueError("must be printable ASCII")
+            return text
+        try:
+            number = type(self.default)(text)
+        except ValueError:
+            raise ValueError("must be a number" if isinstance(self.default, float) else "must be a whole number") from None
+        if not self.low <= number <= self.high:
+            raise ValueError(f"must be from {self.low:g} to {self.high:g}")
+        return number
+
+
+OPTIONS = (
+    Option("host", "", "address to listen on; all addresses, IPv6 and IPv4, if not given"),
+    Option("port", 8000, "TCP port to listen on; 0 picks a free one and prints it", 0, 65535),
+    Option("game_ttl", 60.0, "seconds after which a game whose host is silent is gone", 1, 86400),
+    Option("guest_ttl", 60.0, "seconds after which a guest who has not started again is gone", 1, 86400),
+    Option("poll_after", 2.0, "seconds that clients are advised to wait between two polls", 0.1, 3600),
+    Option("max_games", 10000, "games at once", 1, 10_000_000),
+    Option("max_guests", 64, "guests of one game at once", 1, 100_000),
+    Option("max_body", 16384, "bytes in the body of a request", 1024, 16_777_216),
+    Option("idle_timeout", 75.0, "seconds of silence after which a connection is closed", 1, 3600),
+    Option("cors_origin", "*", "origin whose web pages may call: * for all, empty for none"),
+    Option("log_level", "info", "least level of what is logged", choices=("debug", "info", "warning", "error")),
+    Option("access_log", False, "log every request"),
+)
+
+MAX_NAME = 64           # characters
+MAX_PEER_ID = 128       # characters
+MAX_ADDRESSES = 16      # candidates in one list
+MAX_ADDRESS = 512       # characters
+MAX_INFO = 1024         # bytes as compact JSON
+MAX_DEPTH = 16          # levels of arrays and objects in what is handed on
+MAX_NUMBER = 2 ** 53 - 1    # what every JSON reader holds exactly (RFC 8259 section 6)
+MAX_REQUEST_LINE = 8192     # bytes; RFC 9112 section 3 asks for 8000 at least
+MAX_HEAD = 32768        # bytes
+MAX_HEADER_FIELDS = 100
+RETRY_AFTER = 10        # seconds, where a full server or game may have room again
+
+
+class Settings(types.SimpleNamespace):
+    """The values of OPTIONS by name. ValueError names the first fault: a value out of bounds, or two that do not go together."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**{option.name: option.default for option in OPTIONS})
+        for name, value in values.items():
+            if not hasattr(self, name):
+                raise ValueError(f"there is no option {name}")
+            setattr(self, name, value)
+        for shorter, longer, why in (
+            ("poll_after", "game_ttl", "or every game is gone before its host polls again"),
+            ("poll_after", "guest_ttl", "or every guest is gone before it starts again"),
+            ("poll_after", "idle_timeout", "or every connection is closed before it is used again"),
+        ):
+            if not getattr(self, shorter) < getattr(self, longer):
+                raise ValueError(f"--{shorter} must be less than --{longer}, {why}".replace("_", "-"))
+
+
+# ---- problems -------------------------------------------------------------------------------------------------------
+
+class Problem(Exception):
+    """What a client is told went wrong: one sentence, the faults of the body by field, a status of HTTP, further header fields."""
+
+    status = 400
+
+    def __init__(self, detail: str, status: Optional[int] = None, errors: Optional[Dict[str, str]] = None, **headers: str) -> None:
+        super().__init__(detail)
+        self.detail, self.errors = detail, errors or {}
+        self.status = status or self.status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class NotFound(Problem):
+    status = 404
+
+
+class Forbidden(Problem):
+    status = 403
+
+
+class Conflict(Problem):
+    status = 409
+
+
+class Full(Problem):
+    status = 503
+
+
+# ---- fields (validation) --------------------------------------------------------------------------------------------
+# A check takes the value and whether the client calls from this machine; it returns the value to use, or raises
+# ValueError with the rule. Past these checks a value is trusted.
+
+Check = Callable[[Any, bool], Any]
+
+RESERVED_NAMES = (".", "..", "register", "poll", "start")   # they are paths, or clients fold them away (RFC 3986 section 5.2.4)
+IP_PORT = re.compile(r"(?:([0-9]+(?:\.[0-9]+){3})|\[([0-9A-Fa-f:.]+(?:%[^\]]*)?)\]):([0-9]+)")
+
+
+def check_name(value: Any, local: bool = False) -> str:
+    """A game's name, normalised to NFC: two ways of typing one name are one game."""
+    # What is four times too long stays too long: NFC makes at most four characters one. It bounds the work of normalising.
+    if not isinstance(value, str) or not 0 < len(value) <= 4 * MAX_NAME:
+        raise ValueError(f"must be a string of 1 to {MAX_NAME} characters")
+    name = unicodedata.normalize("NFC", value)
+    if len(name) > MAX_NAME:
+        raise ValueError(f"must be a string of 1 to {MAX_NAME} characters")
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+        raise ValueError("must not contain control characters, line separators or lone surrogates")
+    if "/" in name:
+        raise ValueError("must not contain /")
+    if name != name.strip():
+        raise ValueError("must not begin or end with white space")
+    if name in RESERVED_NAMES:
+        raise ValueError("must not be one of " + ", ".join(RESERVED_NAMES))
+    return name
+
+
+def check_peer_id(value: Any, local: bool = False) -> str:
+    """The secret that authorises its owner."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_PEER_ID or not value.isprintable():
+        raise ValueError(f"must be a string of 1 to {MAX_PEER_ID} printable characters")
+    return value
+
+
+@functools.lru_cache(maxsize=4096)   # hosts publish the same few addresses with every poll
+def ip_port_fault(text: str, local: bool) -> str:
+    """The rule that an ip:port or [ipv6]:port breaks, or nothing; text of any other form is none of our business."""
+    match = IP_PORT.fullmatch(text)
+    if not match:
+        return ""
+    try:
+        address = ipaddress.ip_address(match[1] or match[2])
+    except ValueError:
+        return "is not an IP address"
+    address = getattr(address, "ipv4_mapped", None) or address
+    if not 0 < int(match[3][:6]) <= 65535:
+        return "must have a port from 1 to 65535"
+    if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
+        return "must not be an unspecified, multicast or broadcast address"
+    if address.is_loopback and not local:
+        return "must not be a loopback address, which only clients on the server's own machine may publish"
+    return ""
+
+
+def too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
+    """Whether arrays and objects lie within each other deeper than that; what can be read could then still fail to be written."""
+    if not isinstance(value, (dict, list)):
+        return False
+    return levels == 0 or any(too_deep(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value))
+
+
+def address_fault(value: Any, local: bool) -> str:
+    """The rule that one candidate breaks, or nothing."""
+    if isinstance(value, str):
+        return ip_port_fault(value, local) if len(value) <= MAX_ADDRESS else f"must have at most {MAX_ADDRESS} characters"
+    if not isinstance(value, dict):
+        return "must be a string or an object"
+    return f"must be at most {MAX_DEPTH} levels deep" if too_deep(value) else ""
+
+
+def check_addresses(value: Any, local: bool) -> Tuple[Any, ...]:
+    """Candidates, most wanted first. They are handed on as they came."""
+    if not isinstance(value, list) or len(value) > MAX_ADDRESSES:
+        raise ValueError(f"must be an array of at most {MAX_ADDRESSES} addresses")
+    faults = [f"[{i}] {fault}" for i, fault in enumerate(address_fault(item, local) for item in value) if fault]
+    if faults:
+        raise ValueError("; ".join(faults))
+    return tuple(value)
+
+
+def check_replies(value: Any, local: bool) -> Dict[str, Tuple[Any, ...]]:
+    """Addresses for single guests: {sessionId: addresses}."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of addresses by sessionId")
+    replies, faults = {}, []
+    for session_id, addresses in value.items():
+        try:
+            replies[session_id] = check_addresses(addresses, local)
+        except ValueError as fault:
+            faults.append(f"{session_id[:32]!r}: {fault}")
+    if faults:
+        raise ValueError("; ".join(faults))
+    return replies
+
+
+def check_info(value: Any, local: bool) -> Dict[str, Any]:
+    """What lobbies show of a game."""
+    if not isinstance(value, dict) or too_deep(value) or len(to_json(value)) > MAX_INFO:
+        raise ValueError(f"must be an object of at most {MAX_INFO} bytes of JSON and {MAX_DEPTH} levels")
+    return value
+
+
+def check_flag(value: Any, local: bool) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def check_cursor(value: Any, local: bool) -> int:
+    """A cursor that this server gave out earlier."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
+        raise ValueError("must be a cursor from an earlier answer, a whole number")
+    return value
+
+
+class Field(NamedTuple):
+    """A field of a body. Absent or null, an optional one is None."""
+
+    check: Check
+    required: bool = True
+
+
+def validate(body: Mapping[str, Any], fields: Mapping[str, Field], local: bool) -> Dict[str, Any]:
+    """The checked values by field name. Fields that are not asked for are ignored, so newer clients work; Problem names every fault at once."""
+    values: Dict[str, Any] = {}
+    faults = {}
+    for name, field in fields.items():
+        value = body.get(name)
+        if value is None and not field.required:
+            values[name] = None
+        elif name not in body:
+            faults[name] = "is required"
+        else:
+            try:
+                values[name] = field.check(value, local)
+            except ValueError as fault:
+                faults[name] = str(fault)
+    if faults:
+        raise Problem("; ".join(f"{name} {fault}" for name, fault in faults.items()), errors=faults)
+    return values
+
+
+def unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """An object none of whose names comes twice: readers differ in which one they take (RFC 8259 section 4)."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return members
+
+
+def plain_int(text: str) -> int:
+    if len(text) > 300:     # a double's range; converting more digits costs time that grows with their square
+        raise ValueError("a number is too large")
+    return int(text)
+
+
+def plain_float(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError("a number is too large")
+    return number
+
+
+def no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")   # it may also be half of a pair, which is fine
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=plain_int, parse_float=plain_float, parse_constant=no_constant).decode
+
+
+def parse_body(body: bytes) -> Dict[str, Any]:
+    """The object that a body holds; Problem 400 if it is not JSON, or JSON that not every reader reads alike."""
+    try:
+        text = body.decode("utf-8")
+        value = from_json(text)
+        if LONE_SURROGATE.search(text):
+            to_json(value).encode("utf-8")
+    except UnicodeError:
+        raise Problem("the body is not UTF-8, or has a lone surrogate") from None
+    except RecursionError:
+        raise Problem("the body is nested too deeply") from None
+    except ValueError as fault:     # its text gives a position or one of the rules above, never the body
+        raise Problem(f"the body is not JSON: {fault}") from None
+    if not isinstance(value, dict):
+        raise Problem("the body must be a JSON object")
+    return value
+
+
+# ---- games (data) ---------------------------------------------------------------------------------------------------
+
+class Game:
+    """A game while its host is alive. Versions are values of the registry's cursor; 0 stands for never."""
+
+    __slots__ = ("name", "owner", "info", "listed", "addresses", "offered", "guests", "changed", "born")
+
+    def __init__(self, name: str, owner: bytes, version: int) -> None:
+        self.name = name
+        self.owner = owner                              # the seal of its host's peerId
+        self.info: Dict[str, Any] = {}
+        self.listed = True
+        self.addresses: Tuple[Any, ...] = ()            # what the host offers to every guest
+        self.offered = 0                                # version of addresses
+        self.guests: Dict[bytes, Guest] = {}            # by the seal of their peerId, in the order they came
+        self.changed = version                          # when a guest last came or moved
+        self.born = version                             # the order of the list, which a rename keeps
+
+
+class Guest:
+    """One guest's session with one game."""
+
+    __slots__ = ("game", "seal", "session_id", "session_key", "addresses", "changed", "reply", "replied")
+
+    def __init__(self, game: Game, seal: bytes, session_id: str, session_key: str) -> None:
+        self.game, self.seal = game, seal
+        self.session_id, self.session_key = session_id, session_key
+        self.addresses: Tuple[Any, ...] = ()
+        self.changed = 0                                # version of addresses
+        self.reply: Optional[Tuple[Any, ...]] = None    # what the host offers this guest in place of the game's addresses
+        self.replied = 0                                # version of reply
+
+
+class GameView(NamedTuple):
+    """What anybody may know of a game."""
+
+    name: str
+    info: Dict[str, Any]
+    guests: int
+    ready: bool
+
+
+class Session(NamedTuple):
+    """What one of a host and guest pair may know: the session that the two share, and the addresses of the other."""
+
+    session_id: str
+    session_key: str
+    addresses: Tuple[Any, ...]
+
+
+class Polled(NamedTuple):
+    """What a host learns from a poll: guests, the cursor to poll with next time, and the sessions of its replies that are gone."""
+
+    guests: List[Session]
+    cursor: int
+    gone: List[str]
+
+
+class Event(NamedTuple):
+    """Something that happened to a game, for the log."""
+
+    operation: str
+    name: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        """A line of the log. The name is quoted as Python does it, so that none can forge a line or steer a terminal."""
+        return f"{self.operation} {self.name!r} {self.detail}".rstrip()
+
+
+# ---- registry -------------------------------------------------------------------------------------------------------
+
+def new_session_id() -> str:
+    """128 random bits: a sessionId or a sessionKey."""
+    return os.urandom(16).hex()
+
+
+class Registry:
+    """All games and guests, behind one lock. It knows no network: names in, values out, Problems raised.
+
+    Another store can stand in its place with the same methods. They are called from many threads, take what validation
+    lets through, and return values that nobody changes afterwards. Each raises NotFound, Forbidden or Conflict where the
+    protocol says so, and then has changed nothing.
+
+    settings: game_ttl, guest_ttl (seconds), max_games, max_guests.
+    clock: seconds that never go back.
+    new_id: a new unguessable string at each call.
+    cursor: the first version. The server passes microseconds since 1970, which is more than an earlier run can have reached,
+    so a cursor that a host kept across a restart does not hide the guests that came since.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic, new_id: Callable[[], str] = new_session_id,
+                 cursor: int = 0) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._new_id = new_id
+        self._secret = os.urandom(32)
+        # The lock guards everything below. Public methods take it and read the clock once; private ones need it held.
+        self._lock = threading.Lock()
+        self._cursor = cursor
+        self._games: Dict[str, Game] = {}
+        # Each with its deadline, the one to end first in front: expiry looks at the front only, never at all of them.
+        self._game_queue: collections.OrderedDict[Game, float] = collections.OrderedDict()
+        self._guest_queue: collections.OrderedDict[Guest, float] = collections.OrderedDict()
+        # What is to be logged once the lock is free. A deque's ends are safe without the lock.
+        self.events: collections.deque[Event] = collections.deque()
+
+    def register_game(self, name: str, peer_id: str, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None) -> bool:
+        """Offer a game; True if it is new. Its owner again keeps it alive with its guests, and changes only what is given.
+
+        Conflict: somebody else has the name. Full: there are max_games.
+        """
+        seal = self._seal(peer_id)
+        with self._lock:
+            now = self._expire()
+            game = self._games.get(name)
+            created = game is None
+            if game is None:
+                if len(self._games) >= self._settings.max_games:
+                    raise Full(f"there are {len(self._games)} games, which is all this server takes")
+                game = self._games[name] = Game(name, seal, self._next_version())
+                self.events.append(Event("register_game", name))
+            elif not hmac.compare_digest(game.owner, seal):
+                raise Conflict(f"the name {name!r} is taken")
+            self._describe(game, info, listed)
+            self._host_alive(game, now)
+            return created
+
+    def poll_game(self, name: str, peer_id: str, addresses: Tuple[Any, ...], after: Optional[int] = None,
+                  replies: Optional[Mapping[str, Tuple[Any, ...]]] = None) -> Polled:
+        """Publish the host's addresses and replies; learn of the guests that came or moved since the cursor after, or of all.
+
+        NotFound, Forbidden.
+        """
+        seal = self._seal(peer_id)
+        with self._lock:
+            now = self._expire()
+            game = self._owned(name, seal)
+            self._host_alive(game, now)
+            if addresses != game.addresses:
+                if not game.offered:
+                    self.events.append(Event("poll_game", name, f"first addresses: {len(addresses)}"))
+                game.addresses, game.offered = addresses, self._next_version()
+            gone = self._reply(game, replies or {})
+            # A cursor ahead of ours was given out by an earlier run whose clock was ahead: it says nothing about these guests.
+            since = after if after is not None and after <= self._cursor else -1
+            guests = [Session(guest.session_id, guest.session_key, guest.addresses) for guest in game.guests.values() if guest.changed > since]
+            return Polled(guests, game.changed, gone)
+
+    def start_game(self, name: str, peer_id: str, addresses: Tuple[Any, ...]) -> Tuple[Session, int]:
+        """Join a game as a guest, or say that one is still there. The host's addresses, empty while it has none for this guest, and their cursor.
+
+        NotFound; Conflict: the host's own game; Full: there are max_guests.
+        """
+        seal = self._seal(peer_id)
+        with self._lock:
+            now = self._expire()
+            game = self._found(name)
+            if hmac.compare_digest(game.owner, seal):
+                raise Conflict("a host cannot start its own game")
+            guest = game.guests.get(seal)
+            if guest is None:
+                if len(game.guests) >= self._settings.max_guests:
+                    raise Full(f"the game has {len(game.guests)} guests, which is all this server takes")
+                guest = game.guests[seal] = Guest(game, seal, self._new_id(), self._new_id())
+                self._guest_moved(guest, addresses)
+                self.events.append(Event("start_game", name, f"guests: {len(game.guests)}"))
+            self._guest_queue[guest] = now + self._settings.guest_ttl
+            self._guest_queue.move_to_end(guest)
+            if addresses != guest.addresses:
+                self._guest_moved(guest, addresses)
+            offer, version = (game.addresses, game.offered) if guest.reply is None else (guest.reply, guest.replied)
+            return Session(guest.session_id, guest.session_key, offer), version
+
+    def list_games(self) -> List[GameView]:
+        """The listed games, oldest first."""
+        with self._lock:
+            self._expire()
+            games = sorted((game for game in self._games.values() if game.listed), key=lambda game: game.born)
+            return [self._view(game) for game in games]
+
+    def get_game(self, name: str) -> GameView:
+        """One game, listed or not. NotFound."""
+        with self._lock:
+            self._expire()
+            return self._view(self._found(name))
+
+    def update_game(self, name: str, peer_id: str, new_name: Optional[str] = None, info: Optional[Dict[str, Any]] = None,
+                    listed: Optional[bool] = None) -> GameView:
+        """Rename or describe a game, which keeps its guests. NotFound; Forbidden; Conflict: the new name is taken."""
+        seal = self._seal(peer_id)
+        with self._lock:
+            self._expire()
+            game = self._owned(name, seal)
+            if new_name is not None and new_name != name:
+                if new_name in self._games:
+                    raise Conflict(f"the name {new_name!r} is taken")
+                self._games[new_name] = self._games.pop(name)
+                game.name = new_name
+                self.events.append(Event("update_game", name, f"renamed to {new_name!r}"))
+            self._describe(game, info, listed)
+            return self._view(game)
+
+    def delete_game(self, name: str, peer_id: str) -> None:
+        """End a game. NotFound, Forbidden."""
+        seal = self._seal(peer_id)
+        with self._lock:
+            self._expire()
+            self._remove_game(self._owned(name, seal))
+            self.events.append(Event("delete_game", name))
+
+    def counts(self) -> Tuple[int, int]:
+        """How many games and how many guests there are."""
+        with self._lock:
+            self._expire()
+            return len(self._games), len(self._guest_queue)
+
+    def expire_games(self) -> None:
+        """Free what has expired. Every other method does so too: this is for the times when nobody calls."""
+        with self._lock:
+            self._expire()
+
+    def _seal(self, peer_id: str) -> bytes:
+        """A keyed digest that stands for a peerId: what is kept reveals nothing, and looking it up takes no time that depends on the secret."""
+        return hashlib.blake2b(peer_id.encode("utf-8"), key=self._secret, digest_size=16).digest()
+
+    def _next_version(self) -> int:
+        self._cursor += 1
+        return self._cursor
+
+    def _found(self, name: str) -> Game:
+        game = self._games.get(name)
+        if game is None:
+            raise NotFound(f"there is no game {name!r}")
+        return game
+
+    def _owned(self, name: str, seal: bytes) -> Game:
+        game = self._found(name)
+        if not hmac.compare_digest(game.owner, seal):
+            raise Forbidden("the peerId is not the one that registered this game")
+        return game
+
+    def _view(self, game: Game) -> GameView:
+        return GameView(game.name, game.info, len(game.guests), bool(game.addresses))
+
+    def _describe(self, game: Game, info: Optional[Dict[str, Any]], listed: Optional[bool]) -> None:
+        if info is not None:
+            game.info = info
+        if listed is not None:
+            game.listed = listed
+
+    def _host_alive(self, game: Game, now: float) -> None:
+        self._game_queue[game] = now + self._settings.game_ttl
+        self._game_queue.move_to_end(game)
+
+    def _guest_moved(self, guest: Guest, addresses: Tuple[Any, ...]) -> None:
+        guest.addresses, guest.changed = addresses, self._next_version()
+        guest.game.changed = guest.changed
+
+    def _reply(self, game: Game, replies: Mapping[str, Tuple[Any, ...]]) -> List[str]:
+        """Give single guests addresses of their own; returns the sessions that are gone."""
+        if not replies:
+            return []
+        sessions = {guest.session_id: guest for guest in game.guests.values()}
+        for session_id in replies.keys() & sessions.keys():
+            guest = sessions[session_id]
+            if guest.reply != replies[session_id]:
+                guest.reply, guest.replied = replies[session_id], self._next_version()
+        return [session_id for session_id in replies if session_id not in sessions]
+
+    def _expire(self) -> float:
+        """Remove what has expired, each in its turn, and return the time."""
+        now = self._clock()
+        for game in overdue(self._game_queue, now):
+            self._remove_game(game)
+            self.events.append(Event("expire_game", game.name))
+        for guest in overdue(self._guest_queue, now):
+            self._remove_guest(guest)
+        return now
+
+    def _remove_game(self, game: Game) -> None:
+        del self._games[game.name]
+        del self._game_queue[game]
+        for guest in list(game.guests.values()):
+            self._remove_guest(guest)
+
+    def _remove_guest(self, guest: Guest) -> None:
+        del guest.game.guests[guest.seal]
+        del self._guest_queue[guest]
+
+
+def overdue(queue: collections.OrderedDict[Any, float], now: float) -> Iterable[Any]:
+    """The front of the queue as long as its time is over; the caller removes each before it asks for the next."""
+    while queue:
+        front, deadline = next(iter(queue.items()))
+        if deadline > now:
+            return
+        yield front
+
+
+# ---- endpoints ------------------------------------------------------------------------------------------------------
+
+class Request(NamedTuple):
+    """A request past all checks: the game that its path names, or nothing; the values of the route's fields; its header."""
+
+    name: str
+    fields: Dict[str, Any]
+    headers: Mapping[str, str]
+
+
+class Answer(NamedTuple):
+    """A status, a JSON value (a string is plain text, None is no content), and header fields beside the usual ones."""
+
+    status: int
+    body: Any = None
+    headers: Mapping[str, str] = {}
+    media_type: str = "application/json"
+
+
+def session_body(session: Session) -> Dict[str, Any]:
+    return {"sessionId": session.session_id, "sessionKey": session.session_key, "addresses": session.addresses}
+
+
+def lease(server: Server, ttl: float) -> Dict[str, float]:
+    """How long one is remembered and when to ask again, in seconds: 60 rather than 60.0, which some clients do not take for a whole number."""
+    return {name: int(value) if value == int(value) else value for name, value in (("expiresIn", ttl), ("pollAfter", server.settings.poll_after))}
+
+
+def location(name: str) -> Dict[str, str]:
+    return {"Location": "/games/" + urllib.parse.quote(name, safe="")}
+
+
+def register_game(server: Server, request: Request) -> Answer:
+    """offer a game, or go on offering it"""
+    fields = request.fields
+    created = server.registry.register_game(fields["name"], fields["peerId"], fields["info"], fields["listed"])
+    body = {"name": fields["name"], **lease(server, server.settings.game_ttl)}
+    return Answer(201, body, location(fields["name"])) if created else Answer(200, body)
+
+
+def poll_game(server: Server, request: Request) -> Answer:
+    """publish the host's addresses and learn of guests"""
+    fields = request.fields
+    polled = server.registry.poll_game(fields["name"], fields["peerId"], fields["addresses"], fields["after"], fields["replies"])
+    body = {"name": fields["name"], "guests": [session_body(guest) for guest in polled.guests], "cursor": polled.cursor,
+            **lease(server, server.settings.game_ttl)}
+    return Answer(200, body if fields["replies"] is None else {**body, "gone": polled.gone})
+
+
+def start_game(server: Server, request: Request) -> Answer:
+    """join as a guest and learn the host's addresses"""
+    fields = request.fields
+    session, cursor = server.registry.start_game(fields["name"], fields["peerId"], fields["addresses"])
+    body = {"name": fields["name"], **session_body(session), "cursor": cursor, **lease(server, server.settings.guest_ttl)}
+    return Answer(200 if session.addresses else 202, body)
+
+
+def list_games(server: Server, request: Request) -> Answer:
+    """the listed games, oldest first"""
+    body = {"games": [game._asdict() for game in server.registry.list_games()]}
+    tag = '"' + hashlib.blake2b(to_json(body).encode("utf-8"), digest_size=12).hexdigest() + '"'
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}    # to be kept, but not used without asking again
+    # Weak comparison, as RFC 9110 section 13.1.2 asks; our own tags have no comma in them.
+    known = [candidate.strip().removeprefix("W/") for candidate in request.headers.get("if-none-match", "").split(",")]
+    return Answer(304, None, headers) if tag in known or "*" in known else Answer(200, body, headers)
+
+
+def get_game(server: Server, request: Request) -> Answer:
+    """one game, listed or not"""
+    return Answer(200, server.registry.get_game(request.name)._asdict())
+
+
+def update_game(server: Server, request: Request) -> Answer:
+    """its host renames or describes it"""
+    fields = request.fields
+    game = server.registry.update_game(request.name, fields["peerId"], fields["name"], fields["info"], fields["listed"])
+    return Answer(200, game._asdict(), location(game.name) if game.name != request.name else {})
+
+
+def delete_game(server: Server, request: Request) -> Answer:
+    """its host ends it"""
+    server.registry.delete_game(request.name, request.fields["peerId"])
+    return Answer(204)
+
+
+def show_health(server: Server, request: Request) -> Answer:
+    """for load balancers and monitors"""
+    games, guests = server.registry.counts()
+    body = {"status": "stopping" if server.stopping else "ok", "version": __version__, "games": games, "guests": guests}
+    return Answer(503 if server.stopping else 200, body)
+
+
+def show_start_page(server: Server, request: Request) -> Answer:
+    """this page"""
+    rows = "".join(f"{route.method:8}{route.path:18}{route.endpoint.__doc__}\n" for route in ROUTES)
+    return Answer(200, f"p2pserver {__version__}: a rendezvous server. Hosts offer games, guests find them, "
+                       f"and the two exchange addresses to connect directly.\n\n{rows}", media_type="text/plain; charset=utf-8")
+
+
+# ---- routes ---------------------------------------------------------------------------------------------------------
+
+class Route(NamedTuple):
+    """A row of the table: what answers a method on a path, and the fields that its body must or may have."""
+
+    method: str
+    path: str
+    endpoint: Callable[[Server, Request], Answer]
+    fields: Mapping[str, Field] = {}
+
+
+NAME, PEER_ID, ADDRESSES = Field(check_name), Field(check_peer_id), Field(check_addresses)
+INFO, LISTED = Field(check_info, required=False), Field(check_flag, required=False)
+CHANGES = {"peerId": PEER_ID, "name": Field(check_name, required=False), "info": INFO, "listed": LISTED}
+
+ROUTES = (
+    Route("POST", "/games/register", register_game, {"name": NAME, "peerId": PEER_ID, "info": INFO, "listed": LISTED}),
+    Route("POST", "/games/poll", poll_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES,
+                                             "after": Field(check_cursor, required=False), "replies": Field(check_replies, required=False)}),
+    Route("POST", "/games/start", start_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES}),
+    Route("GET", "/games", list_games),
+    Route("GET", "/games/<name>", get_game),
+    Route("PATCH", "/games/<name>", update_game, CHANGES),
+    Route("PUT", "/games/<name>", update_game, CHANGES),
+    Route("DELETE", "/games/<name>", delete_game, {"peerId": PEER_ID}),
+    Route("GET", "/healthz", show_health),
+    Route("GET", "/", show_start_page),
+)
+
+ROUTES_AT: Dict[str, Dict[str, Route]] = {}
+for _route in ROUTES:
+    ROUTES_AT.setdefault(_route.path, {})[_route.method] = _route
+
+
+def allowed(methods: Iterable[str]) -> str:
+    """The value of Allow: HEAD goes wherever GET does, OPTIONS everywhere."""
+    return ", ".join(sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
+
+
+def resolve(path: str) -> Tuple[Dict[str, Route], str]:
+    """The routes at a path by method, and the game that it names. NotFound: there are none, or no game can have that name."""
+    if path in ROUTES_AT:
+        return ROUTES_AT[path], ""
+    prefix, _, quoted = path.rpartition("/")
+    if prefix != "/games":
+        raise NotFound("there is nothing here; GET / lists what there is")
+    try:
+        return ROUTES_AT["/games/<name>"], check_name(urllib.parse.unquote(quoted, errors="strict"))
+    except UnicodeDecodeError:
+        raise NotFound("no game can have this name: it must be UTF-8") from None
+    except ValueError as fault:
+        raise NotFound(f"no game can have this name: it {fault}") from None
+
+
+# ---- HTTP handler and server ----------------------------------------------------------------------------------------
+
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n")   # RFC 9112 section 3
+FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")                                          # RFC 9110 section 5.1
+NOT_FIELD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")                                        # RFC 9110 section 5.5
+LINGER = 2.0    # seconds that a refused request may go on sending before its connection is cut
+
+
+def read_line(stream: Any, limit: int, too_long: Problem) -> bytes:
+    """One line of a head, which must end in CRLF: where readers differ on what ends a line, requests are smuggled."""
+    line: bytes = stream.readline(limit + 1)
+    if len(line) > limit:
+        raise too_long
+    if not line.endswith(b"\r\n"):
+        raise Problem("a line of the head does not end in CRLF" if line.endswith(b"\n") else "the head ended early")
+    return line
+
+
+def read_header(stream: Any) -> Dict[str, str]:
+    """The header fields by name in lower case, strictly after RFC 9112 section 5; those that come twice are joined (RFC 9110 section 5.3)."""
+    too_long = Problem(f"the head has more than {MAX_HEAD} bytes or {MAX_HEADER_FIELDS} fields", 431)
+    headers: Dict[str, str] = {}
+    room, count = MAX_HEAD, 0
+    while True:
+        line = read_line(stream, room, too_long)
+        if line == b"\r\n":
+            return headers
+        room, count = room - len(line), count + 1
+        if count > MAX_HEADER_FIELDS:
+            raise too_long
+        field, colon, value = line[:-2].partition(b":")
+        if not colon or not FIELD_NAME.fullmatch(field) or NOT_FIELD_VALUE.search(value):
+            raise Problem("a header field is malformed")
+        name, text = field.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
+        if name in headers and name in ("host", "content-length"):
+            raise Problem(f"{name} stands twice in the head")
+        headers[name] = f"{headers[name]}, {text}" if name in headers else text
+
+
+def body_length(method: str, headers: Mapping[str, str]) -> int:
+    """Bytes of the body that the head announces. Problem where readers could differ on it (RFC 9112 section 6.3)."""
+    length = headers.get("content-length")
+    if "transfer-encoding" in headers:
+        if length is not None:
+            raise Problem("Transfer-Encoding and Content-Length must not stand in one head")
+        raise Problem("Transfer-Encoding is not supported; send a Content-Length", 501)
+    if length is None:
+        if method in ("POST", "PUT", "PATCH"):
+            raise Problem("a Content-Length is required", 411)
+        return 0
+    if not length.isascii() or not length.isdigit():
+        raise Problem("Content-Length is not a number")
+    return int(length.lstrip("0")[:18] or "0")      # more digits are too large in any case, and slow to convert
+
+
+def list_of(text: str) -> List[str]:
+    """The members of a comma-separated field, in lower case."""
+    return [item.strip().lower() for item in text.split(",")]
+
+
+def check_media_type(headers: Mapping[str, str]) -> None:
+    """A body that is declared as anything but JSON in UTF-8 is refused; one that is not declared is taken for that."""
+    media_type, *parameters = headers.get("content-type", "application/json").lower().split(";")
+    charsets = [value.strip().strip('"') for name, _, value in (item.partition("=") for item in parameters) if name.strip() == "charset"]
+    if media_type.strip() != "application/json" and not media_type.strip().endswith("+json") or any(name != "utf-8" for name in charsets):
+        raise Problem("the body must be application/json in UTF-8", 415)
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise Problem("the body must not be compressed", 415)
+
+
+def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
+    """The body that Authorization: Bearer stands for where there is none (RFC 6750 section 2.1)."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        return {}
+    return {"peerId": token.strip().encode("latin-1").decode("utf-8", "replace")}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection in its own thread. The base class reads request lines in turn and calls do_METHOD."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True      # every answer is one write, so there is nothing to wait for
+    raw_requestline: bytes
+    headers: Dict[str, str]  # type: ignore[assignment]     # by name in lower case
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.settimeout(self.server.settings.idle_timeout)
+        self.command, self.path, self.request_version, self.headers = "", "", "HTTP/1.1", {}
+        address = ipaddress.ip_address(self.client_address[0])
+        address = getattr(address, "ipv4_mapped", None) or address
+        self.client, self.local = str(address), address.is_loopback
+
+    def parse_request(self) -> bool:
+        """Read the rest of the head, strictly; False if it was refused. The base class has read the request line."""
+        self.command, self.path, self.headers = "", "", {}
+        self.close_connection = True    # after a refused head nobody knows where the next request begins
+        try:
+            if self.raw_requestline == b"\r\n":     # RFC 9112 section 2.2: an empty line before the request line is ignored
+                self.raw_requestline = read_line(self.rfile, MAX_REQUEST_LINE, Problem("the request line is too long", 414))
+            self.read_head()
+        except Problem as problem:
+            self.refuse(problem)
+            return False
+        return True
+
+    def read_head(self) -> None:
+        if len(self.raw_requestline) > MAX_REQUEST_LINE:
+            raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
+        match = REQUEST_LINE.fullmatch(self.raw_requestline)
+        if not match:
+            raise Problem("the request line is malformed")
+        self.command, self.path = match[1].decode("ascii"), match[2].decode("ascii")
+        if match[3] != b"1":
+            raise Problem("only HTTP/1.0 and HTTP/1.1 are supported", 505)
+        self.headers = read_header(self.rfile)
+        self.request_version = "HTTP/1.0" if match[4] == b"0" else "HTTP/1.1"
+        if self.request_version == "HTTP/1.1" and "host" not in self.headers:
+            raise Problem("Host is required")      # RFC 9112 section 3.2
+        self.body_length = body_length(self.command, self.headers)
+        connection = list_of(self.headers.get("connection", ""))
+        self.close_connection = "close" in connection or self.request_version == "HTTP/1.0" and "keep-alive" not in connection
+
+    def read_body(self) -> bytes:
+        """The whole body, so that the next request begins after it. Problem: it is too large, or ended early."""
+        if self.body_length > self.server.settings.max_body:
+            raise Problem(f"the body has more than {self.server.settings.max_body} bytes", 413)
+        expectation = self.headers.get("expect", "").lower()
+        if expectation not in ("", "100-continue"):
+            raise Problem("only Expect: 100-continue is understood", 417)
+        if expectation and self.body_length and self.request_version == "HTTP/1.1":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.rfile.read(self.body_length)
+        if len(body) < self.body_length:
+            raise Problem("the body ended early")
+        return body
+
+    def dispatch(self) -> None:
+        """Answer one request."""
+        try:
+            body = self.read_body()
+        except Problem as problem:
+            self.refuse(problem)
+            return
+        try:
+            answer = self.call_endpoint(body)
+        except Problem as problem:
+            answer = problem_answer(problem)
+        except Exception:
+            log.exception("a request failed")
+            answer = problem_answer(Problem("the server failed to answer this request; its log says why", 500))
+        self.send_answer(answer)
+        self.server.log_events()
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
+
+    def call_endpoint(self, body: bytes) -> Answer:
+        """Find the route, check the fields, and let its endpoint answer."""
+        path = re.sub(r"\Ahttps?://[^/?]*", "", self.path, flags=re.IGNORECASE)     # RFC 9112 section 3.2.2: the absolute form
+        if self.command == "OPTIONS" and path == "*":
+            return self.options({route.method for route in ROUTES})
+        routes, name = resolve(path.partition("?")[0] or "/")
+        if self.command == "OPTIONS":
+            return self.options(routes)
+        route = routes.get("GET" if self.command == "HEAD" else self.command)
+        if route is None:
+            raise Problem(f"{self.command} is not for this path", 405, Allow=allowed(routes))
+        if not route.fields:
+            return route.endpoint(self.server, Request(name, {}, self.headers))
+        if body:
+            check_media_type(self.headers)
+        fields = validate(parse_body(body) if body else bearer(self.headers), route.fields, self.local)
+        return route.endpoint(self.server, Request(name, fields, self.headers))
+
+    def options(self, methods: Iterable[str]) -> Answer:
+        """What a path takes; to a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
+        headers = {"Allow": allowed(methods)}
+        if self.server.settings.cors_origin and "access-control-request-method" in self.headers:
+            headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400",
+                            "Access-Control-Allow-Headers": "Authorization, Content-Type, If-None-Match, Prefer"})
+        return Answer(204, None, headers)
+
+    def send_answer(self, answer: Answer) -> None:
+        """Write an answer: head and body at once."""
+        self.close_connection = self.close_connection or self.server.stopping
+        body = b"" if answer.body is None else (answer.body if isinstance(answer.body, str) else to_json(answer.body)).encode("utf-8")
+        headers = {
+            "Server": f"p2pserver/{__version__}",
+            "Date": self.date_time_string(),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            **answer.headers,
+        }
+        if self.server.settings.cors_origin:
+            headers["Access-Control-Allow-Origin"] = self.server.settings.cors_origin
+            headers["Access-Control-Expose-Headers"] = "ETag, Location, Retry-After"
+        if answer.status == 503:
+            headers["Retry-After"] = str(RETRY_AFTER)
+        if answer.body is not None:
+            headers.update({"Content-Type": answer.media_type, "Content-Length": str(len(body))})
+        if self.close_connection:
+            headers["Connection"] = "close"
+        elif self.request_version == "HTTP/1.0":
+            headers["Connection"] = "keep-alive"
+        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}", *(f"{name}: {value}" for name, value in headers.items())]
+        self.wfile.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if self.command == "HEAD" else body))
+        if self.server.settings.access_log:
+            # Without the query, which is none of this server's and could hold anything.
+            log.info("%s %s %r %d %d", self.client, self.command, self.path.partition("?")[0], answer.status, len(body))
+
+    def refuse(self, problem: Problem) -> None:
+        """Answer what cannot be read to its end, and close."""
+        self.close_connection = True
+        self.send_answer(problem_answer(problem))
+        # To close with bytes unread resets the connection, and the client loses the answer (RFC 9112 section 9.6).
+        deadline = time.monotonic() + LINGER
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(LINGER)
+        while time.monotonic() < deadline and self.connection.recv(65536):
+            pass
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        """The base class refuses unknown methods and endless request lines this way."""
+        self.refuse(Problem("this method is not supported" if code == 501 else "the request line is too long", code))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """The base class says what it thinks of a connection: that it timed out."""
+        log.debug(format, *args)
+
+
+def problem_answer(problem: Problem) -> Answer:
+    """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
+    body = {"type": "about:blank", "title": http.HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
+    if problem.errors:
+        body["errors"] = problem.errors
+    return Answer(problem.status, body, problem.headers, "application/problem+json")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The HTTP server around a registry. The constructor binds, start() serves, stop() ends.
+
+    OSError: the address is in use, not this machine's, or not permitted.
+    """
+
+    request_queue_size = 1024
+    allow_reuse_address = os.name == "posix"    # a restart need not wait for old connections; elsewhere it would let others in
+    allow_reuse_port = False                    # some Pythons share a port among servers unless told not to
+    daemon_threads = True
+
+    def __init__(self, settings: Settings, registry: Optional[Registry] = None) -> None:
+        self.settings = settings
+        self.registry = registry or Registry(settings, cursor=time.time_ns() // 1000)
+        self.stopping = False
+        # Every open connection; the condition says that one was closed.
+        self._connections: Set[Any] = set()
+        self._connection_closed = threading.Condition()
+        self._serving = threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True)
+        host = settings.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+        address: Any
+        self.address_family, _, _, _, address = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM)[0]
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.settings.host not in ("", "::"))
+        socketserver.TCPServer.server_bind(self)    # without the look-up in DNS that HTTPServer adds, which can take seconds
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    @property
+    def where(self) -> str:
+        """What listens where, for a person."""
+        if not self.settings.host:
+            addresses = "all addresses, IPv6 and IPv4" if self.address_family == socket.AF_INET6 else "all IPv4 addresses"
+            return f"http://localhost:{self.server_port}/ ({addresses})"
+        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
+        return f"http://{host}:{self.server_port}/"
+
+    def start(self) -> None:
+        """Serve in threads of its own, and return."""
+        self._serving.start()
+
+    def stop(self, grace: float = 0.6) -> None:
+        """Accept no more, let the requests that have come be answered within grace (seconds), and close."""
+        self.stopping = True
+        self.shutdown()
+        self.server_close()
+        with self._connection_closed:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):      # it was reset meanwhile
+                    connection.shutdown(socket.SHUT_RD)     # its thread reads what has come, then the end
+            self._connection_closed.wait_for(lambda: not self._connections, grace)
+        self.log_events()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._connection_closed:
+            self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self._connection_closed:
+            self._connections.discard(request)
+            self._connection_closed.notify()
+
+    def service_actions(self) -> None:
+        """Called by serve_forever between connections and, when there are none, ten times a second."""
+        self.registry.expire_games()
+        self.log_events()
+
+    def log_events(self) -> None:
+        """Log what has happened to games."""
+        events = self.registry.events
+        with contextlib.suppress(IndexError):       # another thread was faster
+            while events:
+                log.info("%s", events.popleft())
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no fault; anything else is ours."""
+        if isinstance(sys.exc_info()[1], OSError):
+            log.debug("a connection was lost", exc_info=True)
+        else:
+            log.exception("a connection failed")
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, as everything else at the start."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str]) -> Settings:
+    """The settings from flags, else the environment, else the table. SystemExit 2 with one line if they are no good."""
+    parser = Parser(prog="p2pserver", description="The rendezvous server by which two players behind home routers find each other.",
+                    epilog="Each flag can be given in the environment instead: --game-ttl as P2P_GAME_TTL.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"p2pserver {__version__}")
+    for option in OPTIONS:
+        text = f"{option.help} (default: {option.default})" if option.default not in ("", False) else option.help
+        if isinstance(option.default, bool):
+            parser.add_argument(option.flag, action="store_const", const="1", help=text)
+        else:
+            parser.add_argument(option.flag, metavar=option.name.split("_")[-1].upper(), help=text)
+    given = vars(parser.parse_args(arguments))
+    values = {}
+    for option in OPTIONS:
+        names = [option.variable, "PORT"] if option.name == "port" else [option.variable]     # hosting services say PORT
+        sources = [(option.flag, given[option.name]), *((name, environment.get(name)) for name in names)]
+        for source, text in sources:
+            if text is not None:
+                try:
+                    values[option.name] = option.parse(text)
+                except ValueError as fault:
+                    parser.error(f"{source} {fault}, not {text!r}")
+                break
+    try:
+        return Settings(**values)
+    except ValueError as fault:
+        parser.error(str(fault))
+
+
+def bind_fault(settings: Settings, error: OSError) -> str:
+    """Why the server cannot listen, in words that help."""
+    where = f"port {settings.port}" + (f" of {settings.host}" if settings.host else "")
+    if error.errno == errno.EADDRINUSE:
+        return f"{where} is in use; stop what uses it, or choose another with --port"
+    if error.errno == errno.EACCES:
+        return f"{where} is not permitted; ports below 1024 are for root, choose another with --port"
+    return f"cannot listen on {where}: {error.strerror or error}"
+
+
+def stop_on_signal() -> None:
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, once; the next one ends the process as it stands.
+
+    As the first process of a container Python ignores SIGTERM unless it is handled.
+    """
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Serve until a signal comes. Returns the exit status: 0, or 1 if the server cannot listen."""
+    settings = parse_settings(arguments, os.environ)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        server = Server(settings)
+    except OSError as error:
+        print(f"p2pserver: {bind_fault(settings, error)}", file=sys.stderr)
+        return 1
+    try:
+        stop_on_signal()
+        server.start()
+        print(f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it", flush=True)
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        server.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
