@@ -32,6 +32,7 @@ queued as events and logged afterwards. The main thread only waits for the signa
 from __future__ import annotations
 
 import argparse
+import array
 import collections
 import contextlib
 import errno
@@ -46,12 +47,14 @@ import re
 import signal
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
 import types
 import unicodedata
 import urllib.parse
+import zlib
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple
 
 if __name__ == "__main__":
@@ -111,7 +114,10 @@ class Option(NamedTuple):
 
 OPTIONS = (
     Option("host", "", "address to listen on; all addresses, IPv6 and IPv4, if not given"),
-    Option("port", 8000, "TCP port to listen on; 0 picks a free one and prints it", 0, 65535),
+    Option("port", 8000, "port to listen on, TCP for HTTP and UDP for STUN; 0 picks a free one and prints it", 0, 65535),
+    Option("stun_port", 0, "another UDP port for STUN than that of HTTP", 0, 65535),
+    Option("stun_rate", 5.0, "STUN answers a second to one address, and 20 at once; 0 for no limit", 0, 1_000_000),
+    Option("no_stun", False, "no STUN: clients then need another STUN server"),
     Option("game_ttl", 60.0, "seconds after which a game whose host is silent is gone", 1, 86400),
     Option("guest_ttl", 60.0, "seconds after which a guest who has not started again is gone", 1, 86400),
     Option("poll_after", 2.0, "seconds that clients are advised to wait between two polls", 0.1, 3600),
@@ -228,10 +234,9 @@ def ip_port_fault(text: str, local: bool) -> str:
     if not match:
         return ""
     try:
-        address = ipaddress.ip_address(match[1] or match[2])
+        address = plain_address(match[1] or match[2])
     except ValueError:
         return "is not an IP address"
-    address = getattr(address, "ipv4_mapped", None) or address
     if not 0 < int(match[3][:6]) <= 65535:
         return "must have a port from 1 to 65535"
     if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
@@ -239,6 +244,12 @@ def ip_port_fault(text: str, local: bool) -> str:
     if address.is_loopback and not local:
         return "must not be a loopback address, which only clients on the server's own machine may publish"
     return ""
+
+
+def plain_address(text: str) -> Any:
+    """The IP address that text stands for; an IPv4-mapped IPv6 address is the IPv4 one. ValueError if it is none."""
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
@@ -677,6 +688,146 @@ def overdue(queue: collections.OrderedDict[Any, float], now: float) -> Iterable[
         yield front
 
 
+# ---- STUN -----------------------------------------------------------------------------------------------------------
+# RFC 8489 Binding alone: a client asks from which public address its datagrams come. All else gets silence.
+
+STUN_COOKIE = 0x2112A442
+STUN_REQUEST, STUN_SUCCESS, STUN_ERROR = 0x0001, 0x0101, 0x0111     # Binding, by class
+STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS, STUN_FINGERPRINT = 0x0009, 0x000A, 0x0020, 0x8028
+# What ICE agents add for each other (RFC 8445 section 7.1): to be comprehended, not obeyed. USERNAME, MESSAGE-INTEGRITY
+# (SHA-1 and SHA-256), PRIORITY and USE-CANDIDATE.
+STUN_IGNORED = frozenset((0x0006, 0x0008, 0x001C, 0x0024, 0x0025))
+STUN_MAX = 1280         # bytes; longer requests are nobody's
+STUN_BURST = 20         # answers that one address gets at once, on top of --stun-rate a second
+STUN_BUCKETS = 65536    # 512 KiB
+
+
+def stun_attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack(">HH", kind, len(value)) + value + bytes(-len(value) % 4)
+
+
+def stun_attributes(request: bytes) -> Optional[List[Tuple[int, bytes]]]:
+    """The attributes of a Binding request in their order, or None for everything that is not a well-formed one."""
+    if not 20 <= len(request) <= STUN_MAX or len(request) % 4:
+        return None
+    kind, length, cookie = struct.unpack_from(">HHI", request)
+    if kind != STUN_REQUEST or length != len(request) - 20 or cookie != STUN_COOKIE:
+        return None
+    attributes, position = [], 20
+    while position < len(request):
+        kind, length = struct.unpack_from(">HH", request, position)
+        value = request[position + 4:position + 4 + length]
+        if len(value) < length:
+            return None
+        attributes.append((kind, value))
+        if kind == STUN_FINGERPRINT and (position + 8 != len(request) or value != stun_fingerprint(request[:position])):
+            return None     # it is the last one, and right (RFC 8489 section 14.7)
+        position += 4 + length + -length % 4
+    return attributes
+
+
+def stun_fingerprint(message: bytes) -> bytes:
+    """The FINGERPRINT over what precedes it, where the length in the head counts it already (RFC 8489 section 14.7)."""
+    return struct.pack(">I", zlib.crc32(message) ^ 0x5354554E)
+
+
+def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
+    """The answer to a datagram from source, an (IP address, port), or None for silence."""
+    attributes = stun_attributes(request)
+    if attributes is None:
+        return None
+    kinds = [kind for kind, _ in attributes]
+    unknown = [kind for kind in kinds if kind < 0x8000 and kind not in STUN_IGNORED]
+    if unknown:     # RFC 8489 section 6.3.1
+        kind = STUN_ERROR
+        body = (stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
+                + stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown)))
+    else:
+        kind = STUN_SUCCESS
+        address = plain_address(source[0])
+        mask = request[4:4 + len(address.packed)]       # the cookie, for IPv6 the transaction id after it as well (section 14.2)
+        xored = bytes(a ^ b for a, b in zip(address.packed, mask))
+        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS, struct.pack(">HH", 1 if address.version == 4 else 2, source[1] ^ STUN_COOKIE >> 16) + xored)
+    length = len(body) + (8 if STUN_FINGERPRINT in kinds else 0)
+    message = struct.pack(">HH", kind, length) + request[4:20] + body
+    return message + stun_attribute(STUN_FINGERPRINT, stun_fingerprint(message)) if STUN_FINGERPRINT in kinds else message
+
+
+class Buckets:
+    """Token buckets by source address: rate takes a second and STUN_BURST at once, so that a forged source is not flooded with answers.
+
+    Sources share a fixed number of buckets, by a hash that only this process knows: however many are forged, memory stays.
+    """
+
+    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval = 1 / rate if rate else 0.0
+        self._clock = clock
+        self._full_at = array.array("d", [0.0]) * STUN_BUCKETS     # when each bucket is full again
+
+    def take(self, source: str) -> bool:
+        """Whether the source may have one more answer now. An IPv6 /64 is one source: it is what one customer gets."""
+        address = plain_address(source)
+        key = address.packed[:8] if address.version == 6 else address.packed
+        index, now = hash(key) % STUN_BUCKETS, self._clock()
+        full_at = max(self._full_at[index], now) + self._interval
+        if full_at > now + STUN_BURST * self._interval:
+            return False
+        self._full_at[index] = full_at
+        return True
+
+
+class StunResponder(threading.Thread):
+    """Answers on one UDP socket in one thread, always from the address that was asked (RFC 8489 section 6.3.1).
+
+    address: as bind() takes it; rate: answers a second to one source, 0 for no limit.
+    OSError from the constructor: the port is in use, or not permitted.
+    """
+
+    def __init__(self, family: int, address: Any, rate: float) -> None:
+        super().__init__(name="stun", daemon=True)
+        self._buckets = Buckets(rate)
+        self._stopping = False
+        self._socket = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            if family == socket.AF_INET6:
+                self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
+            if sys.platform == "linux":     # IP_PKTINFO is 8 there; elsewhere routing picks the address to answer from
+                tell = (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO) if family == socket.AF_INET6 else (socket.IPPROTO_IP, 8)
+                self._socket.setsockopt(*tell, 1)
+            self._socket.bind(address)
+        except OSError:
+            self._socket.close()
+            raise
+        self._socket.settimeout(0.5)    # seconds after which stop() is noticed
+        self.port: int = self._socket.getsockname()[1]
+
+    def run(self) -> None:
+        while not self._stopping:
+            try:
+                self._answer_one()
+            except socket.timeout:
+                pass
+            except OSError as error:    # the answer has no route, or an earlier one was refused
+                log.debug("a STUN answer failed: %s", error)
+        self._socket.close()
+
+    def _answer_one(self) -> None:
+        if sys.platform == "linux":
+            request, arrived_at, _, source = self._socket.recvmsg(STUN_MAX + 1, 128)
+        else:
+            (request, source), arrived_at = self._socket.recvfrom(STUN_MAX + 1), []
+        answer = stun_answer(request, source)
+        if answer is None or not self._buckets.take(source[0]):
+            return
+        if sys.platform == "linux":
+            self._socket.sendmsg([answer], arrived_at, 0, source)   # what told where it came to tells where to answer from
+        else:
+            self._socket.sendto(answer, source)
+
+    def stop(self) -> None:
+        self._stopping = True
+
+
 # ---- endpoints ------------------------------------------------------------------------------------------------------
 
 class Request(NamedTuple):
@@ -921,8 +1072,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self.connection.settimeout(self.server.settings.idle_timeout)
         self.command, self.path, self.request_version, self.headers = "", "", "HTTP/1.1", {}
-        address = ipaddress.ip_address(self.client_address[0])
-        address = getattr(address, "ipv4_mapped", None) or address
+        address = plain_address(self.client_address[0])
         self.client, self.local = str(address), address.is_loopback
 
     def parse_request(self) -> bool:
@@ -1070,10 +1220,23 @@ def problem_answer(problem: Problem) -> Answer:
     return Answer(problem.status, body, problem.headers, "application/problem+json")
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """The HTTP server around a registry. The constructor binds, start() serves, stop() ends.
+class CannotListen(Exception):
+    """Why the server cannot listen, in words that help."""
 
-    OSError: the address is in use, not this machine's, or not permitted.
+    def __init__(self, protocol: str, host: str, port: int, error: OSError) -> None:
+        where = f"{protocol} port {port}" + (f" of {host}" if host else "")
+        other = "--stun-port, or do without by --no-stun" if protocol == "UDP" else "--port"
+        reasons = {
+            errno.EADDRINUSE: f"{where} is in use; stop what uses it, or choose another with {other}",
+            errno.EACCES: f"{where} is not permitted; ports below 1024 are for root, choose another with {other}",
+        }
+        super().__init__(reasons.get(error.errno or 0, f"cannot listen on {where}: {error.strerror or error}"))
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The HTTP server around a registry, with the STUN responder beside it. The constructor binds, start() serves, stop() ends.
+
+    CannotListen: the address is in use, not this machine's, or not permitted.
     """
 
     request_queue_size = 1024
@@ -1091,8 +1254,19 @@ class Server(http.server.ThreadingHTTPServer):
         self._serving = threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True)
         host = settings.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         address: Any
-        self.address_family, _, _, _, address = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM)[0]
-        super().__init__(address, Handler)
+        try:
+            self.address_family, _, _, _, address = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM)[0]
+            super().__init__(address, Handler)
+        except OSError as error:
+            raise CannotListen("TCP", settings.host, settings.port, error) from None
+        self.stun: Optional[StunResponder] = None
+        if not settings.no_stun:
+            port = settings.stun_port or self.server_port
+            try:
+                self.stun = StunResponder(self.address_family, (address[0], port, *address[2:]), settings.stun_rate)
+            except OSError as error:
+                self.server_close()
+                raise CannotListen("UDP", settings.host, port, error) from None
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -1103,19 +1277,24 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def where(self) -> str:
         """What listens where, for a person."""
+        stun = f"STUN on UDP port {self.stun.port}" if self.stun else "no STUN"
         if not self.settings.host:
             addresses = "all addresses, IPv6 and IPv4" if self.address_family == socket.AF_INET6 else "all IPv4 addresses"
-            return f"http://localhost:{self.server_port}/ ({addresses})"
+            return f"http://localhost:{self.server_port}/ and {stun} ({addresses})"
         host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        return f"http://{host}:{self.server_port}/"
+        return f"http://{host}:{self.server_port}/ and {stun}"
 
     def start(self) -> None:
         """Serve in threads of its own, and return."""
         self._serving.start()
+        if self.stun:
+            self.stun.start()
 
     def stop(self, grace: float = 0.6) -> None:
         """Accept no more, let the requests that have come be answered within grace (seconds), and close."""
         self.stopping = True
+        if self.stun:
+            self.stun.stop()
         self.shutdown()
         self.server_close()
         with self._connection_closed:
@@ -1194,14 +1373,12 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
         parser.error(str(fault))
 
 
-def bind_fault(settings: Settings, error: OSError) -> str:
-    """Why the server cannot listen, in words that help."""
-    where = f"port {settings.port}" + (f" of {settings.host}" if settings.host else "")
-    if error.errno == errno.EADDRINUSE:
-        return f"{where} is in use; stop what uses it, or choose another with --port"
-    if error.errno == errno.EACCES:
-        return f"{where} is not permitted; ports below 1024 are for root, choose another with --port"
-    return f"cannot listen on {where}: {error.strerror or error}"
+def open_server(settings: Settings) -> Server:
+    """A server bound to its ports. Where the system picks the port for TCP, it can be taken for UDP: then it picks again."""
+    for _ in range(0 if settings.port else 9):
+        with contextlib.suppress(CannotListen):
+            return Server(settings)
+    return Server(settings)
 
 
 def stop_on_signal() -> None:
@@ -1223,9 +1400,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     settings = parse_settings(arguments, os.environ)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     try:
-        server = Server(settings)
-    except OSError as error:
-        print(f"p2pserver: {bind_fault(settings, error)}", file=sys.stderr)
+        server = open_server(settings)
+    except CannotListen as reason:
+        print(f"p2pserver: {reason}", file=sys.stderr)
         return 1
     try:
         stop_on_signal()
