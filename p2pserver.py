@@ -55,7 +55,7 @@ import types
 import unicodedata
 import urllib.parse
 import zlib
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple, Union
 
 if __name__ == "__main__":
     # http.client imports ssl, which costs this process 4 MB and a fifth of its start, and which a server does not use.
@@ -196,6 +196,7 @@ class Full(Problem):
 # ValueError with the rule. Past these checks a value is trusted.
 
 Check = Callable[[Any, bool], Any]
+Addresses = Tuple[Union[str, bytes], ...]       # the objects among them packed
 
 RESERVED_NAMES = (".", "..", "register", "poll", "start")   # they are paths, or clients fold them away (RFC 3986 section 5.2.4)
 IP_PORT = re.compile(r"(?:([0-9]+(?:\.[0-9]+){3})|\[([0-9A-Fa-f:.]+(?:%[^\]]*)?)\]):([0-9]+)")
@@ -268,17 +269,17 @@ def address_fault(value: Any, local: bool) -> str:
     return f"must be at most {MAX_DEPTH} levels deep" if too_deep(value) else ""
 
 
-def check_addresses(value: Any, local: bool) -> Tuple[Any, ...]:
-    """Candidates, most wanted first. They are handed on as they came."""
+def check_addresses(value: Any, local: bool) -> Addresses:
+    """Candidates, most wanted first."""
     if not isinstance(value, list) or len(value) > MAX_ADDRESSES:
         raise ValueError(f"must be an array of at most {MAX_ADDRESSES} addresses")
     faults = [f"[{i}] {fault}" for i, fault in enumerate(address_fault(item, local) for item in value) if fault]
     if faults:
         raise ValueError("; ".join(faults))
-    return tuple(value)
+    return tuple(item if isinstance(item, str) else pack(item) for item in value)
 
 
-def check_replies(value: Any, local: bool) -> Dict[str, Tuple[Any, ...]]:
+def check_replies(value: Any, local: bool) -> Dict[str, Addresses]:
     """Addresses for single guests: {sessionId: addresses}."""
     if not isinstance(value, dict):
         raise ValueError("must be an object of addresses by sessionId")
@@ -293,11 +294,11 @@ def check_replies(value: Any, local: bool) -> Dict[str, Tuple[Any, ...]]:
     return replies
 
 
-def check_info(value: Any, local: bool) -> Dict[str, Any]:
-    """What lobbies show of a game."""
-    if not isinstance(value, dict) or too_deep(value) or len(to_json(value)) > MAX_INFO:
+def check_info(value: Any, local: bool) -> bytes:
+    """What lobbies show of a game, packed."""
+    if not isinstance(value, dict) or too_deep(value) or len(pack(value)) > MAX_INFO:
         raise ValueError(f"must be an object of at most {MAX_INFO} bytes of JSON and {MAX_DEPTH} levels")
-    return value
+    return pack(value)
 
 
 def check_flag(value: Any, local: bool) -> bool:
@@ -370,6 +371,15 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=plain_int, parse_float=plain_float, parse_constant=no_constant).decode
 
 
+def pack(value: Dict[str, Any]) -> bytes:
+    """An object as the registry keeps it: as JSON text, for as Python's objects it can weigh twenty times as much."""
+    return to_json(value).encode("utf-8")
+
+
+def unpack(packed: bytes) -> Any:
+    return json.loads(packed)
+
+
 def parse_body(body: bytes) -> Dict[str, Any]:
     """The object that a body holds; Problem 400 if it is not JSON, or JSON that not every reader reads alike."""
     try:
@@ -398,9 +408,9 @@ class Game:
     def __init__(self, name: str, owner: bytes, version: int) -> None:
         self.name = name
         self.owner = owner                              # the seal of its host's peerId
-        self.info: Dict[str, Any] = {}
+        self.info = b"{}"                               # packed
         self.listed = True
-        self.addresses: Tuple[Any, ...] = ()            # what the host offers to every guest
+        self.addresses: Addresses = ()            # what the host offers to every guest
         self.offered = 0                                # version of addresses
         self.guests: Dict[bytes, Guest] = {}            # by the seal of their peerId, in the order they came
         self.changed = version                          # when a guest last came or moved
@@ -415,9 +425,9 @@ class Guest:
     def __init__(self, game: Game, seal: bytes, session_id: str, session_key: str) -> None:
         self.game, self.seal = game, seal
         self.session_id, self.session_key = session_id, session_key
-        self.addresses: Tuple[Any, ...] = ()
+        self.addresses: Addresses = ()
         self.changed = 0                                # version of addresses
-        self.reply: Optional[Tuple[Any, ...]] = None    # what the host offers this guest in place of the game's addresses
+        self.reply: Optional[Addresses] = None    # what the host offers this guest in place of the game's addresses
         self.replied = 0                                # version of reply
 
 
@@ -425,7 +435,7 @@ class GameView(NamedTuple):
     """What anybody may know of a game."""
 
     name: str
-    info: Dict[str, Any]
+    info: bytes
     guests: int
     ready: bool
 
@@ -435,7 +445,7 @@ class Session(NamedTuple):
 
     session_id: str
     session_key: str
-    addresses: Tuple[Any, ...]
+    addresses: Addresses
 
 
 class Polled(NamedTuple):
@@ -495,7 +505,7 @@ class Registry:
         # What is to be logged once the lock is free. A deque's ends are safe without the lock.
         self.events: collections.deque[Event] = collections.deque()
 
-    def register_game(self, name: str, peer_id: str, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None) -> bool:
+    def register_game(self, name: str, peer_id: str, info: Optional[bytes] = None, listed: Optional[bool] = None) -> bool:
         """Offer a game; True if it is new. Its owner again keeps it alive with its guests, and changes only what is given.
 
         Conflict: somebody else has the name. Full: there are max_games.
@@ -516,8 +526,8 @@ class Registry:
             self._host_alive(game, now)
             return created
 
-    def poll_game(self, name: str, peer_id: str, addresses: Tuple[Any, ...], after: Optional[int] = None,
-                  replies: Optional[Mapping[str, Tuple[Any, ...]]] = None) -> Polled:
+    def poll_game(self, name: str, peer_id: str, addresses: Addresses, after: Optional[int] = None,
+                  replies: Optional[Mapping[str, Addresses]] = None) -> Polled:
         """Publish the host's addresses and replies; learn of the guests that came or moved since the cursor after, or of all.
 
         NotFound, Forbidden.
@@ -537,7 +547,7 @@ class Registry:
             guests = [Session(guest.session_id, guest.session_key, guest.addresses) for guest in game.guests.values() if guest.changed > since]
             return Polled(guests, game.changed, gone)
 
-    def start_game(self, name: str, peer_id: str, addresses: Tuple[Any, ...]) -> Tuple[Session, int]:
+    def start_game(self, name: str, peer_id: str, addresses: Addresses) -> Tuple[Session, int]:
         """Join a game as a guest, or say that one is still there. The host's addresses, empty while it has none for this guest, and their cursor.
 
         NotFound; Conflict: the host's own game; Full: there are max_guests.
@@ -575,7 +585,7 @@ class Registry:
             self._expire()
             return self._view(self._found(name))
 
-    def update_game(self, name: str, peer_id: str, new_name: Optional[str] = None, info: Optional[Dict[str, Any]] = None,
+    def update_game(self, name: str, peer_id: str, new_name: Optional[str] = None, info: Optional[bytes] = None,
                     listed: Optional[bool] = None) -> GameView:
         """Rename or describe a game, which keeps its guests. NotFound; Forbidden; Conflict: the new name is taken."""
         seal = self._seal(peer_id)
@@ -633,7 +643,7 @@ class Registry:
     def _view(self, game: Game) -> GameView:
         return GameView(game.name, game.info, len(game.guests), bool(game.addresses))
 
-    def _describe(self, game: Game, info: Optional[Dict[str, Any]], listed: Optional[bool]) -> None:
+    def _describe(self, game: Game, info: Optional[bytes], listed: Optional[bool]) -> None:
         if info is not None:
             game.info = info
         if listed is not None:
@@ -643,11 +653,11 @@ class Registry:
         self._game_queue[game] = now + self._settings.game_ttl
         self._game_queue.move_to_end(game)
 
-    def _guest_moved(self, guest: Guest, addresses: Tuple[Any, ...]) -> None:
+    def _guest_moved(self, guest: Guest, addresses: Addresses) -> None:
         guest.addresses, guest.changed = addresses, self._next_version()
         guest.game.changed = guest.changed
 
-    def _reply(self, game: Game, replies: Mapping[str, Tuple[Any, ...]]) -> List[str]:
+    def _reply(self, game: Game, replies: Mapping[str, Addresses]) -> List[str]:
         """Give single guests addresses of their own; returns the sessions that are gone."""
         if not replies:
             return []
@@ -848,7 +858,12 @@ class Answer(NamedTuple):
 
 
 def session_body(session: Session) -> Dict[str, Any]:
-    return {"sessionId": session.session_id, "sessionKey": session.session_key, "addresses": session.addresses}
+    addresses = [address if isinstance(address, str) else unpack(address) for address in session.addresses]
+    return {"sessionId": session.session_id, "sessionKey": session.session_key, "addresses": addresses}
+
+
+def game_body(game: GameView) -> Dict[str, Any]:
+    return {**game._asdict(), "info": unpack(game.info)}
 
 
 def lease(server: Server, ttl: float) -> Dict[str, float]:
@@ -887,7 +902,7 @@ def start_game(server: Server, request: Request) -> Answer:
 
 def list_games(server: Server, request: Request) -> Answer:
     """the listed games, oldest first"""
-    body = {"games": [game._asdict() for game in server.registry.list_games()]}
+    body = {"games": [game_body(game) for game in server.registry.list_games()]}
     tag = '"' + hashlib.blake2b(to_json(body).encode("utf-8"), digest_size=12).hexdigest() + '"'
     headers = {"ETag": tag, "Cache-Control": "no-cache"}    # to be kept, but not used without asking again
     # Weak comparison, as RFC 9110 section 13.1.2 asks; our own tags have no comma in them.
@@ -897,14 +912,14 @@ def list_games(server: Server, request: Request) -> Answer:
 
 def get_game(server: Server, request: Request) -> Answer:
     """one game, listed or not"""
-    return Answer(200, server.registry.get_game(request.name)._asdict())
+    return Answer(200, game_body(server.registry.get_game(request.name)))
 
 
 def update_game(server: Server, request: Request) -> Answer:
     """its host renames or describes it"""
     fields = request.fields
     game = server.registry.update_game(request.name, fields["peerId"], fields["name"], fields["info"], fields["listed"])
-    return Answer(200, game._asdict(), location(game.name) if game.name != request.name else {})
+    return Answer(200, game_body(game), location(game.name) if game.name != request.name else {})
 
 
 def delete_game(server: Server, request: Request) -> Answer:

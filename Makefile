@@ -1,0 +1,43 @@
+# make test    the whole suite          make demo    server, hosts and guest together
+# make check   the linters              make lab     hole punching through real NATs (root, Linux)
+# make memory  what games and guests weigh
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+LINTERS = $(VENV)/.linters
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: test demo check memory clean
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+# The server picks a free port and prints it, so that the demo runs beside whatever else does.
+demo: $(READY)
+	@said=$$(mktemp); $(BIN)/python p2pserver.py --port 0 > $$said & server=$$!; \
+	trap 'kill $$hosts $$server; wait; rm -f $$said' EXIT; \
+	until grep -q listens $$said; do sleep 0.1; kill -0 $$server || exit 1; done; cat $$said; \
+	url=$$(grep -o 'http://localhost:[0-9]*' $$said); \
+	$(BIN)/python simulate_hosts.py --server $$url & hosts=$$!; \
+	until curl -s $$url/games | grep -q '"ready":true'; do sleep 0.1; kill -0 $$hosts || exit 1; done; \
+	$(BIN)/python simulate_guest.py --server $$url --all
+
+check: $(LINTERS)
+	$(BIN)/ruff check .
+	$(BIN)/mypy p2pserver.py p2pclient.py
+
+$(LINTERS): $(READY)
+	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 types-requests==2.32.4.20250913
+	touch $@
+
+memory: $(READY)
+	$(BIN)/python bench/memory.py
+
+clean:
+	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache __pycache__ */__pycache__
