@@ -47,7 +47,8 @@ def fill(case, count):
         if "guest" in case:
             registry.start_game("the game", f"guest {i}", addresses(case, i))
         else:
-            registry.register_game(f"game {i}", f"host {i}", p2pserver.check_info({"text": f"{i:08d}" + "x" * 1000 if "large" in case else "castle"}, local=False))
+            info = {"text": f"{i:08d}" + "x" * 1000 if "large" in case else "castle"}
+            registry.register_game(f"game {i}", f"host {i}", p2pserver.check_info(info, local=False))
             registry.poll_game(f"game {i}", f"host {i}", addresses(case, i))
     return (resident() - before) / count
 
@@ -65,8 +66,8 @@ def main():
     small_game, small_guest, large_game, large_guest, worst_guest = sizes
     settings = p2pserver.Settings()
     guests = settings.max_games * settings.max_guests
-    for what, game, guest in (("all small", small_game, small_guest), ("all large", large_game, large_guest), ("all nested", large_game, worst_guest)):
-        print(f"{(settings.max_games * game + guests * guest) / 2 ** 20:10,.0f} MiB    {settings.max_games} games with {settings.max_guests} guests each, {what}")
+    for what, game, guest in (("small", small_game, small_guest), ("large", large_game, large_guest), ("nested", large_game, worst_guest)):
+        print(f"{(settings.max_games * game + guests * guest) / 2 ** 20:10,.0f} MiB    {settings.max_games} games with {settings.max_guests} guests each, all {what}")
 
 
 if __name__ == "__main__":
