@@ -546,7 +546,7 @@ def mapped_address(message: Message) -> Optional[Address]:
 CHECK_INTERVAL = 0.05       # seconds between two checks of a session (RFC 8445 section 14.2)
 FAST_ROUNDS = 3             # rounds over all addresses, and FAST_CHECKS at least, before it slows down
 FAST_CHECKS = 20
-SLOW_INTERVAL = 0.175       # seconds: what is left of MAX_CHECKS then lasts for CHECK_TIME
+SLOW_INTERVAL = 0.17        # seconds: what is left of MAX_CHECKS then lasts for CHECK_TIME
 MAX_CHECKS = 100            # a session, so that nobody can have us flood a third party (RFC 8445 section 19.5.1)
 CHECK_TIME = 15.0           # seconds until a session that has not connected is given up
 FIRST_MOMENTS = 0.3         # seconds in which a guest still prefers a better address
@@ -1068,8 +1068,8 @@ def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> Conn
     elif yours and hosts:
         reason = "both routers give each destination another port (symmetric NAT), so neither of you can be told where to send"
     elif yours or hosts:
-        reason = (f"{'your' if yours else 'the host’s'} router gives each destination another port (symmetric NAT), "
-                  f"and {'the host’s' if yours else 'your'} router lets in only ports it knows")
+        whose, others = ("your", "the host's") if yours else ("the host's", "your")
+        reason = f"{whose} router gives each destination another port (symmetric NAT), and {others} router lets in only ports it knows"
     elif session.heard:
         reason = "the host's datagrams came, but yours did not arrive"
     else:

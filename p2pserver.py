@@ -808,7 +808,7 @@ class StunResponder(threading.Thread):
         except OSError:
             self._socket.close()
             raise
-        self._socket.settimeout(0.5)    # seconds after which stop() is noticed
+        self._socket.settimeout(0.5)    # seconds; where shutdown() does not wake who waits, stop() is noticed then
         self.port: int = self._socket.getsockname()[1]
 
     def run(self) -> None:
@@ -819,7 +819,6 @@ class StunResponder(threading.Thread):
                 pass
             except OSError as error:    # the answer has no route, or an earlier one was refused
                 log.debug("a STUN answer failed: %s", error)
-        self._socket.close()
 
     def _answer_one(self) -> None:
         if sys.platform == "linux":
@@ -835,7 +834,13 @@ class StunResponder(threading.Thread):
             self._socket.sendto(answer, source)
 
     def stop(self) -> None:
+        """End the thread and close the socket."""
         self._stopping = True
+        with contextlib.suppress(OSError):      # it has no peer to tell, but the thread is woken
+            self._socket.shutdown(socket.SHUT_RD)
+        if self.is_alive():
+            self.join()
+        self._socket.close()
 
 
 # ---- endpoints ------------------------------------------------------------------------------------------------------
@@ -1310,7 +1315,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         if self.stun:
             self.stun.stop()
-        self.shutdown()
+        if self._serving.is_alive():
+            self.shutdown()
         self.server_close()
         with self._connection_closed:
             for connection in self._connections:

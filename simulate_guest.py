@@ -17,7 +17,8 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"the module {error.name} is missing; python3 -m pip install {error.name} installs it")
 
-PATIENCE = 2.0      # seconds to wait for an echo
+PATIENCE = 3.0      # seconds for a server to answer
+ECHO = 2.0          # seconds for a host to echo
 
 
 def parse_arguments():
@@ -67,10 +68,10 @@ def talk(connection, began, options):
         sent = time.monotonic()
         connection.send(message)
         try:
-            while connection.recv(max(0.0, sent + PATIENCE - time.monotonic())) != message:
+            while connection.recv(max(0.0, sent + ECHO - time.monotonic())) != message:
                 pass        # the echo of an earlier message that was given up
         except TimeoutError:
-            print(f"  {message.decode()}: no echo within {PATIENCE:g} s", flush=True)
+            print(f"  {message.decode()}: no echo within {ECHO:g} s", flush=True)
             continue
         if not times:
             print(f"  first datagram both ways {1000 * (time.monotonic() - began):.0f} ms after the start", flush=True)
@@ -83,7 +84,7 @@ def talk(connection, began, options):
 
 def join(name, options):
     """Join a game and talk. The round-trip times; None if no connection came about."""
-    client = p2pclient.RendezvousClient(options.server)
+    client = p2pclient.RendezvousClient(options.server, patience=PATIENCE)
     endpoint = p2pclient.Endpoint([client.stun_server] if options.stun is None else options.stun, client.on_loopback)
     print(f"joining {p2pclient.printable(name)}; {p2pclient.describe(endpoint.candidates)}", flush=True)
     began = time.monotonic()
@@ -102,7 +103,7 @@ def main():
     options = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        chosen = choose(options, p2pclient.RendezvousClient(options.server))
+        chosen = choose(options, p2pclient.RendezvousClient(options.server, patience=PATIENCE))
         results = [join(name, options) for name in chosen]
     except ValueError as error:
         print(f"simulate_guest: {error}", file=sys.stderr)

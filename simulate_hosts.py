@@ -21,6 +21,8 @@ except ModuleNotFoundError as error:
 WHOSE = ("Ada", "Bruno", "Chidi", "Dagny", "Emeka", "Freya", "Goro", "Hana", "Ines", "Jonas", "Kaya", "Lena", "Mateo", "Nora", "Olu", "Priya")
 WHAT = ("castle", "dungeon", "island", "arena", "railway", "harbour", "orchard", "labyrinth", "lighthouse", "canyon", "glacier", "bazaar")
 
+PATIENCE = 3.0      # seconds for a server to answer
+
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -61,7 +63,7 @@ def say(name, text):
 
 def offer(options, name):
     """Register a game; None if the name is taken."""
-    client = p2pclient.RendezvousClient(options.server)
+    client = p2pclient.RendezvousClient(options.server, patience=PATIENCE)
     servers = [client.stun_server] if options.stun is None else options.stun
     endpoint = p2pclient.Endpoint(servers, client.on_loopback, keepalive=options.keepalive, report=lambda line: say(name, line))
     try:

@@ -42,6 +42,7 @@ Command line:  natlab.py check   says in one line whether a lab can run here (ex
 """
 import collections
 import concurrent.futures
+import contextlib
 import ctypes
 import fcntl
 import ipaddress
@@ -209,7 +210,7 @@ END
         if self.nat == "none":
             translation = ""
         elif self.nat in ("symmetric", "blocked"):
-            translation = 'chain translating { type nat hook postrouting priority srcnat; %s; }' % _MASQUERADE
+            translation = f"chain translating {{ type nat hook postrouting priority srcnat; {_MASQUERADE}; }}"
         else:
             translation = self._endpoint_independent()
         # The input chain drops without an answer.  If it accepted an unsolicited datagram, conntrack would keep an
@@ -481,10 +482,8 @@ def _remove(wanted):
         if not pids:
             break
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.005)
     for name in names:
         # Two cleaners at once may both try; the one that finds nothing left is content too.
@@ -553,16 +552,12 @@ def _relay(delay_ms, *ends):
     while True:
         pause = max(0, waiting[0][0] - time.monotonic()) if waiting else None
         for tunnel in select.select(tunnels, [], [], pause)[0]:
-            try:
+            with contextlib.suppress(OSError):  # the interface is down
                 waiting.append((time.monotonic() + delay, other_end[tunnel], os.read(tunnel, 65536)))
-            except OSError:
-                pass  # the interface is down
         while waiting and waiting[0][0] <= time.monotonic():
             _, tunnel, packet = waiting.popleft()
-            try:
+            with contextlib.suppress(OSError):  # the interface is down: the packet is lost
                 os.write(tunnel, packet)
-            except OSError:
-                pass  # the interface is down: the packet is lost
 
 
 def main(arguments):

@@ -7,9 +7,8 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 import natlab
+import pytest
 
 _reason = natlab.check()
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))

@@ -1,0 +1,89 @@
+"""The real programs of this repository in the laboratory: a Stage is a Lab with the server, in which hosts and guests perform."""
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import natlab
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PORT = 8000
+
+
+class Program:
+    """A Python script of this repository, running on a machine of the lab. lines: what it has said so far."""
+
+    def __init__(self, machine, script, *arguments):
+        self.script, self.lines = script, []
+        self._said = threading.Condition()
+        self._process = machine.popen([sys.executable, os.path.join(ROOT, script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", "NO_PROXY": "*"})
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self._process.stdout:
+            with self._said:
+                self.lines.append(line.rstrip())
+                self._said.notify_all()
+        with self._said:
+            self._said.notify_all()
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+    def expect(self, pattern, seconds=30, after=0):
+        """The match in the first line, after so many, in which the pattern is found; AssertionError if none comes in time."""
+        end, position = time.monotonic() + seconds, after
+        with self._said:
+            while True:
+                for line in self.lines[position:]:
+                    found = re.search(pattern, line)
+                    if found:
+                        return found
+                position = len(self.lines)
+                left = end - time.monotonic()
+                assert left > 0 and self._reader.is_alive(), f"{self.script} did not say {pattern!r} but:\n{self.text}"
+                self._said.wait(min(left, 0.5))
+
+    def say(self, line):
+        """Write a line to its standard input."""
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def wait(self, seconds=60):
+        """Its exit status, once it has ended."""
+        self._process.wait(seconds)
+        self._reader.join()
+        return self._process.returncode
+
+
+class Stage(natlab.Lab):
+    """A lab in which the real server runs. Its two public addresses serve as two STUN servers."""
+
+    def __init__(self):
+        super().__init__()
+        try:
+            self.url = f"http://{self.server.address}:{PORT}"
+            self.rendezvous = Program(self.server, "p2pserver.py", "--host", "0.0.0.0", "--port", PORT, "--poll-after", "0.1")
+            self.rendezvous.expect("listens")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _options(self):
+        return ["--server", self.url, *(word for address in self.server.addresses for word in ("--stun", f"{address}:{PORT}"))]
+
+    def host(self, machine, *options):
+        """Offer "game 1" on a machine, and wait until it is registered."""
+        host = Program(machine, "simulate_hosts.py", "--hosts", "1", "--name", "game", *self._options, *options)
+        host.expect("registered")
+        return host
+
+    def guest(self, machine, *options):
+        """Join "game 1" on a machine."""
+        return Program(machine, "simulate_guest.py", "--game", "game 1", *self._options, *options)
