@@ -1084,18 +1084,18 @@ def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> Conn
 class HostedGame:
     """A game on offer, and the guests that connect to it: a thread polls at the server's pace and connects who comes.
 
-    client: for this game alone; stun_servers: (host, port) each, the rendezvous server itself if not given; endpoint: one of
-    one's own; report: takes a line for each thing that happens. RendezvousError from the constructor: the name is taken, or so.
+    client: for this game alone; stun_servers: (host, port) each, the rendezvous server itself if not given; keepalive: seconds;
+    report: takes a line for each thing that happens. RendezvousError from the constructor: the name is taken, or so.
     """
 
     def __init__(self, client: RendezvousClient, name: str, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None,
-                 stun_servers: Optional[Sequence[Address]] = None, endpoint: Optional[Endpoint] = None,
+                 stun_servers: Optional[Sequence[Address]] = None, keepalive: float = KEEPALIVE,
                  report: Callable[[str], None] = log.info) -> None:
         self._peer_id = new_peer_id()
         self._client, self._report = client, report
         registration = client.register_game(name, self._peer_id, info, listed)
         self.name, self._pause = registration.name, registration.poll_after
-        self.endpoint = endpoint or Endpoint(default_stun(client, stun_servers), client.on_loopback, report=report)
+        self.endpoint = Endpoint(default_stun(client, stun_servers), client.on_loopback, keepalive=keepalive, report=report)
         self._calling = threading.Lock()        # one call at a time, the thread's or the game's; guards name too
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="host", daemon=True)

@@ -808,7 +808,7 @@ class StunResponder(threading.Thread):
         except OSError:
             self._socket.close()
             raise
-        self._socket.settimeout(0.5)    # seconds; where shutdown() does not wake who waits, stop() is noticed then
+        self._socket.settimeout(0.5)    # seconds; where no datagram from stop() comes, it is noticed then
         self.port: int = self._socket.getsockname()[1]
 
     def run(self) -> None:
@@ -836,8 +836,8 @@ class StunResponder(threading.Thread):
     def stop(self) -> None:
         """End the thread and close the socket."""
         self._stopping = True
-        with contextlib.suppress(OSError):      # it has no peer to tell, but the thread is woken
-            self._socket.shutdown(socket.SHUT_RD)
+        with contextlib.suppress(OSError), socket.socket(self._socket.family, socket.SOCK_DGRAM) as waker:
+            waker.sendto(b"", self._socket.getsockname())
         if self.is_alive():
             self.join()
         self._socket.close()

@@ -64,17 +64,15 @@ def say(name, text):
 def offer(options, name):
     """Register a game; None if the name is taken."""
     client = p2pclient.RendezvousClient(options.server, patience=PATIENCE)
-    servers = [client.stun_server] if options.stun is None else options.stun
-    endpoint = p2pclient.Endpoint(servers, client.on_loopback, keepalive=options.keepalive, report=lambda line: say(name, line))
     try:
-        game = p2pclient.HostedGame(client, name, options.info, endpoint=endpoint, report=lambda line: say(name, line))
+        game = p2pclient.HostedGame(client, name, options.info, stun_servers=options.stun, keepalive=options.keepalive,
+                                    report=lambda line: say(name, line))
     except p2pclient.RendezvousError as error:
-        endpoint.close()
         if error.status == 409:
             say(name, "this name is taken, trying another")
             return None
         raise
-    say(name, f"registered; {p2pclient.describe(endpoint.candidates)}")
+    say(name, f"registered; {p2pclient.describe(game.endpoint.candidates)}")
     return game
 
 
@@ -134,6 +132,8 @@ def main():
     except (p2pclient.RendezvousError, ValueError) as error:
         print(f"simulate_hosts: {error}", file=sys.stderr)
         status = 2 if isinstance(error, ValueError) else 1
+    for number in (signal.SIGINT, signal.SIGTERM):      # the next one does not wait for the server to hear of it
+        signal.signal(number, signal.SIG_DFL)
     closing = [threading.Thread(target=game.close) for game in games]
     for thread in closing:
         thread.start()
