@@ -81,7 +81,8 @@ class Guest:
 
 @dataclass(frozen=True)
 class Poll:
-    """The guests that came or moved. cursor: what to pass as after next time; gone: sessions of the replies that are gone."""
+    """The guests that came or moved. cursor: what to pass as after next time; gone: sessions of the replies that are gone; waited: the
+    server holds polls that want to wait, so the next one can follow at once."""
 
     name: str
     guests: List[Guest]
@@ -89,11 +90,12 @@ class Poll:
     expires_in: float
     poll_after: float
     gone: List[str]
+    waited: bool = False
 
 
 @dataclass(frozen=True)
 class Start:
-    """A guest's session with a game; addresses is empty while the host has none for it."""
+    """A guest's session with a game; addresses is empty while the host has none for it; waited: as in Poll."""
 
     name: str
     session_id: str
@@ -102,6 +104,15 @@ class Start:
     cursor: int
     expires_in: float
     poll_after: float
+    waited: bool = False
+
+
+class Reply(NamedTuple):
+    """Status and body of an answer, and whether it says that the server let the call wait."""
+
+    status: int
+    body: Any
+    waited: bool
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def new_peer_id() -> str:
 
 
 class RendezvousClient:
-    """Calls to one server. It is for one thread at a time.
+    """Calls to one server, from any thread.
 
     base_url: http://host:port; session: a requests.Session of one's own; timeout: seconds for one try; patience: seconds for
     which a call is repeated when the server does not answer or says 429 or 503: every call here is safe to repeat.
@@ -149,51 +160,63 @@ class RendezvousClient:
     def register_game(self, name: str, peer_id: str, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None) -> Registration:
         """Offer a game, or keep one's own alive."""
         body = without_none(name=name, peerId=peer_id, info=info, listed=listed)
-        status, answer = self._call("POST", "/games/register", body)
+        status, answer, _ = self._call("POST", "/games/register", body)
         self._registered[name] = body
         return Registration(answer["name"], status == 201, answer["expiresIn"], answer["pollAfter"])
 
     def poll_game(self, name: str, peer_id: str, addresses: Sequence[Any], after: Optional[int] = None,
-                  replies: Optional[Mapping[str, Sequence[Any]]] = None) -> Poll:
-        """Publish addresses and learn of guests. A game of ours that the server has forgotten is registered again first."""
+                  replies: Optional[Mapping[str, Sequence[Any]]] = None, wait: float = 0) -> Poll:
+        """Publish addresses and learn of guests. A game of ours that the server has forgotten is registered again first.
+
+        wait: seconds for which the server may hold the poll until there is news.
+        """
         body = without_none(name=name, peerId=peer_id, addresses=list(addresses), after=after, replies=replies)
         try:
-            _, answer = self._call("POST", "/games/poll", body)
+            _, answer, waited = self._call("POST", "/games/poll", body, wait)
         except RendezvousError as error:
             if error.status != 404 or name not in self._registered:
                 raise
             self._call("POST", "/games/register", self._registered[name])
             body.pop("after", None)
-            _, answer = self._call("POST", "/games/poll", body)
+            _, answer, waited = self._call("POST", "/games/poll", body)
         guests = [Guest(guest["sessionId"], guest["sessionKey"], guest["addresses"]) for guest in answer["guests"]]
-        return Poll(answer["name"], guests, answer["cursor"], answer["expiresIn"], answer["pollAfter"], answer.get("gone", []))
+        return Poll(answer["name"], guests, answer["cursor"], answer["expiresIn"], answer["pollAfter"], answer.get("gone", []), waited)
 
-    def start_game(self, name: str, peer_id: str, addresses: Sequence[Any]) -> Start:
-        """Join a game as a guest, or say that one is still there. To do it again is the same session."""
-        _, answer = self._call("POST", "/games/start", {"name": name, "peerId": peer_id, "addresses": list(addresses)})
+    def start_game(self, name: str, peer_id: str, addresses: Sequence[Any], wait: float = 0) -> Start:
+        """Join a game as a guest, or say that one is still there: to do it again is the same session.
+
+        wait: seconds for which the server may hold the call until the host has addresses.
+        """
+        _, answer, waited = self._call("POST", "/games/start", {"name": name, "peerId": peer_id, "addresses": list(addresses)}, wait)
         return Start(answer["name"], answer["sessionId"], answer["sessionKey"], answer["addresses"], answer["cursor"],
-                     answer["expiresIn"], answer["pollAfter"])
+                     answer["expiresIn"], answer["pollAfter"], waited)
 
     def list_games(self) -> List[GameInfo]:
         """The listed games, oldest first."""
-        _, answer = self._call("GET", "/games")
-        return [game_info(game) for game in answer["games"]]
+        return [game_info(game) for game in self._call("GET", "/games").body["games"]]
 
     def get_game(self, name: str) -> GameInfo:
         """One game, listed or not."""
-        return game_info(self._call("GET", game_path(name))[1])
+        return game_info(self._call("GET", game_path(name)).body)
 
     def update_game(self, name: str, peer_id: str, new_name: Optional[str] = None, info: Optional[Dict[str, Any]] = None,
                     listed: Optional[bool] = None) -> GameInfo:
         """Rename or describe one's own game."""
         body = without_none(peerId=peer_id, name=new_name, info=info, listed=listed)
+        # A poll of another thread that the renaming overtakes must not register the old name again.
+        registered = self._registered.pop(name, None)
         try:
-            _, answer = self._call("PATCH", game_path(name), body)
-        except RepeatedNotFound:    # a first try whose answer was lost may have renamed it: only its owner may update the new name
-            _, answer = self._call("PATCH", game_path(new_name or name), body)
+            try:
+                answer = self._call("PATCH", game_path(name), body).body
+            except RepeatedNotFound:    # a first try whose answer was lost may have renamed it: only its owner may update the new name
+                answer = self._call("PATCH", game_path(new_name or name), body).body
+        except RendezvousError:
+            if registered:
+                self._registered[name] = registered
+            raise
         game = game_info(answer)
-        if name in self._registered:
-            self._registered[game.name] = {**self._registered.pop(name), **body, "name": game.name}
+        if registered:
+            self._registered[game.name] = {**registered, **body, "name": game.name}
         return game
 
     def delete_game(self, name: str, peer_id: str) -> None:
@@ -204,21 +227,23 @@ class RendezvousClient:
 
     def health(self) -> Dict[str, Any]:
         """What the server says of itself: status, version, games, guests."""
-        answer: Dict[str, Any] = self._call("GET", "/healthz")[1]
+        answer: Dict[str, Any] = self._call("GET", "/healthz").body
         return answer
 
-    def _call(self, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Tuple[int, Any]:
-        """Status and answer of a call that is repeated while patience lasts."""
+    def _call(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, wait: float = 0) -> Reply:
+        """The answer to a call that is repeated while patience lasts. The server may hold it for wait seconds (RFC 7240 section 4.3)."""
         patience, pause, repeated = Deadline(self._patience), 0.1, False
+        headers = {"Prefer": f"wait={int(wait)}"} if wait >= 1 else {}
         while True:
             try:
-                response = self._session.request(method, self.base_url + path, json=body, timeout=self._timeout, allow_redirects=False)
+                response = self._session.request(method, self.base_url + path, json=body, headers=headers, timeout=self._timeout + wait,
+                                                 allow_redirects=False)
             except requests.RequestException as error:
                 failure = RendezvousError(0, f"cannot reach {self.base_url}: {plain_reason(error)}")
                 wait, repeated = pause, True
             else:
                 if response.status_code < 300:
-                    return response.status_code, json_of(response)
+                    return Reply(response.status_code, json_of(response), "Preference-Applied" in response.headers)
                 failure = refusal(response, repeated)
                 if response.status_code not in (429, 503):
                     raise failure
@@ -402,8 +427,8 @@ class Candidates:
 
     @property
     def published(self) -> List[Any]:
-        """What to tell the server: a symmetric NAT is worth knowing to a peer who cannot get through."""
-        return [*self.addresses, {"nat": "symmetric"}] if self.nat == "symmetric" else list(self.addresses)
+        """What to tell the server. That a NAT is symmetric, or UDP blocked, is worth knowing to a peer who cannot get through."""
+        return [*self.addresses, {"nat": self.nat}] if self.nat in ("symmetric", "no answer") else list(self.addresses)
 
 
 def open_socket(port: int = 0) -> socket.socket:
@@ -553,6 +578,8 @@ FIRST_MOMENTS = 0.3         # seconds in which a guest still prefers a better ad
 CONSENT_INTERVAL = 5.0      # seconds, times 0.8 to 1.2 (RFC 7675 section 5.1)
 CONSENT_TIME = 30.0         # seconds of silence after which the peer is lost (RFC 7675 section 5.1)
 STALE_TIME = 10.0           # seconds of silence after which its other addresses are tried again
+UNHEARD_CHECKS = 100        # checks at once to one IP address that has not answered yet, over all sessions of a socket,
+UNHEARD_INTERVAL = 0.05     # and seconds for one more: whoever lists a third party in many sessions gains nothing
 REMEMBERED = 1024           # requests and transactions of a session that are remembered
 
 NO_WAY = "no check got through in both directions"
@@ -585,7 +612,7 @@ class Session:
         self._nominated: Optional[Address] = None       # by the guest
         self._confirmed = not controlling               # the host has answered a nomination
         self._triggered: Deque[Address] = collections.deque()
-        self._turn = 0
+        self._turn = 0                                  # whose turn it is to be checked; below 0 it is the likely one's
         self._last_check = now - CHECK_INTERVAL
         self._last_answer = now                         # when the selected address last answered
         self._next_consent = now
@@ -593,11 +620,14 @@ class Session:
         self._pending: collections.OrderedDict[bytes, Tuple[Address, float, bool]] = collections.OrderedDict()
         self._requests: collections.OrderedDict[bytes, Address] = collections.OrderedDict()   # that came, by transaction
 
-    def add(self, candidates: Iterable[Any]) -> None:
-        """Learn the peer's addresses from the server."""
+    def add(self, candidates: Iterable[Any], mapped: Optional[Address] = None) -> None:
+        """Learn the peer's addresses from the server. mapped: our own public one: who shares it is a neighbour, whom to try at its first
+        address first; everybody else is likely to be where STUN sees him, which is listed last."""
         for address in filter(None, map(parse_candidate, candidates)):
             if address not in self.remotes and len(self.remotes) < MAX_CANDIDATES:
                 self.remotes.append(address)
+        if not self.sent and mapped and all(host != mapped[0] for host, _ in self.remotes):
+            self._turn = -2     # the first check opens our router, and the second may find his open
 
     def tick(self, now: float) -> List[Sending]:
         """Do what is due."""
@@ -721,7 +751,7 @@ class Session:
         if self.selected and not self._confirmed:
             return self.selected
         self._turn += 1
-        return self.remotes[(self._turn - 1) % len(self.remotes)]
+        return self.remotes[-1 if self._turn <= 0 else (self._turn - 1) % len(self.remotes)]
 
     def _next_check(self, now: float) -> float:
         """When the next check may go out: never more than one for each interval and session, never more than MAX_CHECKS."""
@@ -849,16 +879,18 @@ class Endpoint:
     """One UDP socket with all its sessions. A host has one for all its guests; a guest has one for the game it joins.
 
     stun_servers: (host, port) each; loopback: whether peers may be on this very machine; sock: a bound UDP socket of one's own,
-    which is then read by this alone; keepalive, consent_interval: seconds; report: takes a line for each thing that happens.
+    which is then read by this alone; keepalive, consent_interval: seconds; report: takes a line for each thing that happens;
+    moved: called when the candidates have changed, and not to block.
     The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer.
     """
 
     def __init__(self, stun_servers: Sequence[Address] = (), loopback: bool = False, sock: Optional[socket.socket] = None,
-                 keepalive: float = KEEPALIVE, consent_interval: float = CONSENT_INTERVAL, report: Callable[[str], None] = log.info) -> None:
+                 keepalive: float = KEEPALIVE, consent_interval: float = CONSENT_INTERVAL, report: Callable[[str], None] = log.info,
+                 moved: Callable[[], None] = lambda: None) -> None:
         self.socket = sock or open_socket()
         self.socket.setblocking(False)
         self.candidates = gather_candidates(self.socket, stun_servers, loopback)
-        self._loopback, self._report = loopback, report
+        self._loopback, self._report, self._moved = loopback, report, moved
         self._stun_servers = resolve(stun_servers, self.socket.family == socket.AF_INET6)
         self._keepalive, self._next_keepalive = keepalive, time.monotonic() + keepalive
         self._consent_interval = consent_interval
@@ -868,6 +900,7 @@ class Endpoint:
         self._connections: Dict[str, Connection] = {}           # by sessionId, whether connected yet or not
         self._ended: collections.OrderedDict[str, Session] = collections.OrderedDict()  # sessions that are over
         self._backlog: Deque[Connection] = collections.deque()  # guests that accept() has not returned yet
+        self._unheard: collections.OrderedDict[str, float] = collections.OrderedDict()  # IP addresses, and when each has all its UNHEARD_CHECKS again
         self._asked: Dict[bytes, Address] = {}                  # STUN servers, by the transaction that asks them
         self._seen: Dict[Address, Address] = {}                 # where they see us, as far as they have answered this time
         self._closed = False
@@ -930,8 +963,8 @@ class Endpoint:
                     session.over = earlier.over
                     return connection
                 self._connections[session_id] = connection
-            connection._session.add(address for address in addresses if self._loopback or not is_loopback(address))
-            self._send(connection._session.tick(now))
+            connection._session.add((address for address in addresses if self._loopback or not is_loopback(address)), self.candidates.mapped)
+            self._send_for(connection._session, connection._session.tick(now), now)
         self._wake()
         return connection
 
@@ -949,6 +982,18 @@ class Endpoint:
     def _send(self, sendings: Iterable[Sending]) -> None:
         for datagram, address in sendings:
             send_to(self.socket, datagram, address)
+
+    def _send_for(self, session: Session, sendings: Iterable[Sending], now: float) -> None:
+        """Send what a session has to send, but for checks too many to who has not been heard."""
+        self._send(each for each in sendings if each[1] in session.heard or self._may_bother(each[1][0], now))
+
+    def _may_bother(self, host: str, now: float) -> bool:
+        """A token bucket for each IP address."""
+        full_at = max(self._unheard.pop(host, 0.0), now) + UNHEARD_INTERVAL
+        allowed = full_at <= now + UNHEARD_CHECKS * UNHEARD_INTERVAL
+        self._unheard[host] = full_at if allowed else full_at - UNHEARD_INTERVAL
+        trim(self._unheard)
+        return allowed
 
     def _run(self) -> None:
         """The thread: wait for datagrams until something is due, do it, and so on."""
@@ -971,7 +1016,7 @@ class Endpoint:
         for connection in list(self._connections.values()):
             session = connection._session
             if session.due <= now:
-                self._send(session.tick(now))
+                self._send_for(session, session.tick(now), now)
             self._notice(connection)
         return max(0.0, min([self._next_keepalive, *(connection._session.due for connection in self._connections.values())]) - now)
 
@@ -1007,7 +1052,8 @@ class Endpoint:
         else:
             candidates = [self._connections[name]] if name in self._connections else []
         for connection in candidates:
-            self._send(connection._session.receive(message, source, time.monotonic()))
+            now = time.monotonic()
+            self._send_for(connection._session, connection._session.receive(message, source, now), now)
             self._notice(connection)
 
     def _notice(self, connection: Connection) -> None:
@@ -1044,8 +1090,10 @@ class Endpoint:
         before, own = self.candidates, gather_addresses(self.socket, self._loopback, self._stun_servers)
         self.candidates = candidates_from(own, self._seen, True)
         self._seen = {}
-        if self.candidates.mapped != before.mapped:
-            self._report(f"the public address is now {text_of(self.candidates.mapped)}" if self.candidates.mapped else "")
+        if self.candidates.mapped and self.candidates.mapped != before.mapped:
+            self._report(f"the public address is now {text_of(self.candidates.mapped)}")
+        if self.candidates.addresses != before.addresses:
+            self._moved()
 
 
 def is_loopback(candidate: Any) -> bool:
@@ -1058,13 +1106,17 @@ RELAY = "What would help: a port forwarded on the router of one of you, IPv6 on 
 
 def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> ConnectFailed:
     """Why a guest did not reach its host, as far as can be told from what was seen."""
-    yours, hosts = own.nat == "symmetric", any(isinstance(each, dict) and each.get("nat") == "symmetric" for each in published)
+    told = [each.get("nat") for each in published if isinstance(each, dict)]
+    yours, hosts = own.nat == "symmetric", "symmetric" in told
     advice = "What would help: a port forwarded on the router of one of you, IPv6 on both sides, or a relay (TURN)."
     if session.over != NO_WAY:
         reason, advice = session.over, ""
     elif own.nat == "no answer":
         reason = "no UDP datagram comes back to you, not even from the STUN server"
         advice = "A firewall or router seems to block UDP: try another network, or a relay (TURN)."
+    elif "no answer" in told:
+        reason = "the host never answered, nor does any STUN server answer it"
+        advice = "Its firewall or router seems to block UDP: it might try another network, or a relay (TURN)."
     elif yours and hosts:
         reason = "both routers give each destination another port (symmetric NAT), so neither of you can be told where to send"
     elif yours or hosts:
@@ -1081,8 +1133,12 @@ def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> Conn
 
 # ---- games ----------------------------------------------------------------------------------------------------------
 
+WAIT = 25.0     # seconds for which servers are asked to hold a call until there is news
+
+
 class HostedGame:
-    """A game on offer, and the guests that connect to it: a thread polls at the server's pace and connects who comes.
+    """A game on offer, and the guests that connect to it. A thread polls, held by the server until there is news, or at its pace if it
+    does not hold polls, and connects who comes.
 
     client: for this game alone; stun_servers: (host, port) each, the rendezvous server itself if not given; keepalive: seconds;
     report: takes a line for each thing that happens. RendezvousError from the constructor: the name is taken, or so.
@@ -1093,10 +1149,8 @@ class HostedGame:
                  report: Callable[[str], None] = log.info) -> None:
         self._peer_id = new_peer_id()
         self._client, self._report = client, report
-        registration = client.register_game(name, self._peer_id, info, listed)
-        self.name, self._pause = registration.name, registration.poll_after
-        self.endpoint = Endpoint(default_stun(client, stun_servers), client.on_loopback, keepalive=keepalive, report=report)
-        self._calling = threading.Lock()        # one call at a time, the thread's or the game's; guards name too
+        self.name = client.register_game(name, self._peer_id, info, listed).name
+        self.endpoint = Endpoint(default_stun(client, stun_servers), client.on_loopback, keepalive=keepalive, report=report, moved=self._publish)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="host", daemon=True)
         self._thread.start()
@@ -1107,12 +1161,14 @@ class HostedGame:
 
     def update(self, new_name: Optional[str] = None, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None) -> None:
         """Rename or describe the game. RendezvousError."""
-        with self._calling:
-            self.name = self._client.update_game(self.name, self._peer_id, new_name, info, listed).name
+        self.name = self._client.update_game(self.name, self._peer_id, new_name, info, listed).name
 
     def close(self) -> None:
         """End the game: it is deleted at the server, and its connections are closed."""
-        self._closed.set()
+        if not self._closed.is_set():
+            self._closed.set()
+            with contextlib.suppress(RendezvousError):
+                self._client.delete_game(self.name, self._peer_id)      # which answers the poll that the server holds
         self._thread.join(5.0)
         self.endpoint.close()
 
@@ -1122,15 +1178,26 @@ class HostedGame:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _publish(self) -> None:
+        """The addresses have changed: the server is told by a poll of its own, which ends the one that it holds."""
+        threading.Thread(target=self._publish_now, name="publish", daemon=True).start()
+
+    def _publish_now(self) -> None:
+        with contextlib.suppress(RendezvousError):
+            self._client.poll_game(self.name, self._peer_id, self.endpoint.candidates.published)
+
     def _run(self) -> None:
-        cursor, reachable = None, True
+        cursor, reachable, pause = None, True, 2.0
         while not self._closed.is_set():
+            began = time.monotonic()
             try:
-                with self._calling:
-                    poll = self._client.poll_game(self.name, self._peer_id, self.endpoint.candidates.published, after=cursor)
+                poll = self._client.poll_game(self.name, self._peer_id, self.endpoint.candidates.published, after=cursor, wait=WAIT)
             except RendezvousError as error:
+                if self._closed.is_set():
+                    return
                 if error.status in (400, 403, 409):     # the name is somebody else's now, or we are not understood
                     self._report(f"the game is lost: {error}")
+                    self._closed.set()
                     self.endpoint.close()
                     return
                 if reachable:
@@ -1139,12 +1206,13 @@ class HostedGame:
             else:
                 if not reachable:
                     self._report("the server is back")
-                reachable, cursor, self._pause = True, poll.cursor, poll.poll_after
+                reachable, cursor = True, poll.cursor
                 for guest in poll.guests:
                     self.endpoint.expect(guest)
-            self._closed.wait(self._pause)
-        with contextlib.suppress(RendezvousError), self._calling:
-            self._client.delete_game(self.name, self._peer_id)
+                # Who was held can ask again at once, unless the server holds polls in name only.
+                held = poll.waited and (poll.guests or time.monotonic() - began > 1)
+                pause = 0.0 if held else poll.poll_after
+            self._closed.wait(pause)
 
 
 def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequence[Address]] = None, timeout: float = 30.0,
@@ -1156,12 +1224,13 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
     own = endpoint or Endpoint(default_stun(client, stun_servers), client.on_loopback)
     try:
         peer_id, deadline = new_peer_id(), Deadline(timeout)
-        start = client.start_game(name, peer_id, own.candidates.published)
+        start = client.start_game(name, peer_id, own.candidates.published, min(WAIT, timeout))
         while not start.addresses:
-            if start.poll_after > deadline.left():
+            pause = 0.0 if start.waited else start.poll_after
+            if pause >= deadline.left():
                 raise ConnectFailed("the host has published no address", "It is registered, but does not poll: it may just have crashed.")
-            time.sleep(start.poll_after)
-            start = client.start_game(name, peer_id, own.candidates.published)
+            time.sleep(pause)
+            start = client.start_game(start.name, peer_id, own.candidates.published, min(WAIT, deadline.left()))
         connection = connect_or_explain(client, own, start)
         connection._owns_endpoint = endpoint is None
         return connection

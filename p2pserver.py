@@ -5,8 +5,8 @@ A host offers a game under a name; guests look it up; the two hand each other th
 server and from then on talk directly. JSON over HTTP/1.1, fields in brackets are optional:
 
     POST   /games/register  {name, peerId, [info, listed]}              a host offers a game: 201; its owner again: 200
-    POST   /games/poll      {name, peerId, addresses, [after, replies]} a host publishes its addresses and learns of guests
-    POST   /games/start     {name, peerId, addresses}                   a guest asks for the host's addresses: 200, or 202: none yet
+    POST   /games/poll      {name, peerId, addresses, [after, replies, wait]} a host publishes its addresses, learns of guests
+    POST   /games/start     {name, peerId, addresses, [wait]}           a guest asks for the host's addresses: 200, or 202: none yet
     GET    /games                                                       the listed games, oldest first
     GET    /games/<name>                                                one game
     PATCH  /games/<name>    {peerId, [name, info, listed]}              its host renames or describes it (PUT does the same)
@@ -23,10 +23,13 @@ server and from then on talk directly. JSON over HTTP/1.1, fields in brackets ar
 The peerId authorises: whoever registers a game with it owns the game. It is never shown to anybody, logged or kept: the
 registry holds a keyed digest. Each host and guest pair gets a session of its own, whose sessionKey only the two know.
 
-Threads: one accepts connections and, several times a second, removes what has expired; each connection has a thread of its
-own, which reads a request, calls one endpoint and writes one answer. All games live in the Registry behind its one lock,
-which is held for dictionary work alone: nothing is parsed, serialised, sent or logged under it. What happens to games is
-queued as events and logged afterwards. The main thread only waits for the signal to stop.
+With wait, or Prefer: wait=N (RFC 7240), a poll without news is held until there are some, and a start until the host has
+addresses; Preference-Applied in the answer says that it was.
+
+Threads: one accepts connections and, several times a second, removes what has expired. One, the lot, watches all connections that
+wait: for their next request, the rest of one, or what they are held for. A pool of a few serves those that need not wait. One answers
+STUN. All games live in the Registry behind its one lock, which is held for dictionary work alone: nothing is parsed, serialised, sent or
+logged under it. What happens to games is queued as events and logged afterwards. The main thread only waits for the signal to stop.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ import argparse
 import array
 import collections
 import contextlib
+import email.utils
 import errno
 import functools
 import hashlib
@@ -43,7 +47,9 @@ import ipaddress
 import json
 import logging
 import os
+import queue
 import re
+import selectors
 import signal
 import socket
 import socketserver
@@ -55,7 +61,7 @@ import types
 import unicodedata
 import urllib.parse
 import zlib
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple, Union
 
 if __name__ == "__main__":
     # http.client imports ssl, which costs this process 4 MB and a fifth of its start, and which a server does not use.
@@ -97,32 +103,38 @@ class Option(NamedTuple):
             if text not in ("0", "1"):
                 raise ValueError("must be 1 or 0")
             return text == "1"
-        if isinstance(self.default, str):
-            if self.choices and text not in self.choices:
-                raise ValueError("must be one of " + ", ".join(self.choices))
-            if not text.isascii() or not text.isprintable():
-                raise ValueError("must be printable ASCII")
-            return text
         try:
-            number = type(self.default)(text)
+            value = type(self.default)(text)
         except ValueError:
             raise ValueError("must be a number" if isinstance(self.default, float) else "must be a whole number") from None
-        if not self.low <= number <= self.high:
-            raise ValueError(f"must be from {self.low:g} to {self.high:g}")
-        return number
+        return self.check(value)
+
+    def check(self, value: Any) -> Any:
+        """The value; ValueError with the rule if it is out of bounds."""
+        if isinstance(value, str):
+            if self.choices and value not in self.choices:
+                raise ValueError("must be one of " + ", ".join(self.choices))
+            if not value.isascii() or not value.isprintable():
+                raise ValueError("must be printable ASCII")
+        elif not isinstance(value, bool) and not self.low <= value <= self.high:
+            raise ValueError(f"must be from {self.low:.15g} to {self.high:.15g}")
+        return value
 
 
 OPTIONS = (
     Option("host", "", "address to listen on; all addresses, IPv6 and IPv4, if not given"),
     Option("port", 8000, "port to listen on, TCP for HTTP and UDP for STUN; 0 picks a free one and prints it", 0, 65535),
     Option("stun_port", 0, "another UDP port for STUN than that of HTTP", 0, 65535),
-    Option("stun_rate", 5.0, "STUN answers a second to one address, and 20 at once; 0 for no limit", 0, 1_000_000),
+    Option("stun_rate", 5.0, "STUN answers a second to one address, and 50 at once; 0 for no limit", 0, 1_000_000),
     Option("no_stun", False, "no STUN: clients then need another STUN server"),
     Option("game_ttl", 60.0, "seconds after which a game whose host is silent is gone", 1, 86400),
     Option("guest_ttl", 60.0, "seconds after which a guest who has not started again is gone", 1, 86400),
     Option("poll_after", 2.0, "seconds that clients are advised to wait between two polls", 0.1, 3600),
     Option("max_games", 10000, "games at once", 1, 10_000_000),
     Option("max_guests", 64, "guests of one game at once", 1, 100_000),
+    Option("max_wait", 25, "seconds for which a poll or start is held at the most", 0, 3600),
+    Option("max_waiting", 20000, "polls and starts held at once; beyond that they are answered without waiting", 0, 10_000_000),
+    Option("max_threads", 32, "threads that serve connections; one that waits needs none", 1, 10_000),
     Option("max_body", 16384, "bytes in the body of a request", 1024, 16_777_216),
     Option("idle_timeout", 75.0, "seconds of silence after which a connection is closed", 1, 3600),
     Option("cors_origin", "*", "origin whose web pages may call: * for all, empty for none"),
@@ -140,6 +152,12 @@ MAX_NUMBER = 2 ** 53 - 1    # what every JSON reader holds exactly (RFC 8259 sec
 MAX_REQUEST_LINE = 8192     # bytes; RFC 9112 section 3 asks for 8000 at least
 MAX_HEAD = 32768        # bytes
 MAX_HEADER_FIELDS = 100
+REQUEST_TIME = 10.0     # seconds for a request to arrive, from its first byte to its last
+SEND_TIME = 10.0        # seconds in which a client must read some of an answer
+LINGER_TIME = 2.0       # seconds that a refused request may go on arriving before its connection is cut
+THREAD_PATIENCE = 0.02  # seconds that a thread stays with a connection to see whether more comes at once
+CROWDED = 5             # times as long between two polls is advised where one could not be held
+THREAD_IDLE = 10.0      # seconds after which a thread that has nothing to do ends
 RETRY_AFTER = 10        # seconds, where a full server or game may have room again
 
 
@@ -147,11 +165,14 @@ class Settings(types.SimpleNamespace):
     """The values of OPTIONS by name. ValueError names the first fault: a value out of bounds, or two that do not go together."""
 
     def __init__(self, **values: Any) -> None:
-        super().__init__(**{option.name: option.default for option in OPTIONS})
-        for name, value in values.items():
-            if not hasattr(self, name):
-                raise ValueError(f"there is no option {name}")
-            setattr(self, name, value)
+        super().__init__(**{option.name: values.pop(option.name, option.default) for option in OPTIONS})
+        for name in values:
+            raise ValueError(f"there is no option {name}")
+        for option in OPTIONS:
+            try:
+                option.check(getattr(self, option.name))
+            except ValueError as fault:
+                raise ValueError(f"{option.flag} {fault}") from None
         for shorter, longer, why in (
             ("poll_after", "game_ttl", "or every game is gone before its host polls again"),
             ("poll_after", "guest_ttl", "or every guest is gone before it starts again"),
@@ -196,16 +217,25 @@ class Full(Problem):
 # ValueError with the rule. Past these checks a value is trusted.
 
 Check = Callable[[Any, bool], Any]
+Wake = Callable[[], None]
 Addresses = Tuple[Union[str, bytes], ...]       # the objects among them packed
 
+PREFER_WAIT = re.compile(r'(?:^|[,;])[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE)
 RESERVED_NAMES = (".", "..", "register", "poll", "start")   # they are paths, or clients fold them away (RFC 3986 section 5.2.4)
 IP_PORT = re.compile(r"(?:([0-9]+(?:\.[0-9]+){3})|\[([0-9A-Fa-f:.]+(?:%[^\]]*)?)\]):([0-9]+)")
 
 
 def check_name(value: Any, local: bool = False) -> str:
     """A game's name, normalised to NFC: two ways of typing one name are one game."""
+    if not isinstance(value, str):
+        raise ValueError(f"must be a string of 1 to {MAX_NAME} characters")
+    return normal_name(value)
+
+
+@functools.lru_cache(maxsize=4096)   # hosts poll under the same name again and again
+def normal_name(value: str) -> str:
     # What is four times too long stays too long: NFC makes at most four characters one. It bounds the work of normalising.
-    if not isinstance(value, str) or not 0 < len(value) <= 4 * MAX_NAME:
+    if not 0 < len(value) <= 4 * MAX_NAME:
         raise ValueError(f"must be a string of 1 to {MAX_NAME} characters")
     name = unicodedata.normalize("NFC", value)
     if len(name) > MAX_NAME:
@@ -314,6 +344,12 @@ def check_cursor(value: Any, local: bool) -> int:
     return value
 
 
+def check_wait(value: Any, local: bool) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
+        raise ValueError("must be a whole number of seconds")
+    return value
+
+
 class Field(NamedTuple):
     """A field of a body. Absent or null, an optional one is None."""
 
@@ -403,7 +439,7 @@ def parse_body(body: bytes) -> Dict[str, Any]:
 class Game:
     """A game while its host is alive. Versions are values of the registry's cursor; 0 stands for never."""
 
-    __slots__ = ("name", "owner", "info", "listed", "addresses", "offered", "guests", "changed", "born")
+    __slots__ = ("name", "owner", "info", "listed", "addresses", "offered", "guests", "changed", "born", "hold")
 
     def __init__(self, name: str, owner: bytes, version: int) -> None:
         self.name = name
@@ -415,12 +451,13 @@ class Game:
         self.guests: Dict[bytes, Guest] = {}            # by the seal of their peerId, in the order they came
         self.changed = version                          # when a guest last came or moved
         self.born = version                             # the order of the list, which a rename keeps
+        self.hold: Optional[Hold] = None                # its host's poll, if that is held
 
 
 class Guest:
     """One guest's session with one game."""
 
-    __slots__ = ("game", "seal", "session_id", "session_key", "addresses", "changed", "reply", "replied")
+    __slots__ = ("game", "seal", "session_id", "session_key", "addresses", "changed", "reply", "replied", "hold")
 
     def __init__(self, game: Game, seal: bytes, session_id: str, session_key: str) -> None:
         self.game, self.seal = game, seal
@@ -429,6 +466,16 @@ class Guest:
         self.changed = 0                                # version of addresses
         self.reply: Optional[Addresses] = None    # what the host offers this guest in place of the game's addresses
         self.replied = 0                                # version of reply
+        self.hold: Optional[Hold] = None                # its start, if that is held
+
+
+class Hold:
+    """A poll or start that is held until there is news: wake is called once, in any thread, when it is to be resumed."""
+
+    __slots__ = ("entry", "since", "wake")
+
+    def __init__(self, entry: Union[Game, Guest], since: int, wake: Wake) -> None:
+        self.entry, self.since, self.wake = entry, since, wake
 
 
 class GameView(NamedTuple):
@@ -449,11 +496,22 @@ class Session(NamedTuple):
 
 
 class Polled(NamedTuple):
-    """What a host learns from a poll: guests, the cursor to poll with next time, and the sessions of its replies that are gone."""
+    """What a host learns from a poll: guests, the cursor to poll with next time, the sessions of its replies that are gone; or a hold."""
 
+    name: str
     guests: List[Session]
     cursor: int
     gone: List[str]
+    hold: Optional[Hold] = None
+
+
+class Started(NamedTuple):
+    """What a guest learns from a start: the host's addresses, empty while it has none for it, and their cursor; or a hold."""
+
+    name: str
+    session: Session
+    cursor: int
+    hold: Optional[Hold] = None
 
 
 class Event(NamedTuple):
@@ -502,6 +560,9 @@ class Registry:
         # Each with its deadline, the one to end first in front: expiry looks at the front only, never at all of them.
         self._game_queue: collections.OrderedDict[Game, float] = collections.OrderedDict()
         self._guest_queue: collections.OrderedDict[Guest, float] = collections.OrderedDict()
+        self._holding = 0                               # how many holds there are
+        self._woken: List[Wake] = []                    # to be called once the lock is free
+        self.listing = 0                                # grows with every change of what list_games() gives; may be read without the lock
         # What is to be logged once the lock is free. A deque's ends are safe without the lock.
         self.events: collections.deque[Event] = collections.deque()
 
@@ -511,14 +572,14 @@ class Registry:
         Conflict: somebody else has the name. Full: there are max_games.
         """
         seal = self._seal(peer_id)
-        with self._lock:
-            now = self._expire()
+        with self._turn() as now:
             game = self._games.get(name)
             created = game is None
             if game is None:
                 if len(self._games) >= self._settings.max_games:
                     raise Full(f"there are {len(self._games)} games, which is all this server takes")
                 game = self._games[name] = Game(name, seal, self._next_version())
+                self.listing += 1
                 self.events.append(Event("register_game", name))
             elif not hmac.compare_digest(game.owner, seal):
                 raise Conflict(f"the name {name!r} is taken")
@@ -527,34 +588,45 @@ class Registry:
             return created
 
     def poll_game(self, name: str, peer_id: str, addresses: Addresses, after: Optional[int] = None,
-                  replies: Optional[Mapping[str, Addresses]] = None) -> Polled:
+                  replies: Optional[Mapping[str, Addresses]] = None, wake: Optional[Wake] = None) -> Polled:
         """Publish the host's addresses and replies; learn of the guests that came or moved since the cursor after, or of all.
 
-        NotFound, Forbidden.
+        With wake, and without news or while there is room, the poll is held: resume_poll() gives the answer. A host has one hold: an
+        earlier one is resumed. NotFound, Forbidden.
         """
         seal = self._seal(peer_id)
-        with self._lock:
-            now = self._expire()
+        with self._turn() as now:
             game = self._owned(name, seal)
             self._host_alive(game, now)
+            self._resume(game)
             if addresses != game.addresses:
-                if not game.offered:
-                    self.events.append(Event("poll_game", name, f"first addresses: {len(addresses)}"))
-                game.addresses, game.offered = addresses, self._next_version()
+                self._host_moved(game, addresses)
             gone = self._reply(game, replies or {})
             # A cursor ahead of ours was given out by an earlier run whose clock was ahead: it says nothing about these guests.
             since = after if after is not None and after <= self._cursor else -1
-            guests = [Session(guest.session_id, guest.session_key, guest.addresses) for guest in game.guests.values() if guest.changed > since]
-            return Polled(guests, game.changed, gone)
+            polled = self._polled(game, since, gone)
+            if wake is None or polled.guests or gone:
+                return polled
+            return Polled(*polled[:4], self._hold(game, since, wake))
 
-    def start_game(self, name: str, peer_id: str, addresses: Addresses) -> Tuple[Session, int]:
-        """Join a game as a guest, or say that one is still there. The host's addresses, empty while it has none for this guest, and their cursor.
+    def resume_poll(self, hold: Hold) -> Polled:
+        """The answer to a poll that was held, at whatever time. NotFound: the game is gone."""
+        with self._turn() as now:
+            self._let_go(hold)
+            game = hold.entry
+            assert isinstance(game, Game)
+            if self._games.get(game.name) is not game:
+                raise NotFound(f"the game {game.name!r} is gone")
+            self._host_alive(game, now)
+            return self._polled(game, hold.since, [])
+
+    def start_game(self, name: str, peer_id: str, addresses: Addresses, wake: Optional[Wake] = None) -> Started:
+        """Join a game as a guest, or say that one is still there. With wake, and while there is room, it is held until the host has addresses.
 
         NotFound; Conflict: the host's own game; Full: there are max_guests.
         """
         seal = self._seal(peer_id)
-        with self._lock:
-            now = self._expire()
+        with self._turn() as now:
             game = self._found(name)
             if hmac.compare_digest(game.owner, seal):
                 raise Conflict("a host cannot start its own game")
@@ -564,39 +636,57 @@ class Registry:
                     raise Full(f"the game has {len(game.guests)} guests, which is all this server takes")
                 guest = game.guests[seal] = Guest(game, seal, self._new_id(), self._new_id())
                 self._guest_moved(guest, addresses)
+                self.listing += 1
                 self.events.append(Event("start_game", name, f"guests: {len(game.guests)}"))
-            self._guest_queue[guest] = now + self._settings.guest_ttl
-            self._guest_queue.move_to_end(guest)
+            self._guest_alive(guest, now)
+            self._resume(guest)
             if addresses != guest.addresses:
                 self._guest_moved(guest, addresses)
-            offer, version = (game.addresses, game.offered) if guest.reply is None else (guest.reply, guest.replied)
-            return Session(guest.session_id, guest.session_key, offer), version
+            started = self._started(guest)
+            if wake is None or started.session.addresses:
+                return started
+            return Started(*started[:3], self._hold(guest, 0, wake))
+
+    def resume_start(self, hold: Hold) -> Started:
+        """The answer to a start that was held, at whatever time. NotFound: the game is gone."""
+        with self._turn() as now:
+            self._let_go(hold)
+            guest = hold.entry
+            assert isinstance(guest, Guest)
+            if guest not in self._guest_queue:
+                raise NotFound(f"the game {guest.game.name!r} is gone")
+            self._guest_alive(guest, now)
+            return self._started(guest)
+
+    def let_go(self, hold: Hold) -> None:
+        """Forget a hold whose client has hung up."""
+        with self._lock:
+            self._let_go(hold)
 
     def list_games(self) -> List[GameView]:
         """The listed games, oldest first."""
-        with self._lock:
-            self._expire()
+        with self._turn():
             games = sorted((game for game in self._games.values() if game.listed), key=lambda game: game.born)
             return [self._view(game) for game in games]
 
     def get_game(self, name: str) -> GameView:
         """One game, listed or not. NotFound."""
-        with self._lock:
-            self._expire()
+        with self._turn():
             return self._view(self._found(name))
 
     def update_game(self, name: str, peer_id: str, new_name: Optional[str] = None, info: Optional[bytes] = None,
                     listed: Optional[bool] = None) -> GameView:
         """Rename or describe a game, which keeps its guests. NotFound; Forbidden; Conflict: the new name is taken."""
         seal = self._seal(peer_id)
-        with self._lock:
-            self._expire()
+        with self._turn():
             game = self._owned(name, seal)
             if new_name is not None and new_name != name:
                 if new_name in self._games:
                     raise Conflict(f"the name {new_name!r} is taken")
                 self._games[new_name] = self._games.pop(name)
                 game.name = new_name
+                self.listing += 1
+                self._resume_all(game)
                 self.events.append(Event("update_game", name, f"renamed to {new_name!r}"))
             self._describe(game, info, listed)
             return self._view(game)
@@ -604,21 +694,32 @@ class Registry:
     def delete_game(self, name: str, peer_id: str) -> None:
         """End a game. NotFound, Forbidden."""
         seal = self._seal(peer_id)
-        with self._lock:
-            self._expire()
+        with self._turn():
             self._remove_game(self._owned(name, seal))
             self.events.append(Event("delete_game", name))
 
     def counts(self) -> Tuple[int, int]:
         """How many games and how many guests there are."""
-        with self._lock:
-            self._expire()
+        with self._turn():
             return len(self._games), len(self._guest_queue)
 
     def expire_games(self) -> None:
         """Free what has expired. Every other method does so too: this is for the times when nobody calls."""
-        with self._lock:
-            self._expire()
+        with self._turn():
+            pass
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[float]:
+        """The lock for one operation, and the time. What has expired is gone, and who is to be woken is woken once the lock is free."""
+        try:
+            with self._lock:
+                now = self._clock()
+                self._expire(now)
+                yield now
+        finally:
+            while self._woken:
+                with contextlib.suppress(IndexError):   # another thread was faster
+                    self._woken.pop()()
 
     def _seal(self, peer_id: str) -> bytes:
         """A keyed digest that stands for a peerId: what is kept reveals nothing, and looking it up takes no time that depends on the secret."""
@@ -644,6 +745,8 @@ class Registry:
         return GameView(game.name, game.info, len(game.guests), bool(game.addresses))
 
     def _describe(self, game: Game, info: Optional[bytes], listed: Optional[bool]) -> None:
+        if (info, listed) != (None, None):
+            self.listing += 1
         if info is not None:
             game.info = info
         if listed is not None:
@@ -653,9 +756,58 @@ class Registry:
         self._game_queue[game] = now + self._settings.game_ttl
         self._game_queue.move_to_end(game)
 
+    def _guest_alive(self, guest: Guest, now: float) -> None:
+        self._guest_queue[guest] = now + self._settings.guest_ttl
+        self._guest_queue.move_to_end(guest)
+
+    def _host_moved(self, game: Game, addresses: Addresses) -> None:
+        if not game.offered:
+            self.events.append(Event("poll_game", game.name, f"first addresses: {len(addresses)}"))
+        if bool(addresses) != bool(game.addresses):
+            self.listing += 1
+        game.addresses, game.offered = addresses, self._next_version()
+        if addresses:
+            for guest in game.guests.values():
+                if guest.reply is None:
+                    self._resume(guest)
+
     def _guest_moved(self, guest: Guest, addresses: Addresses) -> None:
         guest.addresses, guest.changed = addresses, self._next_version()
         guest.game.changed = guest.changed
+        self._resume(guest.game)
+
+    def _polled(self, game: Game, since: int, gone: List[str]) -> Polled:
+        guests = [Session(guest.session_id, guest.session_key, guest.addresses) for guest in game.guests.values() if guest.changed > since]
+        return Polled(game.name, guests, game.changed, gone)
+
+    def _started(self, guest: Guest) -> Started:
+        game = guest.game
+        offer, version = (game.addresses, game.offered) if guest.reply is None else (guest.reply, guest.replied)
+        return Started(game.name, Session(guest.session_id, guest.session_key, offer), version)
+
+    def _hold(self, entry: Union[Game, Guest], since: int, wake: Wake) -> Optional[Hold]:
+        """Hold a poll or start; None if there is no room."""
+        if self._holding >= self._settings.max_waiting:
+            return None
+        self._holding += 1
+        entry.hold = Hold(entry, since, wake)
+        return entry.hold
+
+    def _let_go(self, hold: Hold) -> None:
+        if hold.entry.hold is hold:
+            hold.entry.hold = None
+            self._holding -= 1
+
+    def _resume(self, entry: Union[Game, Guest]) -> None:
+        """Have what is held for a host or a guest answered."""
+        if entry.hold:
+            self._woken.append(entry.hold.wake)
+            self._let_go(entry.hold)
+
+    def _resume_all(self, game: Game) -> None:
+        self._resume(game)
+        for guest in game.guests.values():
+            self._resume(guest)
 
     def _reply(self, game: Game, replies: Mapping[str, Addresses]) -> List[str]:
         """Give single guests addresses of their own; returns the sessions that are gone."""
@@ -666,27 +818,36 @@ class Registry:
             guest = sessions[session_id]
             if guest.reply != replies[session_id]:
                 guest.reply, guest.replied = replies[session_id], self._next_version()
+                if guest.reply:
+                    self._resume(guest)
         return [session_id for session_id in replies if session_id not in sessions]
 
-    def _expire(self) -> float:
-        """Remove what has expired, each in its turn, and return the time."""
-        now = self._clock()
+    def _expire(self, now: float) -> None:
+        """Remove what has expired, each in its turn. Whose poll or start is held is alive."""
         for game in overdue(self._game_queue, now):
-            self._remove_game(game)
-            self.events.append(Event("expire_game", game.name))
+            if game.hold:
+                self._host_alive(game, now)
+            else:
+                self._remove_game(game)
+                self.events.append(Event("expire_game", game.name))
         for guest in overdue(self._guest_queue, now):
-            self._remove_guest(guest)
-        return now
+            if guest.hold:
+                self._guest_alive(guest, now)
+            else:
+                self._remove_guest(guest)
 
     def _remove_game(self, game: Game) -> None:
+        self._resume_all(game)
         del self._games[game.name]
         del self._game_queue[game]
         for guest in list(game.guests.values()):
             self._remove_guest(guest)
+        self.listing += 1
 
     def _remove_guest(self, guest: Guest) -> None:
         del guest.game.guests[guest.seal]
         del self._guest_queue[guest]
+        self.listing += 1
 
 
 def overdue(queue: collections.OrderedDict[Any, float], now: float) -> Iterable[Any]:
@@ -708,7 +869,7 @@ STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS, STUN_FINGERPR
 # (SHA-1 and SHA-256), PRIORITY and USE-CANDIDATE.
 STUN_IGNORED = frozenset((0x0006, 0x0008, 0x001C, 0x0024, 0x0025))
 STUN_MAX = 1280         # bytes; longer requests are nobody's
-STUN_BURST = 20         # answers that one address gets at once, on top of --stun-rate a second
+STUN_BURST = 50         # answers that one address gets at once, on top of --stun-rate a second
 STUN_BUCKETS = 65536    # 512 KiB
 
 
@@ -846,15 +1007,17 @@ class StunResponder(threading.Thread):
 # ---- endpoints ------------------------------------------------------------------------------------------------------
 
 class Request(NamedTuple):
-    """A request past all checks: the game that its path names, or nothing; the values of the route's fields; its header."""
+    """A request past all checks: the game that its path names, or nothing; the values of the route's fields; its header; and what to
+    call when it is held and there is news."""
 
     name: str
     fields: Dict[str, Any]
     headers: Mapping[str, str]
+    wake: Wake
 
 
 class Answer(NamedTuple):
-    """A status, a JSON value (a string is plain text, None is no content), and header fields beside the usual ones."""
+    """A status, a body (a JSON value, or a string that is text already, or None), and header fields beside the usual ones."""
 
     status: int
     body: Any = None
@@ -862,18 +1025,36 @@ class Answer(NamedTuple):
     media_type: str = "application/json"
 
 
+class Held(NamedTuple):
+    """A request that is to be answered later: within seconds, by calling answer; let_go instead if its client hangs up."""
+
+    seconds: float
+    answer: Callable[[], Answer]
+    let_go: Callable[[], None]
+
+
 def session_body(session: Session) -> Dict[str, Any]:
     addresses = [address if isinstance(address, str) else unpack(address) for address in session.addresses]
     return {"sessionId": session.session_id, "sessionKey": session.session_key, "addresses": addresses}
 
 
-def game_body(game: GameView) -> Dict[str, Any]:
-    return {**game._asdict(), "info": unpack(game.info)}
+def game_text(game: GameView) -> str:
+    """A game as JSON; what its host said of it is JSON already."""
+    return f'{{"name":{to_json(game.name)},"info":{game.info.decode("utf-8")},"guests":{game.guests},"ready":{to_json(game.ready)}}}'
 
 
-def lease(server: Server, ttl: float) -> Dict[str, float]:
+def lease(ttl: float, poll_after: float) -> Dict[str, float]:
     """How long one is remembered and when to ask again, in seconds: 60 rather than 60.0, which some clients do not take for a whole number."""
-    return {name: int(value) if value == int(value) else value for name, value in (("expiresIn", ttl), ("pollAfter", server.settings.poll_after))}
+    return {name: int(value) if value == int(value) else value for name, value in (("expiresIn", ttl), ("pollAfter", poll_after))}
+
+
+def wished_wait(server: Server, request: Request) -> int:
+    """Seconds for which a request may be held: its field wait, else its Prefer: wait=N (RFC 7240 section 4.3), within --max-wait."""
+    wait = request.fields["wait"]
+    if wait is None:
+        match = PREFER_WAIT.search(request.headers.get("prefer", ""))
+        wait = int(match[1]) if match else 0
+    return min(int(wait), int(server.settings.max_wait))
 
 
 def location(name: str) -> Dict[str, str]:
@@ -884,31 +1065,73 @@ def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
     fields = request.fields
     created = server.registry.register_game(fields["name"], fields["peerId"], fields["info"], fields["listed"])
-    body = {"name": fields["name"], **lease(server, server.settings.game_ttl)}
+    body = {"name": fields["name"], **lease(server.settings.game_ttl, server.settings.poll_after)}
     return Answer(201, body, location(fields["name"])) if created else Answer(200, body)
 
 
-def poll_game(server: Server, request: Request) -> Answer:
+def poll_game(server: Server, request: Request) -> Union[Answer, Held]:
     """publish the host's addresses and learn of guests"""
-    fields = request.fields
-    polled = server.registry.poll_game(fields["name"], fields["peerId"], fields["addresses"], fields["after"], fields["replies"])
-    body = {"name": fields["name"], "guests": [session_body(guest) for guest in polled.guests], "cursor": polled.cursor,
-            **lease(server, server.settings.game_ttl)}
-    return Answer(200, body if fields["replies"] is None else {**body, "gone": polled.gone})
+    fields, wait = request.fields, wished_wait(server, request)
+
+    def answer(polled: Polled, applied: int) -> Answer:
+        # Without room to hold it, the host is told to come less often.
+        poll_after = server.settings.poll_after * (CROWDED if wait and not applied else 1)
+        body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.guests], "cursor": polled.cursor,
+                **lease(server.settings.game_ttl, poll_after)}
+        return Answer(200, body if fields["replies"] is None else {**body, "gone": polled.gone}, applied_wait(applied))
+
+    registry, wake = server.registry, request.wake if wait else None
+    polled = registry.poll_game(fields["name"], fields["peerId"], fields["addresses"], fields["after"], fields["replies"], wake)
+    hold = polled.hold
+    if hold:
+        return Held(wait, lambda: answer(registry.resume_poll(hold), wait), lambda: registry.let_go(hold))
+    return answer(polled, wait if polled.guests or polled.gone else 0)
 
 
-def start_game(server: Server, request: Request) -> Answer:
+def start_game(server: Server, request: Request) -> Union[Answer, Held]:
     """join as a guest and learn the host's addresses"""
-    fields = request.fields
-    session, cursor = server.registry.start_game(fields["name"], fields["peerId"], fields["addresses"])
-    body = {"name": fields["name"], **session_body(session), "cursor": cursor, **lease(server, server.settings.guest_ttl)}
-    return Answer(200 if session.addresses else 202, body)
+    fields, wait = request.fields, wished_wait(server, request)
+
+    def answer(started: Started, applied: int) -> Answer:
+        poll_after = server.settings.poll_after * (CROWDED if wait and not applied else 1)
+        body = {"name": started.name, **session_body(started.session), "cursor": started.cursor, **lease(server.settings.guest_ttl, poll_after)}
+        return Answer(200 if started.session.addresses else 202, body, applied_wait(applied))
+
+    registry, wake = server.registry, request.wake if wait else None
+    started = registry.start_game(fields["name"], fields["peerId"], fields["addresses"], wake)
+    hold = started.hold
+    if hold:
+        return Held(wait, lambda: answer(registry.resume_start(hold), wait), lambda: registry.let_go(hold))
+    return answer(started, wait if started.session.addresses else 0)
+
+
+def applied_wait(seconds: int) -> Dict[str, str]:
+    return {"Preference-Applied": f"wait={seconds}"} if seconds else {}
+
+
+class Listing:
+    """The body of GET /games and its ETag, made anew only after a change, and by one thread at a time."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._making = threading.Lock()
+        self._made = (-1, "", "")       # the registry's listing it was made of, body, tag
+
+    def get(self) -> Tuple[str, str]:
+        """Body and tag as of now."""
+        self._registry.expire_games()
+        if self._made[0] != self._registry.listing:
+            with self._making:
+                if self._made[0] != self._registry.listing:
+                    version = self._registry.listing    # read first: a change while it is made has it made again
+                    body = '{"games":[' + ",".join(map(game_text, self._registry.list_games())) + "]}"
+                    self._made = version, body, '"' + hashlib.blake2b(body.encode("utf-8"), digest_size=12).hexdigest() + '"'
+        return self._made[1:]
 
 
 def list_games(server: Server, request: Request) -> Answer:
     """the listed games, oldest first"""
-    body = {"games": [game_body(game) for game in server.registry.list_games()]}
-    tag = '"' + hashlib.blake2b(to_json(body).encode("utf-8"), digest_size=12).hexdigest() + '"'
+    body, tag = server.listing.get()
     headers = {"ETag": tag, "Cache-Control": "no-cache"}    # to be kept, but not used without asking again
     # Weak comparison, as RFC 9110 section 13.1.2 asks; our own tags have no comma in them.
     known = [candidate.strip().removeprefix("W/") for candidate in request.headers.get("if-none-match", "").split(",")]
@@ -917,14 +1140,14 @@ def list_games(server: Server, request: Request) -> Answer:
 
 def get_game(server: Server, request: Request) -> Answer:
     """one game, listed or not"""
-    return Answer(200, game_body(server.registry.get_game(request.name)))
+    return Answer(200, game_text(server.registry.get_game(request.name)))
 
 
 def update_game(server: Server, request: Request) -> Answer:
     """its host renames or describes it"""
     fields = request.fields
     game = server.registry.update_game(request.name, fields["peerId"], fields["name"], fields["info"], fields["listed"])
-    return Answer(200, game_body(game), location(game.name) if game.name != request.name else {})
+    return Answer(200, game_text(game), location(game.name) if game.name != request.name else {})
 
 
 def delete_game(server: Server, request: Request) -> Answer:
@@ -954,7 +1177,7 @@ class Route(NamedTuple):
 
     method: str
     path: str
-    endpoint: Callable[[Server, Request], Answer]
+    endpoint: Callable[[Server, Request], Union[Answer, Held]]
     fields: Mapping[str, Field] = {}
 
 
@@ -962,11 +1185,13 @@ NAME, PEER_ID, ADDRESSES = Field(check_name), Field(check_peer_id), Field(check_
 INFO, LISTED = Field(check_info, required=False), Field(check_flag, required=False)
 CHANGES = {"peerId": PEER_ID, "name": Field(check_name, required=False), "info": INFO, "listed": LISTED}
 
+WAIT = Field(check_wait, required=False)
+
 ROUTES = (
     Route("POST", "/games/register", register_game, {"name": NAME, "peerId": PEER_ID, "info": INFO, "listed": LISTED}),
     Route("POST", "/games/poll", poll_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES,
-                                             "after": Field(check_cursor, required=False), "replies": Field(check_replies, required=False)}),
-    Route("POST", "/games/start", start_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES}),
+                                             "after": Field(check_cursor, required=False), "replies": Field(check_replies, required=False), "wait": WAIT}),
+    Route("POST", "/games/start", start_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "wait": WAIT}),
     Route("GET", "/games", list_games),
     Route("GET", "/games/<name>", get_game),
     Route("PATCH", "/games/<name>", update_game, CHANGES),
@@ -988,7 +1213,7 @@ def allowed(methods: Iterable[str]) -> str:
 
 def resolve(path: str) -> Tuple[Dict[str, Route], str]:
     """The routes at a path by method, and the game that it names. NotFound: there are none, or no game can have that name."""
-    if path in ROUTES_AT:
+    if path in ROUTES_AT and path != "/games/<name>":
         return ROUTES_AT[path], ""
     prefix, _, quoted = path.rpartition("/")
     if prefix != "/games":
@@ -1003,41 +1228,69 @@ def resolve(path: str) -> Tuple[Dict[str, Route], str]:
 
 # ---- HTTP handler and server ----------------------------------------------------------------------------------------
 
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])\r\n")   # RFC 9112 section 3
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
 FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")                                          # RFC 9110 section 5.1
 NOT_FIELD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")                                        # RFC 9110 section 5.5
-LINGER = 2.0    # seconds that a refused request may go on sending before its connection is cut
+ABSOLUTE_FORM = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)                                    # RFC 9112 section 3.2.2
+BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
-def read_line(stream: Any, limit: int, too_long: Problem) -> bytes:
-    """One line of a head, which must end in CRLF: where readers differ on what ends a line, requests are smuggled."""
-    line: bytes = stream.readline(limit + 1)
-    if len(line) > limit:
-        raise too_long
-    if not line.endswith(b"\r\n"):
-        raise Problem("a line of the head does not end in CRLF" if line.endswith(b"\n") else "the head ended early")
-    return line
+def find_head(buffer: bytearray) -> int:
+    """Where the head that the buffer begins with ends, or -1 while it has not come whole. Problem as soon as it cannot become one.
+
+    Its lines must end in CRLF: where readers differ on what ends a line, requests are smuggled.
+    """
+    end = buffer.find(b"\r\n\r\n")
+    line_end = buffer.find(b"\n", 0, MAX_REQUEST_LINE)
+    if line_end < 0 and len(buffer) >= MAX_REQUEST_LINE:
+        raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
+    if end > MAX_HEAD or end < 0 and len(buffer) > MAX_HEAD:
+        raise Problem(f"the head has more than {MAX_HEAD} bytes", 431)
+    if BARE_LF.search(buffer, 0, end if end >= 0 else len(buffer)):
+        raise Problem("a line of the head does not end in CRLF")
+    return end
 
 
-def read_header(stream: Any) -> Dict[str, str]:
-    """The header fields by name in lower case, strictly after RFC 9112 section 5; those that come twice are joined (RFC 9110 section 5.3)."""
-    too_long = Problem(f"the head has more than {MAX_HEAD} bytes or {MAX_HEADER_FIELDS} fields", 431)
+class Head(NamedTuple):
+    """The head of a request: method, target, whether it is HTTP/1.1 rather than 1.0, and the header fields by name in lower case."""
+
+    method: str
+    target: str
+    is_new: bool
+    headers: Dict[str, str]
+
+
+def parse_head(head: bytes) -> Head:
+    """The head without its last empty line, read strictly after RFC 9112 section 5; fields that come twice are joined (RFC 9110 section 5.3)."""
+    line, *fields = head.split(b"\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Problem("the request line is malformed")
+    if match[3] != b"1":
+        raise Problem("only HTTP/1.0 and HTTP/1.1 are supported", 505)
+    if len(fields) > MAX_HEADER_FIELDS:
+        raise Problem(f"the head has more than {MAX_HEADER_FIELDS} fields", 431)
     headers: Dict[str, str] = {}
-    room, count = MAX_HEAD, 0
-    while True:
-        line = read_line(stream, room, too_long)
-        if line == b"\r\n":
-            return headers
-        room, count = room - len(line), count + 1
-        if count > MAX_HEADER_FIELDS:
-            raise too_long
-        field, colon, value = line[:-2].partition(b":")
+    for each in fields:
+        field, colon, value = each.partition(b":")
         if not colon or not FIELD_NAME.fullmatch(field) or NOT_FIELD_VALUE.search(value):
             raise Problem("a header field is malformed")
         name, text = field.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
-        if name in headers and name in ("host", "content-length"):
-            raise Problem(f"{name} stands twice in the head")
-        headers[name] = f"{headers[name]}, {text}" if name in headers else text
+        if name in headers:
+            if name in ("host", "content-length"):
+                raise Problem(f"{name} stands twice in the head")
+            text = f"{headers[name]}, {text}"
+        headers[name] = text
+    return Head(match[1].decode("ascii"), match[2].decode("ascii"), match[4] != b"0", headers)
+
+
+# Clients send the same head again and again.
+known_head = functools.lru_cache(maxsize=1024)(parse_head)
+
+
+def read_head(head: bytes) -> Head:
+    """The same as parse_head, which it asks only about what is new. What may hold a secret is not remembered."""
+    return parse_head(head) if len(head) > 1024 or b"authorization" in head.lower() else known_head(head)
 
 
 def body_length(method: str, headers: Mapping[str, str]) -> int:
@@ -1063,7 +1316,10 @@ def list_of(text: str) -> List[str]:
 
 def check_media_type(headers: Mapping[str, str]) -> None:
     """A body that is declared as anything but JSON in UTF-8 is refused; one that is not declared is taken for that."""
-    media_type, *parameters = headers.get("content-type", "application/json").lower().split(";")
+    declared = headers.get("content-type", "application/json").lower()
+    if declared == "application/json" and "content-encoding" not in headers:
+        return
+    media_type, *parameters = declared.split(";")
     charsets = [value.strip().strip('"') for name, _, value in (item.partition("=") for item in parameters) if name.strip() == "charset"]
     if media_type.strip() != "application/json" and not media_type.strip().endswith("+json") or any(name != "utf-8" for name in charsets):
         raise Problem("the body must be application/json in UTF-8", 415)
@@ -1079,88 +1335,207 @@ def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
     return {"peerId": token.strip().encode("latin-1").decode("utf-8", "replace")}
 
 
+STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in http.HTTPStatus}
+
+# Why a connection that waits gets a thread: what it waits for has come, in time or not; there is news for what it holds; the end.
+READY, LATE, NEWS, STOPPING = "ready", "late", "news", "stopping"
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection in its own thread. The base class reads request lines in turn and calls do_METHOD."""
+    """One connection. It has a thread of the pool while there is something to do, and waits in the lot while there is not.
+
+    So all below is for one thread at a time, but for wake().
+    """
 
     server: Server
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True      # every answer is one write, so there is nothing to wait for
-    raw_requestline: bytes
     headers: Dict[str, str]  # type: ignore[assignment]     # by name in lower case
 
-    def setup(self) -> None:
-        super().setup()
-        self.connection.settimeout(self.server.settings.idle_timeout)
-        self.command, self.path, self.request_version, self.headers = "", "", "HTTP/1.1", {}
-        address = plain_address(self.client_address[0])
+    def __init__(self, connection: socket.socket, client_address: Any, server: Server) -> None:
+        # Not the base class's, which would serve the connection to its end in this thread.
+        self.connection, self.server = connection, server
+        connection.settimeout(THREAD_PATIENCE)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        address = plain_address(client_address[0])
         self.client, self.local = str(address), address.is_loopback
+        self.command, self.path, self.is_new, self.headers = "", "", True, {}
+        self.buffer = bytearray()           # what has come and is not served yet
+        self.body_length = -1               # bytes of the body that is to come, when the head has
+        self.began = 0.0                    # when the request in the buffer began to come
+        self.unsent = b""                   # the rest of an answer that the client has not read yet
+        self.held: Optional[Held] = None
+        self.held_until = 0.0
+        self.news = False                   # set by wake() while a thread is busy here
+        self.close_connection = False
+        self.cut_at = 0.0                   # when a connection that was refused is cut at the latest
+        # For the lot: until when it waits, for which events of selectors, on which descriptor, and whether it is watched.
+        self.deadline, self.events, self.number, self.is_watched = 0.0, 0, connection.fileno(), False
 
-    def parse_request(self) -> bool:
-        """Read the rest of the head, strictly; False if it was refused. The base class has read the request line."""
-        self.command, self.path, self.headers = "", "", {}
-        self.close_connection = True    # after a refused head nobody knows where the next request begins
+    def wake(self) -> None:
+        """There is news for what is held. Called in any thread."""
+        self.server.lot.wake(self)
+
+    def serve(self, why: str) -> None:
+        """Do what has become possible; then wait in the lot, or close."""
         try:
-            if self.raw_requestline == b"\r\n":     # RFC 9112 section 2.2: an empty line before the request line is ignored
-                self.raw_requestline = read_line(self.rfile, MAX_REQUEST_LINE, Problem("the request line is too long", 414))
-            self.read_head()
-        except Problem as problem:
-            self.refuse(problem)
+            stays = self.go_on(why)
+        except OSError as error:        # a client that went away is no fault
+            log.debug("a connection was lost: %s", error)
+            stays = False
+        except Exception:
+            log.exception("a connection failed")
+            stays = False
+        if stays:
+            self.server.lot.park(self)
+        else:
+            if self.held:
+                self.held.let_go()
+            self.server.close_connection(self)
+
+    def go_on(self, why: str) -> bool:
+        """Do all that can be done without waiting; False if the connection is to be closed, else events and deadline say what it waits for."""
+        if self.held and not self.go_on_holding(why):
+            return not self.close_connection
+        if why == LATE and not self.refuse_late():
             return False
+        if why == STOPPING:
+            self.connection.shutdown(socket.SHUT_RD)    # what has come is still read, and then the end
+        while not self.held:
+            if self.unsent and not self.flush():
+                return self.wait_for(selectors.EVENT_WRITE, time.monotonic() + SEND_TIME)
+            if self.close_connection:
+                return self.linger()
+            try:
+                if self.parse_request():
+                    self.dispatch()
+                elif not self.receive():
+                    return not self.close_connection and self.wait_for_request()
+            except Problem as problem:
+                self.refuse(problem)
+        return self.wait_for(selectors.EVENT_READ, self.held_until)
+
+    def wait_for_request(self) -> bool:
+        if self.is_between_requests:
+            return self.wait_for(selectors.EVENT_READ, time.monotonic() + self.server.settings.idle_timeout)
+        return self.wait_for(selectors.EVENT_READ, self.began + REQUEST_TIME)
+
+    @property
+    def is_between_requests(self) -> bool:
+        return not self.buffer and self.body_length < 0
+
+    def wait_for(self, events: int, deadline: float) -> bool:
+        self.events, self.deadline = events, deadline
         return True
 
-    def read_head(self) -> None:
-        if len(self.raw_requestline) > MAX_REQUEST_LINE:
-            raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
-        match = REQUEST_LINE.fullmatch(self.raw_requestline)
-        if not match:
-            raise Problem("the request line is malformed")
-        self.command, self.path = match[1].decode("ascii"), match[2].decode("ascii")
-        if match[3] != b"1":
-            raise Problem("only HTTP/1.0 and HTTP/1.1 are supported", 505)
-        self.headers = read_header(self.rfile)
-        self.request_version = "HTTP/1.0" if match[4] == b"0" else "HTTP/1.1"
-        if self.request_version == "HTTP/1.1" and "host" not in self.headers:
-            raise Problem("Host is required")      # RFC 9112 section 3.2
-        self.body_length = body_length(self.command, self.headers)
-        connection = list_of(self.headers.get("connection", ""))
-        self.close_connection = "close" in connection or self.request_version == "HTTP/1.0" and "keep-alive" not in connection
+    def go_on_holding(self, why: str) -> bool:
+        """Whether what is held was answered. If not, the client has hung up (close_connection), or sent its next request, which can wait."""
+        if why == READY:
+            came = self.receive()       # nothing, if the lot has seen what this thread has read meanwhile
+            self.wait_for(0 if came or self.buffer else selectors.EVENT_READ, self.held_until)
+            return False
+        assert self.held
+        held, self.held = self.held, None
+        answer = self.answer_of(held.answer)
+        assert answer
+        self.send_answer(answer)
+        return True
 
-    def read_body(self) -> bytes:
-        """The whole body, so that the next request begins after it. Problem: it is too large, or ended early."""
-        if self.body_length > self.server.settings.max_body:
+    def refuse_late(self) -> bool:
+        """The client took too long. False if that needs no answer."""
+        if self.unsent or self.close_connection or self.is_between_requests:
+            return False
+        self.refuse(Problem("the request did not come in time", 408))
+        return True
+
+    def receive(self) -> bool:
+        """Take what comes; False if nothing comes at once, or, and then close_connection is set, nothing more ever."""
+        hurried = self.server.pool.is_busy      # others wait for this thread
+        if hurried:
+            self.connection.settimeout(0)
+        try:
+            data = self.connection.recv(65536)
+        except (BlockingIOError, socket.timeout):
+            return False
+        finally:
+            if hurried:
+                self.connection.settimeout(THREAD_PATIENCE)
+        if not data:
+            if not self.held and not self.is_between_requests:
+                raise Problem("the request ended early")
+            self.close_connection = True
+            return False
+        if self.is_between_requests:
+            self.began = time.monotonic()
+        self.buffer += data
+        return True
+
+    def parse_request(self) -> bool:
+        """Whether a whole request has come; it is then in command, path, headers and body."""
+        if self.body_length < 0 and not self.parse_head():
+            return False
+        if len(self.buffer) < self.body_length:
+            return False
+        self.body = bytes(self.buffer[:self.body_length])
+        del self.buffer[:self.body_length]
+        self.body_length, self.began = -1, time.monotonic()     # what is left in the buffer begins the next one
+        return True
+
+    def parse_head(self) -> bool:
+        """Whether a whole head has come; Problem if it is not as RFC 9112 wants it."""
+        while self.buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2: empty lines before the request line are ignored
+            del self.buffer[:2]
+        end = find_head(self.buffer) if self.buffer else -1
+        if end < 0:
+            return False
+        head = bytes(self.buffer[:end])
+        del self.buffer[:end + 4]
+        self.command, self.path, self.headers = "", "", {}
+        self.command, self.path, self.is_new, self.headers = read_head(head)
+        self.check_head()
+        return True
+
+    def check_head(self) -> None:
+        """What is to be known before the body comes: how long it is, whether it is welcome, and whether the connection stays."""
+        headers, is_new = self.headers, self.is_new
+        if is_new and "host" not in headers:
+            raise Problem("Host is required")      # RFC 9112 section 3.2
+        if not hasattr(self, "do_" + self.command):
+            raise Problem("this method is not supported", 501)
+        length = body_length(self.command, headers)
+        if length > self.server.settings.max_body:
             raise Problem(f"the body has more than {self.server.settings.max_body} bytes", 413)
-        expectation = self.headers.get("expect", "").lower()
-        if expectation not in ("", "100-continue"):
-            raise Problem("only Expect: 100-continue is understood", 417)
-        if expectation and self.body_length and self.request_version == "HTTP/1.1":
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.rfile.read(self.body_length)
-        if len(body) < self.body_length:
-            raise Problem("the body ended early")
-        return body
+        if "expect" in headers:
+            if headers["expect"].lower() != "100-continue":
+                raise Problem("only Expect: 100-continue is understood", 417)
+            if is_new and length > len(self.buffer):
+                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection = list_of(headers["connection"]) if "connection" in headers else []
+        self.close_connection = "close" in connection or not is_new and "keep-alive" not in connection
+        self.body_length = length
 
     def dispatch(self) -> None:
-        """Answer one request."""
-        try:
-            body = self.read_body()
-        except Problem as problem:
-            self.refuse(problem)
-            return
-        try:
-            answer = self.call_endpoint(body)
-        except Problem as problem:
-            answer = problem_answer(problem)
-        except Exception:
-            log.exception("a request failed")
-            answer = problem_answer(Problem("the server failed to answer this request; its log says why", 500))
-        self.send_answer(answer)
+        """Answer the request, or hold it."""
+        self.news = False
+        self.held = None
+        answer = self.answer_of(self.call_endpoint)
+        if answer:
+            self.send_answer(answer)
         self.server.log_events()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
 
-    def call_endpoint(self, body: bytes) -> Answer:
-        """Find the route, check the fields, and let its endpoint answer."""
-        path = re.sub(r"\Ahttps?://[^/?]*", "", self.path, flags=re.IGNORECASE)     # RFC 9112 section 3.2.2: the absolute form
+    def answer_of(self, call: Callable[[], Optional[Answer]]) -> Optional[Answer]:
+        """What a call gives, or the answer that stands for its failure."""
+        try:
+            return call()
+        except Problem as problem:
+            return problem_answer(problem)
+        except Exception:
+            log.exception("a request failed")
+            return problem_answer(Problem("the server failed to answer this request; its log says why", 500))
+
+    def call_endpoint(self) -> Optional[Answer]:
+        """Find the route, check the fields, and let its endpoint answer; None if that is to be held."""
+        path = self.path if self.path.startswith("/") else ABSOLUTE_FORM.sub("", self.path)
         if self.command == "OPTIONS" and path == "*":
             return self.options({route.method for route in ROUTES})
         routes, name = resolve(path.partition("?")[0] or "/")
@@ -1169,12 +1544,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
             raise Problem(f"{self.command} is not for this path", 405, Allow=allowed(routes))
-        if not route.fields:
-            return route.endpoint(self.server, Request(name, {}, self.headers))
-        if body:
-            check_media_type(self.headers)
-        fields = validate(parse_body(body) if body else bearer(self.headers), route.fields, self.local)
-        return route.endpoint(self.server, Request(name, fields, self.headers))
+        fields: Dict[str, Any] = {}
+        if route.fields:
+            if self.body:
+                check_media_type(self.headers)
+            fields = validate(parse_body(self.body) if self.body else bearer(self.headers), route.fields, self.local)
+        outcome = route.endpoint(self.server, Request(name, fields, self.headers, self.wake))
+        if isinstance(outcome, Answer):
+            return outcome
+        self.held, self.held_until = outcome, time.monotonic() + outcome.seconds
+        return None
 
     def options(self, methods: Iterable[str]) -> Answer:
         """What a path takes; to a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
@@ -1188,48 +1567,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Write an answer: head and body at once."""
         self.close_connection = self.close_connection or self.server.stopping
         body = b"" if answer.body is None else (answer.body if isinstance(answer.body, str) else to_json(answer.body)).encode("utf-8")
-        headers = {
-            "Server": f"p2pserver/{__version__}",
-            "Date": self.date_time_string(),
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            **answer.headers,
-        }
-        if self.server.settings.cors_origin:
-            headers["Access-Control-Allow-Origin"] = self.server.settings.cors_origin
-            headers["Access-Control-Expose-Headers"] = "ETag, Location, Retry-After"
-        if answer.status == 503:
-            headers["Retry-After"] = str(RETRY_AFTER)
+        lines = [STATUS_LINES[answer.status], self.server.fixed_header, f"Date: {self.server.date()}"]
+        if "Cache-Control" not in answer.headers:
+            lines.append("Cache-Control: no-store")
+        if answer.headers:
+            lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+        if answer.status in (429, 503):
+            lines.append(f"Retry-After: {RETRY_AFTER}")
         if answer.body is not None:
-            headers.update({"Content-Type": answer.media_type, "Content-Length": str(len(body))})
+            lines.append(f"Content-Type: {answer.media_type}\r\nContent-Length: {len(body)}")
         if self.close_connection:
-            headers["Connection"] = "close"
-        elif self.request_version == "HTTP/1.0":
-            headers["Connection"] = "keep-alive"
-        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}", *(f"{name}: {value}" for name, value in headers.items())]
-        self.wfile.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if self.command == "HEAD" else body))
+            lines.append("Connection: close")
+        elif not self.is_new:
+            lines.append("Connection: keep-alive")
+        lines.append("\r\n")
+        self.write("\r\n".join(lines).encode("latin-1") + (b"" if self.command == "HEAD" else body))
         if self.server.settings.access_log:
             # Without the query, which is none of this server's and could hold anything.
             log.info("%s %s %r %d %d", self.client, self.command, self.path.partition("?")[0], answer.status, len(body))
 
+    def write(self, data: bytes) -> None:
+        """Send what the client takes at once; the rest waits in unsent."""
+        sent = 0
+        if not self.unsent:
+            with contextlib.suppress(BlockingIOError, socket.timeout):
+                sent = self.connection.send(data)
+        self.unsent += data[sent:]
+
+    def flush(self) -> bool:
+        """Send more of what is unsent; whether that was all."""
+        data, self.unsent = self.unsent, b""
+        self.write(data)
+        return not self.unsent
+
     def refuse(self, problem: Problem) -> None:
-        """Answer what cannot be read to its end, and close."""
-        self.close_connection = True
+        """Answer what cannot be read to its end; nobody knows where the next request begins, so the connection is closed."""
+        self.close_connection, self.cut_at = True, time.monotonic() + LINGER_TIME
         self.send_answer(problem_answer(problem))
-        # To close with bytes unread resets the connection, and the client loses the answer (RFC 9112 section 9.6).
-        deadline = time.monotonic() + LINGER
+
+    def linger(self) -> bool:
+        """Whether the connection stays for a while though all is said: to close it with bytes unread would reset it, and a client that was
+        refused would lose the answer (RFC 9112 section 9.6)."""
+        if self.server.stopping or time.monotonic() >= self.cut_at:
+            return False
         self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(LINGER)
-        while time.monotonic() < deadline and self.connection.recv(65536):
-            pass
-
-    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
-        """The base class refuses unknown methods and endless request lines this way."""
-        self.refuse(Problem("this method is not supported" if code == 501 else "the request line is too long", code))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """The base class says what it thinks of a connection: that it timed out."""
-        log.debug(format, *args)
+        with contextlib.suppress(BlockingIOError, socket.timeout):
+            while time.monotonic() < self.cut_at:
+                if not self.connection.recv(65536):
+                    return False
+        return self.wait_for(selectors.EVENT_READ, self.cut_at)
 
 
 def problem_answer(problem: Problem) -> Answer:
@@ -1238,6 +1624,177 @@ def problem_answer(problem: Problem) -> Answer:
     if problem.errors:
         body["errors"] = problem.errors
     return Answer(problem.status, body, problem.headers, "application/problem+json")
+
+
+class Pool:
+    """Threads that serve connections: made when all are busy, up to a limit, used again, and ended when they have nothing to do."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._jobs: queue.SimpleQueue[Optional[Tuple[Handler, str]]] = queue.SimpleQueue()
+        # The lock guards how many threads there are, how many of them wait for a job, and how many jobs wait for a thread.
+        self._lock = threading.Lock()
+        self._threads = self._idle = self._waiting = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether connections wait for a thread."""
+        return self._waiting > self._idle
+
+    def submit(self, handler: Handler, why: str) -> None:
+        with self._lock:
+            self._waiting += 1
+            grows = self._waiting > self._idle and self._threads < self._limit
+            if grows:
+                self._threads += 1
+                self._idle += 1
+        self._jobs.put((handler, why))
+        if grows:
+            threading.Thread(target=self._work, name="serve", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the threads when they have done what is to do."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=THREAD_IDLE)
+            except queue.Empty:
+                if self._may_end():
+                    return
+                continue
+            if job is None:
+                return
+            with self._lock:
+                self._idle -= 1
+                self._waiting -= 1
+            job[0].serve(job[1])
+            with self._lock:
+                self._idle += 1
+
+    def _may_end(self) -> bool:
+        """Whether the others are enough for the jobs that wait; if so, the caller no longer counts."""
+        with self._lock:
+            if self._waiting >= self._idle:
+                return False
+            self._idle -= 1
+            self._threads -= 1
+            return True
+
+
+class Lot(threading.Thread):
+    """Where connections wait without a thread. Each leaves once: when what it waits for has come, at its deadline, when there is news,
+    or at the end; a thread of the pool is then told why."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__(name="lot", daemon=True)
+        self._pool = pool
+        self._selector = selectors.DefaultSelector()        # for this thread alone
+        self._waker, self._wakened = socket.socketpair()    # a byte through these ends its waiting
+        self._selector.register(self._wakened, selectors.EVENT_READ)
+        self._next_look = 0.0       # when to look for deadlines that have passed
+        self._ended = False
+        # The lock guards who is parked and each one's news. Who has come or gone is to be watched or not any more.
+        self._lock = threading.Lock()
+        self._parked: Set[Handler] = set()
+        self._changed: collections.deque[Handler] = collections.deque()
+        self._stopping = False
+
+    def park(self, handler: Handler) -> None:
+        """Have a connection wait for its events until its deadline."""
+        with self._lock:
+            if handler.held and handler.news:
+                why = NEWS
+            elif self._stopping and handler.events != selectors.EVENT_WRITE:
+                why = STOPPING
+            else:
+                why = ""
+                self._parked.add(handler)
+        if why:
+            self._pool.submit(handler, why)
+        else:
+            self._look_again(handler)
+
+    def wake(self, handler: Handler) -> None:
+        """There is news for what a connection holds; if a thread is just serving it, that learns of it when it parks."""
+        with self._lock:
+            handler.news = True
+        if handler.held:
+            self._leave(handler, NEWS)
+
+    def forget(self, handler: Handler) -> None:
+        """A connection is about to be closed."""
+        if handler.is_watched:
+            self._look_again(handler)
+
+    def stop(self) -> None:
+        """Have all leave who do not wait to be read."""
+        with self._lock:
+            self._stopping = True
+            leaving = [handler for handler in self._parked if handler.events != selectors.EVENT_WRITE]
+        for handler in leaving:
+            self._leave(handler, STOPPING)
+
+    def end(self) -> None:
+        """End the thread."""
+        self._ended = True
+        self._wake_up()
+        if self.is_alive():
+            self.join()
+        for each in (self._selector, self._waker, self._wakened):
+            each.close()
+
+    def run(self) -> None:
+        while not self._ended:
+            for key, _ in self._selector.select(min(1.0, max(0.0, self._next_look - time.monotonic()))):
+                if key.data:
+                    self._unwatch(key.data)
+                    self._leave(key.data, READY)
+                else:
+                    self._wakened.recv(4096)
+            while self._changed:
+                self._watch(self._changed.popleft())
+            if time.monotonic() >= self._next_look:
+                self._look_for_late()
+
+    def _leave(self, handler: Handler, why: str) -> None:
+        with self._lock:
+            if handler not in self._parked:
+                return
+            self._parked.remove(handler)
+        self._pool.submit(handler, why)
+
+    def _look_again(self, handler: Handler) -> None:
+        self._changed.append(handler)
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(OSError):      # BlockingIOError among them: so many bytes wake it as well
+            self._waker.send(b".")
+
+    def _watch(self, handler: Handler) -> None:
+        self._unwatch(handler)
+        if handler in self._parked:
+            self._next_look = min(self._next_look, handler.deadline)
+            if handler.events:
+                self._selector.register(handler.number, handler.events, handler)
+                handler.is_watched = True
+
+    def _unwatch(self, handler: Handler) -> None:
+        if handler.is_watched:
+            handler.is_watched = False
+            self._selector.unregister(handler.number)
+
+    def _look_for_late(self) -> None:
+        """Have those leave whose deadline has passed. One look at all of them, twenty times a second at the most."""
+        now = time.monotonic()
+        with self._lock:
+            late = [handler for handler in self._parked if handler.deadline <= now]
+            self._next_look = max(now + 0.05, min((handler.deadline for handler in self._parked if handler.deadline > now), default=now + 1.0))
+        for handler in late:
+            self._leave(handler, LATE)
 
 
 class CannotListen(Exception):
@@ -1262,14 +1819,18 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
     allow_reuse_address = os.name == "posix"    # a restart need not wait for old connections; elsewhere it would let others in
     allow_reuse_port = False                    # some Pythons share a port among servers unless told not to
-    daemon_threads = True
 
     def __init__(self, settings: Settings, registry: Optional[Registry] = None) -> None:
         self.settings = settings
         self.registry = registry or Registry(settings, cursor=time.time_ns() // 1000)
         self.stopping = False
+        self.fixed_header = f"Server: p2pserver/{__version__}\r\nX-Content-Type-Options: nosniff"
+        if settings.cors_origin:
+            self.fixed_header += (f"\r\nAccess-Control-Allow-Origin: {settings.cors_origin}"
+                                  "\r\nAccess-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After")
+        self._date = (0, "")        # the second, and how HTTP writes it
         # Every open connection; the condition says that one was closed.
-        self._connections: Set[Any] = set()
+        self._connections: Set[Handler] = set()
         self._connection_closed = threading.Condition()
         self._serving = threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True)
         host = settings.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
@@ -1287,6 +1848,9 @@ class Server(http.server.ThreadingHTTPServer):
             except OSError as error:
                 self.server_close()
                 raise CannotListen("UDP", settings.host, port, error) from None
+        self.listing = Listing(self.registry)
+        self.pool = Pool(settings.max_threads)
+        self.lot = Lot(self.pool)
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -1306,6 +1870,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve in threads of its own, and return."""
+        self.lot.start()
         self._serving.start()
         if self.stun:
             self.stun.start()
@@ -1318,28 +1883,38 @@ class Server(http.server.ThreadingHTTPServer):
         if self._serving.is_alive():
             self.shutdown()
         self.server_close()
+        self.lot.stop()
         with self._connection_closed:
-            for connection in self._connections:
-                with contextlib.suppress(OSError):      # it was reset meanwhile
-                    connection.shutdown(socket.SHUT_RD)     # its thread reads what has come, then the end
             self._connection_closed.wait_for(lambda: not self._connections, grace)
+        self.lot.end()
+        self.pool.stop()
         self.log_events()
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """A connection was accepted: a thread of the pool sees what it says."""
+        handler = Handler(request, client_address, self)
         with self._connection_closed:
-            self._connections.add(request)
-        super().process_request(request, client_address)
+            self._connections.add(handler)
+        self.pool.submit(handler, READY)
 
-    def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
+    def close_connection(self, handler: Handler) -> None:
+        self.lot.forget(handler)
+        self.shutdown_request(handler.connection)
         with self._connection_closed:
-            self._connections.discard(request)
+            self._connections.discard(handler)
             self._connection_closed.notify()
 
     def service_actions(self) -> None:
         """Called by serve_forever between connections and, when there are none, ten times a second."""
         self.registry.expire_games()
         self.log_events()
+
+    def date(self) -> str:
+        """The time for the Date field (RFC 9110 section 5.6.7), written once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = now, email.utils.formatdate(now, usegmt=True)
+        return self._date[1]
 
     def log_events(self) -> None:
         """Log what has happened to games."""
@@ -1416,10 +1991,19 @@ def stop_on_signal() -> None:
         signal.signal(each, interrupt)
 
 
+def allow_many_files() -> None:
+    """Raise the number of open files, and so of connections, to what the system allows; it is 1024 by habit."""
+    with contextlib.suppress(ImportError, ValueError, OSError):     # ImportError: there is no such limit here
+        import resource
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main(arguments: Optional[List[str]] = None) -> int:
     """Serve until a signal comes. Returns the exit status: 0, or 1 if the server cannot listen."""
     settings = parse_settings(arguments, os.environ)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    allow_many_files()
     try:
         server = open_server(settings)
     except CannotListen as reason:
