@@ -1,14 +1,15 @@
-# make test    the whole suite          make demo    server, hosts and guest together
-# make check   the linters              make lab     hole punching through real NATs (root, Linux)
-# make memory  what games and guests weigh
+# make test    the whole suite              make demo    server, hosts and guest together
+# make check   the linters                  make lab     hole punching through real NATs (root, Linux)
+# make bench   beside the frameworks        make memory  what games and guests weigh
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 LINTERS = $(VENV)/.linters
+LAB = $(VENV)-lab/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check memory clean
+.PHONY: test demo check lab bench memory clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -33,8 +34,21 @@ check: $(LINTERS)
 	$(BIN)/mypy p2pserver.py p2pclient.py
 
 $(LINTERS): $(READY)
-	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 types-requests==2.32.4.20250913
+	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 types-requests==2.33.0.20261030
 	touch $@
+
+lab: $(LAB)
+	$(VENV)-lab/bin/python lab/natlab.py check
+	$(VENV)-lab/bin/python -m pytest lab/test_natlab.py
+	$(VENV)-lab/bin/python -m pytest lab/test_nat_traversal.py
+
+$(LAB): requirements.txt lab/requirements.txt
+	$(PYTHON) -m venv $(VENV)-lab
+	$(VENV)-lab/bin/python -m pip install --quiet -r lab/requirements.txt
+	touch $@
+
+bench:
+	$(PYTHON) bench/run.py
 
 memory: $(READY)
 	$(BIN)/python bench/memory.py

@@ -6,7 +6,7 @@ import concurrent.futures
 
 import pytest
 
-AT_ONCE = 12    # threads: more of them, and two processors are too busy to tell a slow start from a lost datagram
+AT_ONCE = 12    # threads: two CPUs still have time to spare, and all is over in two minutes
 _running = pytest.StashKey()
 
 

@@ -126,14 +126,9 @@ END
 
     def socket(self, kind=socket.SOCK_DGRAM, port=0, address="0.0.0.0"):
         """Returns an IPv4 socket of the calling process which is bound to the address and port in this namespace."""
-        def open_socket():
-            _enter(self.netns)
-            opened = socket.socket(socket.AF_INET, kind)
-            opened.bind((address, port))
-            return opened
-        # A namespace is entered by a thread, so by one which is of no use for anything else afterwards.
-        with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            return executor.submit(open_socket).result()
+        opened = _socket(self.netns, socket.AF_INET, kind)
+        opened.bind((address, port))
+        return opened
 
     def count_udp(self, port=None, source=None):
         """Returns how many datagrams have reached this machine since it was made.
@@ -407,6 +402,13 @@ class Lab:
             raise ValueError(f"no hairpinning in the kind {nat}")
         return Site(self, name, nat, loss, delay_ms, udp_timeout or UDP_TIMEOUT, hairpin, lan or next(self._lans))
 
+    def sniffer(self):
+        """Returns a packet socket on the core, which gets whatever crosses the public network, beginning with the IP header.
+
+        It gets packets twice: on their way in, and on their way out, when the packet type in their address is PACKET_OUTGOING.
+        """
+        return _socket(self._core, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))  # ETH_P_ALL
+
     def _namespace(self, name):
         """Makes a namespace and returns its full name."""
         netns = self._prefix + name
@@ -523,6 +525,16 @@ def _enter(netns):
     with open(f"{_RUN_NETNS}/{netns}") as file:
         if libc.setns(file.fileno(), 0x40000000):  # CLONE_NEWNET
             raise OSError(ctypes.get_errno(), f"cannot enter {netns}")
+
+
+def _socket(netns, *kind):
+    """Returns a socket of the calling process in the namespace."""
+    def open_socket():
+        _enter(netns)
+        return socket.socket(*kind)
+    # A namespace is entered by a thread, so by one which is of no use for anything else afterwards.
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(open_socket).result()
 
 
 def _guard(prefix):

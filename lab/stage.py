@@ -10,6 +10,7 @@ import natlab
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PORT = 8000
+sys.path.insert(0, ROOT)
 
 
 class Program:

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""One of two peers that connect while matrix.py measures: with our p2pclient, or with aioice, which is an ICE agent.
+
+usage: peer.py ours|aioice controlling|controlled STUN_HOST STUN_PORT
+
+What it says and hears is a line of JSON each. It says how it can be reached, hears the same of its peer, says null when it
+is ready, hears null as the signal to start, connects, sends one datagram, waits for one, and says the seconds from the
+signal to that datagram and the address of its peer; or the text of the error.
+"""
+import asyncio
+import json
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HELLO = b"hello"
+PATIENCE = 15   # seconds; what p2pclient has
+
+
+def say(value):
+    print(json.dumps(value), flush=True)
+
+
+def hear():
+    return json.loads(sys.stdin.readline())
+
+
+def ours(controlling, stun_server):
+    import p2pclient
+
+    endpoint = p2pclient.Endpoint([stun_server])
+    say(endpoint.candidates.published)
+    session = {"session_id": "0123456789abcdef", "session_key": "a key that only the two know", "addresses": hear()}
+    say(None)
+    hear()
+    start = time.monotonic()
+    if controlling:
+        connection = endpoint.connect(p2pclient.Start(name="", cursor=0, expires_in=60, poll_after=1, **session))
+    else:
+        endpoint.expect(p2pclient.Guest(**session))
+        connection = endpoint.accept(PATIENCE)
+    connection.send(HELLO)
+    connection.recv(5)
+    return time.monotonic() - start, connection.remote_address
+
+
+async def aioice(controlling, stun_server):
+    import aioice
+
+    connection = aioice.Connection(ice_controlling=controlling, stun_server=stun_server, use_ipv6=False)
+    await connection.gather_candidates()
+    say([connection.local_username, connection.local_password, [candidate.to_sdp() for candidate in connection.local_candidates]])
+    connection.remote_username, connection.remote_password, candidates = hear()
+    for candidate in candidates:
+        await connection.add_remote_candidate(aioice.Candidate.from_sdp(candidate))
+    await connection.add_remote_candidate(None)
+    say(None)
+    hear()
+    start = time.monotonic()
+    await asyncio.wait_for(connection.connect(), PATIENCE)
+    await connection.send(HELLO)
+    await asyncio.wait_for(connection.recv(), 5)
+    remote = connection._nominated[1].remote_candidate
+    return time.monotonic() - start, f"{remote.host}:{remote.port}"
+
+
+def main(agent, role, host, port):
+    arguments = role == "controlling", (host, int(port))
+    try:
+        say(ours(*arguments) if agent == "ours" else asyncio.run(aioice(*arguments)))
+    except Exception as error:
+        say(f"{type(error).__name__}: {error}")
+    # The peer may still wait for our datagram, and closing would end the connection.
+    time.sleep(0.2)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
