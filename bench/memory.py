@@ -1,10 +1,12 @@
 """What games and guests weigh in the server's memory, and from that the worst case that its limits allow.
 
 Prints bytes of resident memory (VmRSS, so Linux only) for each, measured by filling a registry in a process of its own.
+Takes the server's flags: python3 bench/memory.py --max-games 500 --max-guests 16 --max-body 4096
 """
 
 import gc
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -13,12 +15,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import p2pserver  # noqa: E402
 
 CASES = {
-    "a game that has one address": 10_000,
-    "a guest that has one address": 20_000,
-    "a game as large as can be (16 KiB of addresses, 1 KiB of info)": 1_000,
-    "a guest as large as can be (16 KiB of addresses as text)": 1_000,
-    "a guest as large as can be (16 KiB of nested empty arrays)": 500,
+    "small": "with one address",
+    "large": "as large as --max-body lets it be, of text",
+    "nested": "as large as --max-body lets it be, of nested empty arrays",
 }
+COUNT = 2000    # of each that are measured
+CASE = "MEMORY_CASE"
 
 
 def resident():
@@ -27,47 +29,47 @@ def resident():
     return 1024 * int(status.partition("VmRSS:")[2].split()[0])
 
 
-def addresses(case, i):
-    """What validation makes of a body's addresses, fresh objects each time."""
-    if "nested" in case:
-        value = [{"a": [[]] * 330}] * 16
-    elif "large" in case:
-        value = [f"{i:08d}{j:02d}" + "x" * 502 for j in range(15)] + [{"sdp": "x" * 8300}]
+def addresses(case, i, size):
+    """What validation makes of the addresses of a body of size bytes; fresh objects each time."""
+    if case == "nested":
+        value = [{"a": [[]] * (size // 16 // 3 - 4)}] * 16
+    elif case == "large":
+        value = [f"{i:08d}" + "x" * 500] * min(15, size // 1024) + [{"sdp": f"{i:08d}" + "x" * (size - 520 * min(15, size // 1024) - 100)}]
     else:
         value = [f"203.0.113.{i % 250}:{i % 60000 + 1024}"]
-    return p2pserver.check_addresses(json.loads(json.dumps(value)), local=False)
+    text = json.dumps(value, separators=(",", ":"))
+    assert len(text) <= size
+    return p2pserver.check_addresses(json.loads(text), local=False)
 
 
-def fill(case, count):
-    settings = p2pserver.Settings(max_games=count + 1, max_guests=count + 1)
-    registry = p2pserver.Registry(settings)
+def fill(case, what, size):
+    """Bytes that each of COUNT games or guests takes."""
+    registry = p2pserver.Registry(p2pserver.Settings(max_games=COUNT + 1, max_guests=COUNT))
     registry.register_game("the game", "the host")
     before = resident()
-    for i in range(count):
-        if "guest" in case:
-            registry.start_game("the game", f"guest {i}", addresses(case, i))
+    for i in range(COUNT):
+        if what == "guest":
+            registry.start_game("the game", f"guest {i}", addresses(case, i, size))
         else:
-            info = {"text": f"{i:08d}" + "x" * 1000 if "large" in case else "castle"}
-            registry.register_game(f"game {i}", f"host {i}", p2pserver.check_info(info, local=False))
-            registry.poll_game(f"game {i}", f"host {i}", addresses(case, i))
-    return (resident() - before) / count
+            info = p2pserver.check_info({"text": f"{i:08d}" + "x" * (0 if case == "small" else 1000)}, local=False)
+            registry.register_game(f"game {i}", f"host {i}", info)
+            registry.poll_game(f"game {i}", f"host {i}", addresses(case, i, size))
+    return (resident() - before) / COUNT
 
 
 def main():
-    if len(sys.argv) > 1:
-        case = list(CASES)[int(sys.argv[1])]
-        print(fill(case, CASES[case]))
+    settings = p2pserver.parse_settings(None, {})
+    if CASE in os.environ:
+        print(fill(*os.environ[CASE].split(), settings.max_body))
         return
-    sizes = []
-    for i, case in enumerate(CASES):
-        out = subprocess.run([sys.executable, __file__, str(i)], capture_output=True, text=True, check=True).stdout
-        sizes.append(float(out))
-        print(f"{sizes[-1]:10,.0f} bytes  {case}")
-    small_game, small_guest, large_game, large_guest, worst_guest = sizes
-    settings = p2pserver.Settings()
-    guests = settings.max_games * settings.max_guests
-    for what, game, guest in (("small", small_game, small_guest), ("large", large_game, large_guest), ("nested", large_game, worst_guest)):
-        print(f"{(settings.max_games * game + guests * guest) / 2 ** 20:10,.0f} MiB    {settings.max_games} games with {settings.max_guests} guests each, all {what}")
+    for case, meaning in CASES.items():
+        sizes = []
+        for what in ("game", "guest"):
+            environment = {**os.environ, CASE: f"{case} {what}"}
+            sizes.append(float(subprocess.run([sys.executable, *sys.argv], env=environment, stdout=subprocess.PIPE, check=True).stdout))
+            print(f"{sizes[-1]:12,.0f} bytes  a {what} {meaning}")
+        total = settings.max_games * (sizes[0] + settings.max_guests * sizes[1]) / 2 ** 20
+        print(f"{total:12,.0f} MiB    {settings.max_games} games with {settings.max_guests} guests each, all {case}\n")
 
 
 if __name__ == "__main__":
