@@ -21,12 +21,12 @@ $(READY): requirements.txt
 
 # The server picks a free port and prints it, so that the demo runs beside whatever else does.
 demo: $(READY)
-	@said=$$(mktemp); $(BIN)/python p2pserver.py --port 0 > $$said & server=$$!; \
-	trap 'kill $$hosts $$server; wait; rm -f $$said' EXIT; \
+	@said=$$(mktemp); offers=$$(mktemp); $(BIN)/python p2pserver.py --port 0 > $$said & server=$$!; \
+	trap 'kill $$hosts $$server; wait; rm -f $$said $$offers' EXIT; trap 'exit 130' INT TERM; \
 	until grep -q listens $$said; do sleep 0.1; kill -0 $$server || exit 1; done; cat $$said; \
 	url=$$(grep -o 'http://localhost:[0-9]*' $$said); \
-	$(BIN)/python simulate_hosts.py --server $$url & hosts=$$!; \
-	until curl -s $$url/games | grep -q '"ready":true'; do sleep 0.1; kill -0 $$hosts || exit 1; done; \
+	$(BIN)/python simulate_hosts.py --server $$url > $$offers & hosts=$$!; \
+	until grep -q 'on offer' $$offers; do sleep 0.1; kill -0 $$hosts || exit 1; done; cat $$offers; \
 	$(BIN)/python simulate_guest.py --server $$url --all
 
 check: $(LINTERS)

@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["requests"]
+# ///
 """p2pclient: what a game links against to offer games, find them, and talk to the other player directly.
 
 The host:                                              A guest:
@@ -27,23 +31,30 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import hmac
 import ipaddress
 import logging
 import secrets
-import select
+import selectors
 import socket
 import struct
 import sys
 import threading
 import time
+import unicodedata
 import urllib.parse
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-import requests
+try:
+    import requests
+except ModuleNotFoundError:
+    if __name__ == "__main__":
+        sys.exit("the module requests is missing; python3 -m pip install requests installs it")
+    raise
 
 log = logging.getLogger("p2pclient")
 
@@ -53,11 +64,12 @@ Address = Tuple[str, int]       # IP address, port; an IPv4-mapped IPv6 address 
 # ---- the rendezvous server ------------------------------------------------------------------------------------------
 
 class RendezvousError(Exception):
-    """The server refused a call, or could not be reached (status 0). errors: the faults of the request by field."""
+    """The server refused a call, or could not be reached (status 0). errors: the faults of the request by field; retry_after: seconds that
+    the server asks to wait."""
 
-    def __init__(self, status: int, detail: str, errors: Optional[Dict[str, str]] = None) -> None:
+    def __init__(self, status: int, detail: str, errors: Optional[Dict[str, str]] = None, retry_after: float = 0) -> None:
         super().__init__(f"{detail} ({status})" if status else detail)
-        self.status, self.detail, self.errors = status, detail, errors or {}
+        self.status, self.detail, self.errors, self.retry_after = status, detail, errors or {}, retry_after
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ class RendezvousClient:
         """Offer a game, or keep one's own alive."""
         body = without_none(name=name, peerId=peer_id, info=info, listed=listed)
         status, answer, _ = self._call("POST", "/games/register", body)
-        self._registered[name] = body
+        self._registered[answer["name"]] = {**body, "name": answer["name"]}
         return Registration(answer["name"], status == 201, answer["expiresIn"], answer["pollAfter"])
 
     def poll_game(self, name: str, peer_id: str, addresses: Sequence[Any], after: Optional[int] = None,
@@ -170,6 +182,7 @@ class RendezvousClient:
 
         wait: seconds for which the server may hold the poll until there is news.
         """
+        name = unicodedata.normalize("NFC", name)       # as the server does
         body = without_none(name=name, peerId=peer_id, addresses=list(addresses), after=after, replies=replies)
         try:
             _, answer, waited = self._call("POST", "/games/poll", body, wait)
@@ -204,6 +217,7 @@ class RendezvousClient:
         """Rename or describe one's own game."""
         body = without_none(peerId=peer_id, name=new_name, info=info, listed=listed)
         # A poll of another thread that the renaming overtakes must not register the old name again.
+        name = unicodedata.normalize("NFC", name)
         registered = self._registered.pop(name, None)
         try:
             try:
@@ -221,7 +235,7 @@ class RendezvousClient:
 
     def delete_game(self, name: str, peer_id: str) -> None:
         """End one's own game."""
-        self._registered.pop(name, None)
+        self._registered.pop(unicodedata.normalize("NFC", name), None)
         with contextlib.suppress(RepeatedNotFound):     # a first try whose answer was lost has done it
             self._call("DELETE", game_path(name), {"peerId": peer_id})
 
@@ -232,25 +246,29 @@ class RendezvousClient:
 
     def _call(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, wait: float = 0) -> Reply:
         """The answer to a call that is repeated while patience lasts. The server may hold it for wait seconds (RFC 7240 section 4.3)."""
-        patience, pause, repeated = Deadline(self._patience), 0.1, False
+        patience: Optional[Deadline] = None     # from the first failure on: before that the server may have held the call
+        pause, repeated = 0.1, False
         headers = {"Prefer": f"wait={int(wait)}"} if wait >= 1 else {}
         while True:
             try:
                 response = self._session.request(method, self.base_url + path, json=body, headers=headers, timeout=self._timeout + wait,
                                                  allow_redirects=False)
+            except (requests.exceptions.InvalidJSONError, requests.exceptions.InvalidURL) as error:
+                raise RendezvousError(0, f"this cannot be sent: {error}") from None
             except requests.RequestException as error:
                 failure = RendezvousError(0, f"cannot reach {self.base_url}: {plain_reason(error)}")
-                wait, repeated = pause, True
+                repeated = True
             else:
                 if response.status_code < 300:
                     return Reply(response.status_code, json_of(response), "Preference-Applied" in response.headers)
                 failure = refusal(response, repeated)
                 if response.status_code not in (429, 503):
                     raise failure
-                wait = max(pause, number(response.headers.get("Retry-After", "")))
-            if wait > patience.left():
+            patience = patience or Deadline(self._patience)
+            rest = max(pause, failure.retry_after)
+            if rest > patience.left():
                 raise failure
-            time.sleep(wait)
+            time.sleep(rest)
             pause = min(2 * pause, 2.0)
 
 
@@ -292,10 +310,17 @@ def plain_reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def json_of(response: requests.Response) -> Any:
+class Body(Dict[str, Any]):
+    """A JSON object of a server. RendezvousError: it has not the member that is asked for, so it is of another kind of server."""
+
+    def __missing__(self, name: str) -> Any:
+        raise RendezvousError(0, f"this is no rendezvous server: its answer has no {name}")
+
+
+def json_of(response: requests.Response) -> Body:
     try:
-        return response.json() if response.content else None
-    except ValueError:
+        return Body(response.json() if response.content else {})
+    except (ValueError, TypeError):
         raise RendezvousError(response.status_code, f"{response.url} does not answer as a rendezvous server does") from None
 
 
@@ -307,7 +332,7 @@ def refusal(response: requests.Response, repeated: bool) -> RendezvousError:
     except (ValueError, KeyError, TypeError):
         detail, errors = f"{response.url} answers {response.reason}", None
     kind = RepeatedNotFound if repeated and response.status_code == 404 else RendezvousError
-    return kind(response.status_code, detail, errors)
+    return kind(response.status_code, detail, errors, number(response.headers.get("Retry-After", "")))
 
 
 # ---- STUN -----------------------------------------------------------------------------------------------------------
@@ -425,6 +450,10 @@ class Candidates:
     nat: str = "not asked"
     seen: Mapping[Address, Address] = field(default_factory=dict)
 
+    def without_loopback(self) -> Candidates:
+        """For a server that sees us come from elsewhere: something between us and it, such as Docker, forwards its port to this machine."""
+        return dataclasses.replace(self, addresses=[each for each in self.addresses if not is_loopback(each)])
+
     @property
     def published(self) -> List[Any]:
         """What to tell the server. That a NAT is symmetric, or UDP blocked, is worth knowing to a peer who cannot get through."""
@@ -465,13 +494,13 @@ def parse_candidate(text: Any) -> Optional[Address]:
     """The address that a candidate stands for; None if it is of another form, or not to be sent to whoever asks for it:
     multicast, broadcast and unspecified addresses and ports below 1024 (RFC 8445 section 19.5.1)."""
     host, _, port = str(text).rpartition(":")
+    if "%" in host or not (port.isascii() and port.isdigit() and len(port) <= 5 and 1024 <= int(port) <= 65535):
+        return None     # a zone (%) means something to one machine alone
     try:
         ip = plain_ip(host[1:-1] if host[:1] == "[" and host[-1:] == "]" else host)
     except ValueError:
         return None
-    if ip.is_multicast or ip.is_unspecified or str(ip) == "255.255.255.255" or not (port.isascii() and port.isdigit()):
-        return None
-    return (str(ip), int(port)) if 1024 <= int(port[:6]) <= 65535 else None
+    return None if ip.is_multicast or ip.is_unspecified or str(ip) == "255.255.255.255" else (str(ip), int(port))
 
 
 def send_to(sock: socket.socket, datagram: bytes, address: Address) -> None:
@@ -488,7 +517,16 @@ def resolve(servers: Sequence[Address], ipv6: bool = True) -> List[Address]:
     for host, port in servers:
         with contextlib.suppress(OSError):
             found += [plain(each[4]) for each in socket.getaddrinfo(host, port, 0 if ipv6 else socket.AF_INET, socket.SOCK_DGRAM)]
-    return list(dict.fromkeys(found))
+    return [address for address in dict.fromkeys(found) if own_address_towards(address)]
+
+
+def own_address_towards(address: Address) -> Optional[str]:
+    """From which of its addresses this machine reaches another, or None if there is no way. Connecting a UDP socket sends nothing, but has
+    the system choose."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+    return None
 
 
 def gather_addresses(sock: socket.socket, loopback: bool = False, towards: Sequence[Address] = ()) -> List[str]:
@@ -498,14 +536,8 @@ def gather_addresses(sock: socket.socket, loopback: bool = False, towards: Seque
     whether to add 127.0.0.1 and ::1, for peers on this very machine.
     """
     ipv6 = sock.family == socket.AF_INET6
-    hosts = []
-    # Connecting a UDP socket sends nothing, but has the system pick the address to send from. The first two destinations
-    # are of the documentation ranges (RFC 3849, RFC 5737): any address behind the default route would do.
-    for host, port in (("2001:db8::1", 9), ("192.0.2.1", 9), *towards):
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, port))
-            hosts.append(probe.getsockname()[0])
+    # The first two destinations are of the documentation ranges (RFC 3849, RFC 5737): any behind the default route would do.
+    hosts = [host for host in map(own_address_towards, (("2001:db8::1", 9), ("192.0.2.1", 9), *towards)) if host]
     usable = [host for host in dict.fromkeys(hosts) if (ipv6 or ":" not in host) and "%" not in host]
     usable = [host for host in usable if not plain_ip(host).is_loopback and not plain_ip(host).is_link_local]
     if loopback:
@@ -548,22 +580,30 @@ def ask_stun(sock: socket.socket, servers: Sequence[Address]) -> Dict[Address, A
                 if server not in seen:
                     send_to(sock, encode(REQUEST, transaction), server)
             due, interval = Deadline(interval), 2 * interval
-        if select.select([sock], [], [], min(due.left(), deadline.left()))[0]:
-            with contextlib.suppress(OSError):
-                datagram, source = sock.recvfrom(2048)
-                message = decode(datagram)
-                if message and transactions.get(message.transaction) == plain(source):
-                    address = mapped_address(message)
-                    if address:
-                        seen[plain(source)] = address
+        if not is_readable(sock, min(due.left(), deadline.left())):
+            continue
+        with contextlib.suppress(OSError):
+            datagram, source = sock.recvfrom(2048)
+            message = decode(datagram)
+            address = mapped_address(message) if message and transactions.get(message.transaction) == plain(source) else None
+            if address:
+                seen[plain(source)] = address
     return seen
+
+
+def is_readable(sock: socket.socket, seconds: float) -> bool:
+    """Whether something has come within seconds. select() itself would not do: games may have a thousand descriptors."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
 
 
 def mapped_address(message: Message) -> Optional[Address]:
     """The address that a Binding success tells."""
     if message.kind != SUCCESS or XOR_MAPPED_ADDRESS not in message.attributes:
         return None
-    return unpack_address(message.attributes[XOR_MAPPED_ADDRESS], message.transaction)
+    address = unpack_address(message.attributes[XOR_MAPPED_ADDRESS], message.transaction)
+    return address and parse_candidate(text_of(address))
 
 
 # ---- sessions -------------------------------------------------------------------------------------------------------
@@ -698,9 +738,10 @@ class Session:
         return True
 
     def _answered(self, message: Message, source: Address, now: float) -> List[Sending]:
-        address, sent_at, nominated = self._pending.pop(message.transaction, (None, 0.0, False))
-        if address != source:       # RFC 8445 section 7.2.5.2.1: an answer comes from where the check went
+        address, sent_at, nominated = self._pending.get(message.transaction, (None, 0.0, False))
+        if address != source or source not in self.remotes:     # RFC 8445 section 7.2.5.2.1: an answer comes from where the check went
             return []
+        del self._pending[message.transaction]
         self.rtt, self.local = now - sent_at, mapped_address(message)
         self.heard.add(source)
         newly_proven = source not in self._proven
@@ -710,7 +751,7 @@ class Session:
             self._confirmed = self._confirmed or nominated
         elif self.controlling and self._is_better(source, newly_proven, now):
             self._select(source, now)
-            return self._check(source, now)     # a nomination need not wait its turn: it goes to a proven address
+            return self.tick(now)       # which nominates it in its turn
         else:
             self._follow(now)
         return []
@@ -912,6 +953,13 @@ class Endpoint:
         """Begin to connect with a guest that a poll told of; accept() returns it when that has worked. To do so again is to learn its new addresses."""
         self._begin(guest.session_id, guest.session_key, guest.addresses, controlling=False)
 
+    def leave_loopback(self) -> bool:
+        """Publish no loopback addresses from now on; False if there were none."""
+        with self._lock:
+            had, self._loopback = self._loopback, False
+            self.candidates = self.candidates.without_loopback()
+            return had
+
     def accept(self, timeout: Optional[float] = None) -> Connection:
         """The next guest that has connected. TimeoutError; PeerLost: the endpoint is closed."""
         with self._accepted:
@@ -956,6 +1004,9 @@ class Endpoint:
             if connection is None:
                 session = Session(session_id, session_key, controlling, now, self._consent_interval)
                 connection = Connection(self, session, self._lock)
+                if self._closed:
+                    session.over = "the endpoint is closed"
+                    return connection
                 earlier = self._ended.get(session_id)
                 if earlier:
                     session.follows(earlier)
@@ -996,17 +1047,28 @@ class Endpoint:
         return allowed
 
     def _run(self) -> None:
-        """The thread: wait for datagrams until something is due, do it, and so on."""
-        while not self._closed:
+        """The thread: wait for datagrams until something is due, do it, and so on. However it ends, nobody waits for it for ever."""
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.socket, selectors.EVENT_READ)
+                selector.register(self._wakened, selectors.EVENT_READ)
+                while not self._closed:
+                    with self._lock:
+                        pause = self._do_what_is_due(time.monotonic())
+                    readable = [key.fileobj for key, _ in selector.select(pause)]
+                    if self._wakened in readable:
+                        self._wakened.recv(4096)
+                    if self.socket in readable:
+                        self._read()
+        finally:
             with self._lock:
-                pause = self._do_what_is_due(time.monotonic())
-            readable, _, _ = select.select([self.socket, self._wakened], [], [], pause)
-            if self._wakened in readable:
-                self._wakened.recv(4096)
-            if self.socket in readable:
-                self._read()
-        for each in (self.socket, self._waker, self._wakened):
-            each.close()
+                self._closed = True
+                for connection in list(self._connections.values()):
+                    connection._session.over = connection._session.over or "the endpoint has failed"
+                    self._retire(connection)
+                self._accepted.notify_all()
+            for each in (self.socket, self._waker, self._wakened):
+                each.close()
 
     def _do_what_is_due(self, now: float) -> float:
         """Seconds until the next thing is due."""
@@ -1133,6 +1195,7 @@ def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> Conn
 
 # ---- games ----------------------------------------------------------------------------------------------------------
 
+FAILED_PAUSE = 2.0  # seconds before a host tries a server again that does not serve it
 WAIT = 25.0     # seconds for which servers are asked to hold a call until there is news
 
 
@@ -1150,7 +1213,12 @@ class HostedGame:
         self._peer_id = new_peer_id()
         self._client, self._report = client, report
         self.name = client.register_game(name, self._peer_id, info, listed).name
-        self.endpoint = Endpoint(default_stun(client, stun_servers), client.on_loopback, keepalive=keepalive, report=report, moved=self._publish)
+        try:
+            self.endpoint = Endpoint(default_stun(client, stun_servers), client.on_loopback, keepalive=keepalive, report=report, moved=self._publish)
+        except BaseException:       # Ctrl-C while it gathers
+            with contextlib.suppress(RendezvousError):
+                client.delete_game(self.name, self._peer_id)
+            raise
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="host", daemon=True)
         self._thread.start()
@@ -1189,12 +1257,18 @@ class HostedGame:
     def _run(self) -> None:
         cursor, reachable, pause = None, True, 2.0
         while not self._closed.is_set():
-            began = time.monotonic()
+            began, name = time.monotonic(), self.name
             try:
-                poll = self._client.poll_game(self.name, self._peer_id, self.endpoint.candidates.published, after=cursor, wait=WAIT)
+                poll = self._client.poll_game(name, self._peer_id, self.endpoint.candidates.published, after=cursor, wait=WAIT)
             except RendezvousError as error:
+                pause = max(FAILED_PAUSE, error.retry_after)
                 if self._closed.is_set():
                     return
+                if self.name != name:       # it was renamed meanwhile
+                    continue
+                if "addresses" in error.errors and self.endpoint.leave_loopback():
+                    pause = 0.0
+                    continue
                 if error.status in (400, 403, 409):     # the name is somebody else's now, or we are not understood
                     self._report(f"the game is lost: {error}")
                     self._closed.set()
@@ -1206,7 +1280,7 @@ class HostedGame:
             else:
                 if not reachable:
                     self._report("the server is back")
-                reachable, cursor = True, poll.cursor
+                reachable, cursor, self.name = True, poll.cursor, poll.name if self.name == name else self.name
                 for guest in poll.guests:
                     self.endpoint.expect(guest)
                 # Who was held can ask again at once, unless the server holds polls in name only.
@@ -1224,7 +1298,12 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
     own = endpoint or Endpoint(default_stun(client, stun_servers), client.on_loopback)
     try:
         peer_id, deadline = new_peer_id(), Deadline(timeout)
-        start = client.start_game(name, peer_id, own.candidates.published, min(WAIT, timeout))
+        try:
+            start = client.start_game(name, peer_id, own.candidates.published, min(WAIT, timeout))
+        except RendezvousError as error:
+            if "addresses" not in error.errors or not own.leave_loopback():
+                raise
+            start = client.start_game(name, peer_id, own.candidates.published, min(WAIT, timeout))
         while not start.addresses:
             pause = 0.0 if start.waited else start.poll_after
             if pause >= deadline.left():
@@ -1271,6 +1350,14 @@ NAT_KINDS = {
 }
 
 
+def seconds(text: str) -> float:
+    """A number of seconds. For argparse."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
 def describe(candidates: Candidates) -> str:
     """Candidates and NAT kind in a line."""
     return f"candidates {', '.join(candidates.addresses) or 'none'}; {NAT_KINDS[candidates.nat]}"
@@ -1306,7 +1393,7 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
     else:
         report(f"FAILED  STUN: no answer from {', '.join(map(text_of, servers))}. "
                "Is that port open for UDP, STUN not on another one (--stun), UDP not blocked here?")
-    report(f"ok      NAT: {describe(found)}")
+    report(f"{'ok     ' if found.nat not in ('symmetric', 'no answer') else 'FAILED '} NAT: {describe(found)}")
     try:
         with HostedGame(client, f"check {secrets.token_hex(4)}", listed=False, stun_servers=servers) as game, \
                 join_game(RendezvousClient(base_url), game.name, endpoint=endpoint) as connection:
@@ -1330,8 +1417,10 @@ def main(arguments: Optional[List[str]] = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return 0 if check_server(options.server, options.stun) else 1
+    except KeyboardInterrupt:
+        return 1
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"--server {error}")
 
 
 if __name__ == "__main__":

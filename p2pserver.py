@@ -154,6 +154,7 @@ MAX_HEAD = 32768        # bytes
 MAX_HEADER_FIELDS = 100
 REQUEST_TIME = 10.0     # seconds for a request to arrive, from its first byte to its last
 SEND_TIME = 10.0        # seconds in which a client must read some of an answer
+COPIED = 65536          # bytes of a body up to which it is sent in one write with its head; longer ones are not copied
 LINGER_TIME = 2.0       # seconds that a refused request may go on arriving before its connection is cut
 THREAD_PATIENCE = 0.02  # seconds that a thread stays with a connection to see whether more comes at once
 CROWDED = 5             # times as long between two polls is advised where one could not be held
@@ -268,7 +269,7 @@ def ip_port_fault(text: str, local: bool) -> str:
         address = plain_address(match[1] or match[2])
     except ValueError:
         return "is not an IP address"
-    if not 0 < int(match[3][:6]) <= 65535:
+    if len(match[3]) > 5 or not 0 < int(match[3]) <= 65535:
         return "must have a port from 1 to 65535"
     if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
         return "must not be an unspecified, multicast or broadcast address"
@@ -472,10 +473,11 @@ class Guest:
 class Hold:
     """A poll or start that is held until there is news: wake is called once, in any thread, when it is to be resumed."""
 
-    __slots__ = ("entry", "since", "wake")
+    __slots__ = ("entry", "since", "wake", "replaced")
 
     def __init__(self, entry: Union[Game, Guest], since: int, wake: Wake) -> None:
         self.entry, self.since, self.wake = entry, since, wake
+        self.replaced = False       # by a later one of the same host or guest
 
 
 class GameView(NamedTuple):
@@ -598,7 +600,7 @@ class Registry:
         with self._turn() as now:
             game = self._owned(name, seal)
             self._host_alive(game, now)
-            self._resume(game)
+            self._replace(game)
             if addresses != game.addresses:
                 self._host_moved(game, addresses)
             gone = self._reply(game, replies or {})
@@ -639,7 +641,7 @@ class Registry:
                 self.listing += 1
                 self.events.append(Event("start_game", name, f"guests: {len(game.guests)}"))
             self._guest_alive(guest, now)
-            self._resume(guest)
+            self._replace(guest)
             if addresses != guest.addresses:
                 self._guest_moved(guest, addresses)
             started = self._started(guest)
@@ -803,6 +805,12 @@ class Registry:
         if entry.hold:
             self._woken.append(entry.hold.wake)
             self._let_go(entry.hold)
+
+    def _replace(self, entry: Union[Game, Guest]) -> None:
+        """Have what is held for a host or a guest answered because it asks again."""
+        if entry.hold:
+            entry.hold.replaced = True
+            self._resume(entry)
 
     def _resume_all(self, game: Game) -> None:
         self._resume(game)
@@ -1017,7 +1025,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A status, a body (a JSON value, or a string that is text already, or None), and header fields beside the usual ones."""
+    """A status, a body (a JSON value, text that is a string or bytes already, or None), and header fields beside the usual ones."""
 
     status: int
     body: Any = None
@@ -1074,7 +1082,7 @@ def poll_game(server: Server, request: Request) -> Union[Answer, Held]:
     fields, wait = request.fields, wished_wait(server, request)
 
     def answer(polled: Polled, applied: int) -> Answer:
-        # Without room to hold it, the host is told to come less often.
+        # Who could not be held is told to come less often, and so is who was held twice at once: two hosts would chase each other.
         poll_after = server.settings.poll_after * (CROWDED if wait and not applied else 1)
         body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.guests], "cursor": polled.cursor,
                 **lease(server.settings.game_ttl, poll_after)}
@@ -1084,7 +1092,7 @@ def poll_game(server: Server, request: Request) -> Union[Answer, Held]:
     polled = registry.poll_game(fields["name"], fields["peerId"], fields["addresses"], fields["after"], fields["replies"], wake)
     hold = polled.hold
     if hold:
-        return Held(wait, lambda: answer(registry.resume_poll(hold), wait), lambda: registry.let_go(hold))
+        return Held(wait, lambda: answer(registry.resume_poll(hold), 0 if hold.replaced else wait), lambda: registry.let_go(hold))
     return answer(polled, wait if polled.guests or polled.gone else 0)
 
 
@@ -1101,7 +1109,7 @@ def start_game(server: Server, request: Request) -> Union[Answer, Held]:
     started = registry.start_game(fields["name"], fields["peerId"], fields["addresses"], wake)
     hold = started.hold
     if hold:
-        return Held(wait, lambda: answer(registry.resume_start(hold), wait), lambda: registry.let_go(hold))
+        return Held(wait, lambda: answer(registry.resume_start(hold), 0 if hold.replaced else wait), lambda: registry.let_go(hold))
     return answer(started, wait if started.session.addresses else 0)
 
 
@@ -1115,17 +1123,17 @@ class Listing:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._making = threading.Lock()
-        self._made = (-1, "", "")       # the registry's listing it was made of, body, tag
+        self._made = (-1, b"", "")      # the registry's listing it was made of, body, tag
 
-    def get(self) -> Tuple[str, str]:
+    def get(self) -> Tuple[bytes, str]:
         """Body and tag as of now."""
         self._registry.expire_games()
         if self._made[0] != self._registry.listing:
             with self._making:
                 if self._made[0] != self._registry.listing:
                     version = self._registry.listing    # read first: a change while it is made has it made again
-                    body = '{"games":[' + ",".join(map(game_text, self._registry.list_games())) + "]}"
-                    self._made = version, body, '"' + hashlib.blake2b(body.encode("utf-8"), digest_size=12).hexdigest() + '"'
+                    body = ('{"games":[' + ",".join(map(game_text, self._registry.list_games())) + "]}").encode("utf-8")
+                    self._made = version, body, '"' + hashlib.blake2b(body, digest_size=12).hexdigest() + '"'
         return self._made[1:]
 
 
@@ -1332,7 +1340,7 @@ def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         return {}
-    return {"peerId": token.strip().encode("latin-1").decode("utf-8", "replace")}
+    return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")}
 
 
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in http.HTTPStatus}
@@ -1361,10 +1369,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.buffer = bytearray()           # what has come and is not served yet
         self.body_length = -1               # bytes of the body that is to come, when the head has
         self.began = 0.0                    # when the request in the buffer began to come
-        self.unsent = b""                   # the rest of an answer that the client has not read yet
+        self.unsent: collections.deque[memoryview] = collections.deque()    # the rest of an answer that the client has not read yet
         self.held: Optional[Held] = None
         self.held_until = 0.0
         self.news = False                   # set by wake() while a thread is busy here
+        self.yields = False                 # there is more to serve, but others come first
         self.close_connection = False
         self.cut_at = 0.0                   # when a connection that was refused is cut at the latest
         # For the lot: until when it waits, for which events of selectors, on which descriptor, and whether it is watched.
@@ -1384,7 +1393,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception:
             log.exception("a connection failed")
             stays = False
-        if stays:
+        if stays and self.yields:
+            self.yields = False
+            self.server.lot.pass_by(self)
+        elif stays:
             self.server.lot.park(self)
         else:
             if self.held:
@@ -1393,9 +1405,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def go_on(self, why: str) -> bool:
         """Do all that can be done without waiting; False if the connection is to be closed, else events and deadline say what it waits for."""
-        if self.held and not self.go_on_holding(why):
-            return not self.close_connection
-        if why == LATE and not self.refuse_late():
+        if self.held:
+            if why == READY:
+                return self.receive_held()
+            held, self.held = self.held, None
+            answer = self.answer_of(held.answer)
+            assert answer
+            self.send_answer(answer)
+        elif why == LATE and not self.refuse_late():
             return False
         if why == STOPPING:
             self.connection.shutdown(socket.SHUT_RD)    # what has come is still read, and then the end
@@ -1407,6 +1424,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 if self.parse_request():
                     self.dispatch()
+                    self.yields = self.server.pool.is_busy and not (self.held or self.unsent or self.close_connection)
+                    if self.yields:
+                        return True
                 elif not self.receive():
                     return not self.close_connection and self.wait_for_request()
             except Problem as problem:
@@ -1426,18 +1446,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.events, self.deadline = events, deadline
         return True
 
-    def go_on_holding(self, why: str) -> bool:
-        """Whether what is held was answered. If not, the client has hung up (close_connection), or sent its next request, which can wait."""
-        if why == READY:
-            came = self.receive()       # nothing, if the lot has seen what this thread has read meanwhile
-            self.wait_for(0 if came or self.buffer else selectors.EVENT_READ, self.held_until)
-            return False
-        assert self.held
-        held, self.held = self.held, None
-        answer = self.answer_of(held.answer)
-        assert answer
-        self.send_answer(answer)
-        return True
+    def receive_held(self) -> bool:
+        """While a request is held its client can only hang up, or send the next one early, which can wait. False if it has hung up.
+
+        It may also be that nothing has come: the lot has seen what a thread has read meanwhile.
+        """
+        closes, self.close_connection = self.close_connection, False
+        came = self.receive()
+        gone, self.close_connection = self.close_connection, closes
+        return not gone and self.wait_for(0 if came or self.buffer else selectors.EVENT_READ, self.held_until)
 
     def refuse_late(self) -> bool:
         """The client took too long. False if that needs no answer."""
@@ -1449,6 +1466,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def receive(self) -> bool:
         """Take what comes; False if nothing comes at once, or, and then close_connection is set, nothing more ever."""
         hurried = self.server.pool.is_busy      # others wait for this thread
+        if not self.is_between_requests and time.monotonic() > self.began + REQUEST_TIME:
+            raise Problem("the request did not come in time", 408)      # the lot has not seen it: its bytes come one close upon another
         if hurried:
             self.connection.settimeout(0)
         try:
@@ -1483,12 +1502,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Whether a whole head has come; Problem if it is not as RFC 9112 wants it."""
         while self.buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2: empty lines before the request line are ignored
             del self.buffer[:2]
-        end = find_head(self.buffer) if self.buffer else -1
+        if not self.buffer:
+            return False
+        self.command, self.path, self.headers = "", "", {}      # so that a refusal is not taken for an answer to the request before
+        end = find_head(self.buffer)
         if end < 0:
             return False
         head = bytes(self.buffer[:end])
         del self.buffer[:end + 4]
-        self.command, self.path, self.headers = "", "", {}
         self.command, self.path, self.is_new, self.headers = read_head(head)
         self.check_head()
         return True
@@ -1566,7 +1587,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_answer(self, answer: Answer) -> None:
         """Write an answer: head and body at once."""
         self.close_connection = self.close_connection or self.server.stopping
-        body = b"" if answer.body is None else (answer.body if isinstance(answer.body, str) else to_json(answer.body)).encode("utf-8")
+        body = bytes_of(answer.body)
         lines = [STATUS_LINES[answer.status], self.server.fixed_header, f"Date: {self.server.date()}"]
         if "Cache-Control" not in answer.headers:
             lines.append("Cache-Control: no-store")
@@ -1581,23 +1602,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif not self.is_new:
             lines.append("Connection: keep-alive")
         lines.append("\r\n")
-        self.write("\r\n".join(lines).encode("latin-1") + (b"" if self.command == "HEAD" else body))
+        head = "\r\n".join(lines).encode("latin-1")
+        if self.command == "HEAD":
+            self.write(head)
+        elif len(body) < COPIED:
+            self.write(head + body)
+        else:
+            self.write(head, body)
         if self.server.settings.access_log:
             # Without the query, which is none of this server's and could hold anything.
             log.info("%s %s %r %d %d", self.client, self.command, self.path.partition("?")[0], answer.status, len(body))
 
-    def write(self, data: bytes) -> None:
+    def write(self, *data: bytes) -> None:
         """Send what the client takes at once; the rest waits in unsent."""
-        sent = 0
-        if not self.unsent:
-            with contextlib.suppress(BlockingIOError, socket.timeout):
-                sent = self.connection.send(data)
-        self.unsent += data[sent:]
+        self.unsent += map(memoryview, data)
+        self.flush()
 
     def flush(self) -> bool:
         """Send more of what is unsent; whether that was all."""
-        data, self.unsent = self.unsent, b""
-        self.write(data)
+        with contextlib.suppress(BlockingIOError, socket.timeout):
+            while self.unsent:
+                sent = self.connection.send(self.unsent[0])
+                self.unsent[0] = self.unsent[0][sent:]
+                if not self.unsent[0]:
+                    self.unsent.popleft()
         return not self.unsent
 
     def refuse(self, problem: Problem) -> None:
@@ -1616,6 +1644,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if not self.connection.recv(65536):
                     return False
         return self.wait_for(selectors.EVENT_READ, self.cut_at)
+
+
+def bytes_of(body: Any) -> bytes:
+    """The body of an answer as it is sent."""
+    if isinstance(body, bytes) or body is None:
+        return body or b""
+    return (body if isinstance(body, str) else to_json(body)).encode("utf-8")
 
 
 def problem_answer(problem: Problem) -> Answer:
@@ -1650,7 +1685,16 @@ class Pool:
                 self._idle += 1
         self._jobs.put((handler, why))
         if grows:
+            self._grow()
+
+    def _grow(self) -> None:
+        try:
             threading.Thread(target=self._work, name="serve", daemon=True).start()
+        except RuntimeError as error:       # the system has no more threads: those that there are serve the job, or the next submit tries again
+            log.warning("%s", error)
+            with self._lock:
+                self._threads -= 1
+                self._idle -= 1
 
     def stop(self) -> None:
         """End the threads when they have done what is to do."""
@@ -1693,6 +1737,7 @@ class Lot(threading.Thread):
         self._pool = pool
         self._selector = selectors.DefaultSelector()        # for this thread alone
         self._waker, self._wakened = socket.socketpair()    # a byte through these ends its waiting
+        self._waker.setblocking(False)
         self._selector.register(self._wakened, selectors.EVENT_READ)
         self._next_look = 0.0       # when to look for deadlines that have passed
         self._ended = False
@@ -1716,6 +1761,10 @@ class Lot(threading.Thread):
             self._pool.submit(handler, why)
         else:
             self._look_again(handler)
+
+    def pass_by(self, handler: Handler) -> None:
+        """A connection has more to be served, when others have had their turn."""
+        self._pool.submit(handler, STOPPING if self._stopping else READY)
 
     def wake(self, handler: Handler) -> None:
         """There is news for what a connection holds; if a thread is just serving it, that learns of it when it parks."""
@@ -1776,11 +1825,12 @@ class Lot(threading.Thread):
 
     def _watch(self, handler: Handler) -> None:
         self._unwatch(handler)
-        if handler in self._parked:
-            self._next_look = min(self._next_look, handler.deadline)
-            if handler.events:
-                self._selector.register(handler.number, handler.events, handler)
-                handler.is_watched = True
+        with self._lock:    # so that it cannot leave meanwhile, be closed, and its descriptor be another's
+            if handler in self._parked:
+                self._next_look = min(self._next_look, handler.deadline)
+                if handler.events:
+                    self._selector.register(handler.number, handler.events, handler)
+                    handler.is_watched = True
 
     def _unwatch(self, handler: Handler) -> None:
         if handler.is_watched:
@@ -1889,6 +1939,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.lot.end()
         self.pool.stop()
         self.log_events()
+
+    def get_request(self) -> Any:
+        """Accept a connection. Without a descriptor left for it, it stays in the backlog, and the loop that calls this would spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                time.sleep(0.05)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A connection was accepted: a thread of the pool sees what it says."""

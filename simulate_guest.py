@@ -28,7 +28,7 @@ def parse_arguments():
     which.add_argument("--game", metavar="NAME", help="the game to join, listed or not (default: any that is listed)")
     which.add_argument("--all", action="store_true", help="join each listed game in turn")
     parser.add_argument("--messages", type=int, default=5, metavar="N", help="messages to exchange (default: %(default)s)")
-    parser.add_argument("--interval", type=float, default=0.1, metavar="S", help="seconds between two messages (default: %(default)s)")
+    parser.add_argument("--interval", type=p2pclient.seconds, default=0.1, metavar="S", help="seconds between two messages (default: %(default)s)")
     parser.add_argument("--stun", type=p2pclient.parse_server, action="append", metavar="HOST:PORT",
                         help="a STUN server, repeatable; two tell the kind of the NAT (default: the rendezvous server)")
     options = parser.parse_args()
@@ -64,22 +64,34 @@ def talk(connection, began, options):
     """Exchange messages; the round-trip times in seconds of those that came back."""
     times = []
     for i in range(options.messages):
-        message = f"message {i + 1} of {options.messages}".encode()
-        sent = time.monotonic()
-        connection.send(message)
+        message = f"message {i + 1} of {options.messages}"
         try:
-            while connection.recv(max(0.0, sent + ECHO - time.monotonic())) != message:
-                pass        # the echo of an earlier message that was given up
-        except TimeoutError:
-            print(f"  {message.decode()}: no echo within {ECHO:g} s", flush=True)
+            passed = echo(connection, message.encode())
+        except p2pclient.PeerLost as end:
+            print(f"  the connection is lost: {end}", flush=True)
+            break
+        if passed is None:
+            print(f"  {message}: no echo within {ECHO:g} s", flush=True)
             continue
         if not times:
             print(f"  first datagram both ways {1000 * (time.monotonic() - began):.0f} ms after the start", flush=True)
-        times.append(time.monotonic() - sent)
-        print(f"  {message.decode()}: round trip {1000 * times[-1]:.2f} ms", flush=True)
+        times.append(passed)
+        print(f"  {message}: round trip {1000 * passed:.2f} ms", flush=True)
         if i + 1 < options.messages:
             time.sleep(options.interval)
     return times
+
+
+def echo(connection, message):
+    """Seconds until a message comes back, or None if it does not."""
+    sent = time.monotonic()
+    connection.send(message)
+    try:
+        while connection.recv(max(0.0, sent + ECHO - time.monotonic())) != message:
+            pass        # the echo of an earlier message that was given up
+    except TimeoutError:
+        return None
+    return time.monotonic() - sent
 
 
 def join(name, options):
@@ -92,7 +104,7 @@ def join(name, options):
         with p2pclient.join_game(client, name, endpoint=endpoint) as connection:
             print(f"  connected: {connection.local_address} to {connection.remote_address} in {1000 * connection.connect_time:.0f} ms", flush=True)
             return talk(connection, began, options)
-    except (p2pclient.RendezvousError, p2pclient.ConnectFailed, p2pclient.PeerLost) as failure:
+    except (p2pclient.RendezvousError, p2pclient.ConnectFailed) as failure:
         print(f"  not connected: {p2pclient.printable(str(failure))}", flush=True)
         return None
     finally:
@@ -109,15 +121,18 @@ def main():
         print(f"simulate_guest: {error}", file=sys.stderr)
         return 2
     except p2pclient.RendezvousError as error:
-        print(f"simulate_guest: {error}", file=sys.stderr)
+        print(f"simulate_guest: {p2pclient.printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("interrupted", flush=True)
         return 1
-    connected = [times for times in results if times]
+    if not chosen:
+        return 1
+    connected = [times for times in results if times is not None]
     times = [each for result in connected for each in result]
     middle = f", median round trip {1000 * statistics.median(times):.2f} ms" if times else ""
     print(f"connected to {len(connected)} of {len(chosen)} games, {len(times)} of {len(chosen) * options.messages} messages came back{middle}", flush=True)
-    return 0 if chosen and len(connected) == len(chosen) else 1
+    return 0 if len(connected) == len(chosen) else 1
 
 
 if __name__ == "__main__":

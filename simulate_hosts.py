@@ -24,41 +24,48 @@ WHAT = ("castle", "dungeon", "island", "arena", "railway", "harbour", "orchard",
 PATIENCE = 3.0      # seconds for a server to answer
 
 
+def json_object(text):
+    """An object, strictly. For argparse."""
+    value = json.loads(text)
+    json.dumps(value, allow_nan=False)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server", default="http://localhost:8000", metavar="URL", help="the rendezvous server (default: %(default)s)")
     parser.add_argument("--hosts", type=int, default=3, metavar="N", help="games to offer (default: %(default)s)")
     parser.add_argument("--name", metavar="PREFIX", help="name the games PREFIX 1, PREFIX 2 ... (default: names of people and places)")
-    parser.add_argument("--info", type=json.loads, metavar="JSON", help="what lobbies show of each game, an object")
+    parser.add_argument("--info", type=json_object, metavar="JSON", help="what lobbies show of each game, an object")
     parser.add_argument("--stun", type=p2pclient.parse_server, action="append", metavar="HOST:PORT",
                         help="a STUN server, repeatable; two tell the kind of the NAT (default: the rendezvous server)")
-    parser.add_argument("--keepalive", type=float, default=p2pclient.KEEPALIVE, metavar="S", help="seconds between keep-alives (default: %(default)s)")
-    parser.add_argument("--duration", type=float, metavar="S", help="end after so many seconds")
+    parser.add_argument("--keepalive", type=p2pclient.seconds, default=p2pclient.KEEPALIVE, metavar="S",
+                        help="seconds between keep-alives (default: %(default)s)")
+    parser.add_argument("--duration", type=p2pclient.seconds, metavar="S", help="end after so many seconds")
     parser.add_argument("--once", action="store_true", help="each game ends when its first guest has left")
     options = parser.parse_args()
     if options.hosts < 1:
         parser.error("--hosts must be at least 1")
-    if options.info is not None and not isinstance(options.info, dict):
-        parser.error("--info must be a JSON object")
+    if options.keepalive < 1:
+        parser.error("--keepalive must be at least 1")
     return options
 
 
 def names(prefix):
     """Distinct names without end: the second round of each is numbered."""
-    if prefix:
-        firsts = [f"{prefix} {{}}"]
-    else:
-        firsts = [f"{who}'s {what} {{}}" for who in WHOSE for what in WHAT]
-        random.shuffle(firsts)
+    firsts = [prefix] if prefix else [f"{who}'s {what}" for who in WHOSE for what in WHAT]
+    random.shuffle(firsts)
     number = 1
     while True:
         for first in firsts:
-            yield first.format(number if prefix or number > 1 else "").strip()
+            yield f"{first} {number}" if prefix or number > 1 else first
         number += 1
 
 
 def say(name, text):
-    print(f"[{p2pclient.printable(name)}] {text}", flush=True)
+    print(f"[{p2pclient.printable(name)}] {p2pclient.printable(text)}", flush=True)
 
 
 def offer(options, name):
@@ -112,7 +119,8 @@ def interrupt(number, frame):
 def main():
     options = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):      # a shell starts what runs in its background with SIGINT ignored
+        signal.signal(number, interrupt)
     games, candidates = [], names(options.name)
     status = 0
     try:
@@ -130,7 +138,7 @@ def main():
     except KeyboardInterrupt:
         pass
     except (p2pclient.RendezvousError, ValueError) as error:
-        print(f"simulate_hosts: {error}", file=sys.stderr)
+        print(f"simulate_hosts: {p2pclient.printable(str(error))}", file=sys.stderr)
         status = 2 if isinstance(error, ValueError) else 1
     for number in (signal.SIGINT, signal.SIGTERM):      # the next one does not wait for the server to hear of it
         signal.signal(number, signal.SIG_DFL)

@@ -1132,7 +1132,7 @@ def test_no_junk_makes_stun_fail():
 def test_a_source_has_its_burst_at_once_and_then_its_rate(clock):
     buckets = p2pserver.Buckets(4.0, clock)
     counts = [[clock.tick(seconds) or buckets.take("203.0.113.1") for seconds in [pause] + [0] * 99].count(True) for pause in (0, 0.125, 0.125, 1, 2, 1000)]
-    assert counts == [20, 0, 1, 4, 8, 20]
+    assert counts == [50, 0, 1, 4, 8, 50]
 
 
 def test_without_a_rate_each_datagram_is_answered(clock):
@@ -1206,13 +1206,13 @@ def test_a_flooding_source_gets_its_burst_from_the_stun_socket_and_others_are_se
     require("127.0.0.3")
     port = serve(no_stun=False, stun_rate=0.001).port
     with udp(port) as flooder, contextlib.ExitStack() as stack:
-        flooder.ask(*[REQUEST] * 50)
+        flooder.ask(*[REQUEST] * 100)
         others = [stack.enter_context(udp(port, source=f"127.0.0.{i}")).socket for i in range(3, 7)]
         for other in others:
             other.sendto(REQUEST, ("127.0.0.1", port))
         assert select.select(others, [], [], WAIT)[0]   # by then the flood has been dealt with
         flooder.socket.setblocking(False)
-        answers = [flooder.socket.recv(2048) for _ in range(19)]    # beside the one that ask took
+        answers = [flooder.socket.recv(2048) for _ in range(49)]    # beside the one that ask took
         assert all(mapped(answer) == flooder.address for answer in answers)
         with pytest.raises(BlockingIOError):
             flooder.socket.recv(2048)
@@ -1860,6 +1860,18 @@ def poll(name, *more, peer=HOST, **fields):
 WAIT_20 = b"Prefer: wait=20"
 
 
+def test_a_refusal_after_head_has_its_body(api):
+    with Raw(api, b"HEAD /healthz HTTP/1.1\r\nHost: h\r\n\r\n" + b"GET / HTTP/1.1\n\n") as raw:
+        assert raw.answer(head=True).status == 200
+        assert json.loads(raw.answer().body)["status"] == 400
+
+
+@pytest.mark.parametrize("peer_id", ["voil\u00e0", "\u00c5", "a b"])
+def test_a_bearer_may_be_any_peer_id(api, name, peer_id):
+    api.register_game(name, peer_id)
+    assert api.delete_by_header(name, f"Bearer {peer_id}").status_code == 204
+
+
 def is_silent(raw, seconds=0.15):
     """Whether nothing comes. It is the proof that an answer is held, so it has to take some time."""
     return not select.select([raw.socket], [], [], seconds)[0]
@@ -2011,6 +2023,58 @@ def test_where_no_more_can_be_held_the_answer_comes_at_once_and_asks_for_patienc
         assert answer.status_code == 200 and answer.json()["pollAfter"] > 2 and "Preference-Applied" not in answer.headers
 
 
+def test_after_a_poll_that_was_held_to_its_deadline_the_connection_goes_on(serve):
+    api = serve()
+    api.register_game("castle")
+    with Raw(api, poll("castle", b"Prefer: wait=1")) as raw, Raw(api, poll("castle", b"Prefer: wait=1") + GET + END) as pipelining:
+        for each in (pipelining, raw):
+            assert each.answer().status == 200
+        raw.send(GET + END)
+        assert raw.answer().status == 200 and pipelining.answer().status == 200
+
+
+def test_a_held_poll_that_asked_to_close_is_answered_though_more_bytes_come(serve):
+    api = serve()
+    api.register_game("castle")
+    with Raw(api, poll("castle", WAIT_20, b"Connection: close")) as raw:
+        wait_until(lambda: holding(api) == 1)
+        raw.send(b"\r\n")
+        assert is_silent(raw)
+        api.start_game("castle")
+        assert raw.answer().status == 200 and raw.is_closed()
+
+
+def test_a_poll_that_a_second_one_has_replaced_is_told_not_to_follow_at_once(serve):
+    api = serve()
+    api.register_game("castle")
+    with Raw(api, poll("castle", WAIT_20)) as first, Raw(api, poll("castle", WAIT_20)) as second:
+        wait_until(lambda: not is_silent(first, 0) or not is_silent(second, 0))
+        replaced = second if is_silent(first, 0) else first
+        answer = replaced.answer()
+        assert answer.status == 200 and "preference-applied" not in answer.headers and json.loads(answer.body)["pollAfter"] > 2
+
+
+def test_the_lot_survives_connections_that_are_woken_and_closed_while_they_park(serve, hasty_threads):
+    api = serve(max_guests=10_000)
+    for i in range(4):
+        api.register_game(f"game {i}")
+
+    def host_and_guest(i):
+        client, chance = Api(api.server), random.Random(i)
+        for round in range(60):
+            with Raw(api, poll(f"game {i}", WAIT_20, b"Connection: close", after=cursors[i])) as raw:
+                time.sleep(chance.random() * 0.002)
+                client.start_game(f"game {i}", peer=f"guest {round}")
+                answer = raw.answer()
+                assert answer.status == 200
+                cursors[i] = json.loads(answer.body)["cursor"]
+        return True
+
+    cursors = [0] * 4
+    assert in_threads(4, host_and_guest) == [True] * 4
+    assert api.server.lot.is_alive() and holding(api) == 0
+
+
 def test_held_polls_use_up_no_threads(serve):
     api = serve(max_threads=2)
     with contextlib.ExitStack() as stack:
@@ -2082,6 +2146,32 @@ def test_clients_that_are_slow_do_not_stop_others(serve, begun):
         assert {raw.answer().status for raw in slow} <= {200, 400}
 
 
+def test_a_client_that_never_stops_asking_does_not_keep_others_waiting(serve):
+    api = serve(max_threads=1)
+    stop = threading.Event()
+    with Raw(api) as greedy:
+        def ask():
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    greedy.send((GET + END) * 100)
+
+        def read():
+            with contextlib.suppress(OSError, ValueError):
+                while greedy.stream.read(65536):
+                    pass
+
+        threads = [threading.Thread(target=work) for work in (ask, read)]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            with Raw(api, GET + END) as raw:
+                assert raw.answer().status == 200
+        stop.set()
+        greedy.socket.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(WAIT)
+
+
 def test_a_request_that_does_not_come_in_time_is_refused(serve, monkeypatch):
     monkeypatch.setattr(p2pserver, "REQUEST_TIME", 0.3)
     api = serve()
@@ -2089,12 +2179,13 @@ def test_a_request_that_does_not_come_in_time_is_refused(serve, monkeypatch):
         assert raw.answer().status == 408 and raw.is_closed()
 
 
-def test_time_for_a_request_runs_from_its_first_byte_however_many_follow(serve, monkeypatch):
+@pytest.mark.parametrize("pause", [0.05, 0.001])
+def test_time_for_a_request_runs_from_its_first_byte_however_many_follow(serve, monkeypatch, pause):
     monkeypatch.setattr(p2pserver, "REQUEST_TIME", 0.5)
     api = serve()
     with Raw(api, b"GET /healthz HTTP/1.1\r\nX: ") as raw:
         began = time.monotonic()
-        while is_silent(raw, 0.05) and time.monotonic() - began < WAIT:
+        while is_silent(raw, pause) and time.monotonic() - began < WAIT:
             raw.send(b"x")
         assert raw.answer().status == 408
 
@@ -2606,7 +2697,8 @@ def test_what_follows_the_integrity_is_not_taken():
 @pytest.mark.parametrize("text, address", [
     ("203.0.113.7:4000", ("203.0.113.7", 4000)), ("[2001:db8::1]:4000", ("2001:db8::1", 4000)), ("[::ffff:203.0.113.7]:4000", ("203.0.113.7", 4000)),
     ("224.0.0.1:4000", None), ("[ff02::1]:4000", None), ("255.255.255.255:4000", None), ("0.0.0.0:4000", None), ("[::]:4000", None),
-    ("203.0.113.7:1023", None), ("203.0.113.7:65536", None), ("203.0.113.7:", None), ("203.0.113.7", None), ("host:4000", None), ({"nat": "x"}, None),
+    ("203.0.113.7:00102499", None), ("[fe80::1%eth0]:4000", None), ("[fe80::1%\0]:4000", None), ("203.0.113.7:1023", None),
+    ("203.0.113.7:65536", None), ("203.0.113.7:", None), ("203.0.113.7", None), ("host:4000", None), ({"nat": "x"}, None),
 ])
 def test_a_candidate_is_an_address_that_anybody_may_be_sent_to_or_none(text, address):
     assert p2pclient.parse_candidate(text) == address
@@ -2833,6 +2925,34 @@ def test_a_replayed_check_gets_no_answer_and_changes_nothing():
     before = (wire.host.selected, list(wire.host.remotes), set(wire.host.heard))
     assert wire.host.receive(p2pclient.decode(check), STRANGER, wire.now) == []
     assert (wire.host.selected, wire.host.remotes, wire.host.heard) == before
+
+
+def test_an_answer_from_an_address_that_has_made_room_for_another_is_ignored():
+    wire = Wire(guest_knows=[("203.0.113.1", 6000 + i) for i in range(8)], way=lambda source, destination: None)
+    wire.run(1)
+    address = wire.guest.remotes[-1]
+    check = next(datagram for _, source, destination, datagram in wire.sent if (source, destination) == (GUEST_AT, address))
+    hosts = [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLED, bytes(8))]
+    wire.deliver(p2pclient.encode(p2pclient.REQUEST, bytes(12), hosts, "key"), STRANGER, GUEST_AT)
+    assert address not in wire.guest.remotes
+    transaction = p2pclient.decode(check).transaction
+    answer = p2pclient.encode(p2pclient.SUCCESS, transaction, [(p2pclient.XOR_MAPPED_ADDRESS, p2pclient.pack_address(GUEST_AT, transaction))], "key")
+    wire.deliver(answer, address, GUEST_AT)
+    wire.run(1)
+    assert wire.guest.selected is None
+
+
+def test_a_copy_of_an_answer_from_elsewhere_does_not_spoil_the_true_one():
+    wire = Wire()
+
+    def way(source, destination):
+        if source == HOST_AT:
+            wire.deliver(wire.sent[-1][3], STRANGER, GUEST_AT)
+        return source, destination
+
+    wire.way = way
+    wire.run(1)
+    assert wire.guest.selected == HOST_AT
 
 
 def test_the_same_check_twice_from_its_own_address_is_answered_twice():
@@ -3080,6 +3200,35 @@ def test_a_closed_endpoint_ends_its_connections_and_who_waits_for_more(endpoint)
         guests.recv(5)
 
 
+def test_nothing_can_be_begun_on_a_closed_endpoint(endpoint):
+    closed = endpoint()
+    closed.close()
+    with pytest.raises(p2pclient.ConnectFailed, match="the endpoint is closed"):
+        closed.connect(p2pclient.Start("game", "session", "key", ["127.0.0.1:5000"], 1, 60, 2))
+
+
+def test_an_endpoint_works_beside_a_thousand_open_files(endpoint):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("no more than a thousand files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.enter_context(open(__file__))
+        hosts, guests = pair(endpoint(), endpoint())
+        guests.send(b"hello")
+        assert hosts.recv(5) == b"hello"
+        hosts.close()
+        guests.close()
+
+
+def test_loopback_addresses_can_be_left_out(endpoint):
+    own = endpoint()
+    assert any(map(p2pclient.is_loopback, own.candidates.addresses)) and own.leave_loopback()
+    assert not any(map(p2pclient.is_loopback, own.candidates.addresses)) and not own.leave_loopback()
+
+
 def test_loopback_candidates_of_a_peer_are_not_tried_unless_the_server_is_on_loopback(monkeypatch):
     monkeypatch.setattr(p2pclient, "CHECK_TIME", 0.3)
     with contextlib.closing(p2pclient.Endpoint(loopback=False)) as guest, contextlib.closing(p2pclient.open_socket()) as service:
@@ -3205,6 +3354,50 @@ def test_a_game_that_the_server_has_forgotten_is_registered_again(start_server):
     assert client.get_game("castle").info == {"map": "x"} and client.list_games() == []
 
 
+def test_a_name_that_the_server_writes_otherwise_is_registered_again_too(start_server):
+    port = free_port()
+    first = start_server(port=port)
+    client = p2pclient.RendezvousClient(url_of(first))
+    assert client.register_game("Zoe\u0308", "ada").name == "Zo\u00eb"
+    first.stop()
+    start_server(port=port)
+    assert client.poll_game("Zoe\u0308", "ada", []).guests == [] and client.poll_game("Zo\u00eb", "ada", []).guests == []
+
+
+class Constant:
+    """A server that gives one answer to everything, and counts how often."""
+
+    def __init__(self, answer):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url, self.answer, self.count = f"http://127.0.0.1:{self.listener.getsockname()[1]}", answer, 0
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                with client:
+                    client.recv(65536)
+                    client.sendall(b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}" % self.answer)
+                    self.count += 1
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join()
+
+
+@pytest.mark.parametrize("call", [lambda client: client.list_games(), lambda client: client.get_game("x"), lambda client: client.register_game("x", "y"),
+                                  lambda client: client.poll_game("x", "y", []), lambda client: client.start_game("x", "y", [])])
+def test_an_answer_of_another_kind_of_server_is_an_error_of_ours(call):
+    with Constant(b"200 OK") as server, pytest.raises(p2pclient.RendezvousError, match="no rendezvous server"):
+        call(p2pclient.RendezvousClient(server.url))
+
+
 def test_a_game_that_was_never_ours_is_not_registered_by_a_poll(start_server):
     client = p2pclient.RendezvousClient(url_of(start_server()))
     with pytest.raises(p2pclient.RendezvousError) as caught:
@@ -3282,6 +3475,18 @@ def test_a_hosted_game_lives_on_across_a_restart_of_the_server(start_server):
         wait_until(lambda: "the server is back" in lines)
         with p2pclient.join_game(p2pclient.RendezvousClient(url_of(second)), "castle"):
             game.accept(5)
+
+
+def test_a_host_does_not_hammer_a_server_that_is_sick(start_server, monkeypatch):
+    port = free_port()
+    first = start_server(port=port)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first), patience=0.1), "castle") as game:
+        first.stop()
+        with Constant(b"502 Bad Gateway") as sick:
+            game._client.base_url = sick.url
+            wait_until(lambda: sick.count)
+            game._closed.wait(1)
+            assert sick.count <= 2
 
 
 def test_a_taken_name_is_told_at_once(start_server):
