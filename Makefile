@@ -21,8 +21,8 @@ $(READY): requirements.txt
 
 # The server picks a free port and prints it, so that the demo runs beside whatever else does.
 demo: $(READY)
-	@said=$$(mktemp); offers=$$(mktemp); $(BIN)/python p2pserver.py --port 0 > $$said & server=$$!; \
-	trap 'kill $$hosts $$server; wait; rm -f $$said $$offers' EXIT; trap 'exit 130' INT TERM; \
+	@said=$$(mktemp); offers=$$(mktemp); $(BIN)/python p2pserver.py --port 0 --log-level warning > $$said & server=$$!; \
+	trap 'kill $$hosts $$server 2>/dev/null; wait; rm -f $$said $$offers' EXIT; trap 'exit 130' INT TERM; \
 	until grep -q listens $$said; do sleep 0.1; kill -0 $$server || exit 1; done; cat $$said; \
 	url=$$(grep -o 'http://localhost:[0-9]*' $$said); \
 	$(BIN)/python simulate_hosts.py --server $$url > $$offers & hosts=$$!; \

@@ -26,10 +26,11 @@ registry holds a keyed digest. Each host and guest pair gets a session of its ow
 With wait, or Prefer: wait=N (RFC 7240), a poll without news is held until there are some, and a start until the host has
 addresses; Preference-Applied in the answer says that it was.
 
-Threads: one accepts connections and, several times a second, removes what has expired. One, the lot, watches all connections that
-wait: for their next request, the rest of one, or what they are held for. A pool of a few serves those that need not wait. One answers
-STUN. All games live in the Registry behind its one lock, which is held for dictionary work alone: nothing is parsed, serialised, sent or
-logged under it. What happens to games is queued as events and logged afterwards. The main thread only waits for the signal to stop.
+Threads: one accepts connections, answers what has come with them, and several times a second removes what has expired. One, the
+lot, watches all connections that wait: for their next request, the rest of one, or what they are held for. A pool of a few serves
+those that need not wait. One answers STUN. All games live in the Registry behind its one lock, which is held for dictionary work
+alone: nothing is parsed, serialised, sent or logged under it. What happens to games is queued as events and logged afterwards. The
+main thread only waits for the signal to stop.
 """
 
 from __future__ import annotations
@@ -1343,6 +1344,13 @@ def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
     return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")}
 
 
+@functools.lru_cache(maxsize=1024)
+def client_of(host: str) -> Tuple[str, bool]:
+    """A client's address as text, and whether it is on this machine."""
+    address = plain_address(host)
+    return str(address), address.is_loopback
+
+
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in http.HTTPStatus}
 
 # Why a connection that waits gets a thread: what it waits for has come, in time or not; there is news for what it holds; the end.
@@ -1361,10 +1369,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def __init__(self, connection: socket.socket, client_address: Any, server: Server) -> None:
         # Not the base class's, which would serve the connection to its end in this thread.
         self.connection, self.server = connection, server
-        connection.settimeout(THREAD_PATIENCE)
+        connection.settimeout(0)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        address = plain_address(client_address[0])
-        self.client, self.local = str(address), address.is_loopback
+        self.client, self.local = client_of(client_address[0])
         self.command, self.path, self.is_new, self.headers = "", "", True, {}
         self.buffer = bytearray()           # what has come and is not served yet
         self.body_length = -1               # bytes of the body that is to come, when the head has
@@ -1373,7 +1380,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.held: Optional[Held] = None
         self.held_until = 0.0
         self.news = False                   # set by wake() while a thread is busy here
-        self.yields = False                 # there is more to serve, but others come first
+        self.yields = False                 # there is or may be more to serve, but others come first
+        self.is_accepting = True            # the thread that serves it is the one that accepts, which must not wait
         self.close_connection = False
         self.cut_at = 0.0                   # when a connection that was refused is cut at the latest
         # For the lot: until when it waits, for which events of selectors, on which descriptor, and whether it is watched.
@@ -1393,6 +1401,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception:
             log.exception("a connection failed")
             stays = False
+        if stays and self.is_accepting:
+            self.is_accepting = False
+            self.connection.settimeout(THREAD_PATIENCE)
         if stays and self.yields:
             self.yields = False
             self.server.lot.pass_by(self)
@@ -1424,11 +1435,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 if self.parse_request():
                     self.dispatch()
-                    self.yields = self.server.pool.is_busy and not (self.held or self.unsent or self.close_connection)
-                    if self.yields:
-                        return True
+                    self.yields = (self.is_accepting or self.server.pool.is_busy) and not (self.held or self.unsent or self.close_connection)
                 elif not self.receive():
-                    return not self.close_connection and self.wait_for_request()
+                    self.yields = self.is_accepting and not self.close_connection
+                    if not self.yields:
+                        return not self.close_connection and self.wait_for_request()
+                if self.yields:
+                    return True
             except Problem as problem:
                 self.refuse(problem)
         return self.wait_for(selectors.EVENT_READ, self.held_until)
@@ -1465,7 +1478,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self) -> bool:
         """Take what comes; False if nothing comes at once, or, and then close_connection is set, nothing more ever."""
-        hurried = self.server.pool.is_busy      # others wait for this thread
+        hurried = self.server.pool.is_busy and not self.is_accepting        # others wait for this thread
         if not self.is_between_requests and time.monotonic() > self.began + REQUEST_TIME:
             raise Problem("the request did not come in time", 408)      # the lot has not seen it: its bytes come one close upon another
         if hurried:
@@ -1878,6 +1891,7 @@ class Server(http.server.ThreadingHTTPServer):
         if settings.cors_origin:
             self.fixed_header += (f"\r\nAccess-Control-Allow-Origin: {settings.cors_origin}"
                                   "\r\nAccess-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After")
+        self._next_sweep = 0.0
         self._date = (0, "")        # the second, and how HTTP writes it
         # Every open connection; the condition says that one was closed.
         self._connections: Set[Handler] = set()
@@ -1950,11 +1964,11 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A connection was accepted: a thread of the pool sees what it says."""
+        """A connection was accepted. What has come with it is served at once, here; a thread of the pool goes on from there."""
         handler = Handler(request, client_address, self)
         with self._connection_closed:
             self._connections.add(handler)
-        self.pool.submit(handler, READY)
+        handler.serve(READY)
 
     def close_connection(self, handler: Handler) -> None:
         self.lot.forget(handler)
@@ -1965,8 +1979,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Called by serve_forever between connections and, when there are none, ten times a second."""
-        self.registry.expire_games()
-        self.log_events()
+        if time.monotonic() >= self._next_sweep:
+            self._next_sweep = time.monotonic() + 0.1
+            self.registry.expire_games()
+            self.log_events()
 
     def date(self) -> str:
         """The time for the Date field (RFC 9110 section 5.6.7), written once a second."""
