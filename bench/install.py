@@ -1,0 +1,112 @@
+"""What the benchmark needs beside Python: a venv for the peers, Express, wrk and nginx. Only what is missing is installed."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from typing import Dict, List
+
+from servers import HERE, NGINX, TOOLS, VENV_PYTHON, Failure
+
+PROGRAMS = {"wrk": "wrk", "node": "nodejs", "npm": "npm"}      # each with the package of Debian that has it
+LIMIT = 900.0       # seconds that one step may take
+
+
+def install() -> None:
+    """Failure: something is missing and could not be installed."""
+    packages = [package for program, package in PROGRAMS.items() if not shutil.which(program)]
+    if importlib.util.find_spec("ensurepip") is None:
+        packages.append("python3-venv")
+    if packages:
+        apt_get("install", "-y", "-q", "--no-install-recommends", *packages)
+    install_venv()
+    install_express()
+    if not NGINX.exists():
+        try:
+            install_nginx()
+        except Failure as failure:      # it is the one row that is not compared with
+            print(f"no nginx, so no ceiling: {failure}", file=sys.stderr)
+
+
+def install_venv() -> None:
+    """A venv on the Python that runs this, with requirements.txt. It is made anew when either has changed."""
+    requirements = HERE / "requirements.txt"
+    wanted = f"{sys.version}\n{requirements.read_text()}"
+    ready = HERE / ".venv" / "ready"
+    if ready.exists() and ready.read_text() == wanted:
+        return
+    run(sys.executable, "-m", "venv", "--clear", str(HERE / ".venv"))
+    run(str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(requirements))
+    ready.write_text(wanted)
+
+
+def install_express() -> None:
+    installed, locked = HERE / "node_modules" / ".package-lock.json", HERE / "package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < locked.stat().st_mtime:
+        run("npm", "ci", "--no-audit", "--no-fund")
+
+
+def install_nginx() -> None:
+    """Debian's nginx, unpacked here and not installed: a benchmark is not to leave a web server running."""
+    TOOLS.mkdir(exist_ok=True)
+    apt_get("download", "nginx", cwd=TOOLS)
+    for package in TOOLS.glob("nginx_*.deb"):
+        run("dpkg-deb", "-x", str(package), str(TOOLS))
+    subprocess.run([str(NGINX), "-v"], capture_output=True, timeout=LIMIT, check=True)
+
+
+def apt_get(*arguments: str, cwd: pathlib.Path = HERE) -> None:
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        raise Failure(f"please install by hand, for this is not root on Debian: {' '.join(arguments[1:])}")
+    run("apt-get", "update", "-q")
+    run("apt-get", *arguments, cwd=cwd)
+
+
+def run(*command: str, cwd: pathlib.Path = HERE) -> None:
+    print("+", *(os.path.relpath(word) if os.path.isabs(word) else word for word in command), file=sys.stderr)
+    try:
+        done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Failure(f"{command[0]} failed: {error}") from None
+    if done.returncode:
+        raise Failure(f"{' '.join(command[:4])} ... failed with {done.returncode}:\n{done.stdout[-2000:]}")
+
+
+def versions() -> Dict[str, str]:
+    """The version of everything that is measured or measures, by the name of its package."""
+    # pip warns beside its list where it does not like a folder: that is not JSON.
+    listed = said(str(VENV_PYTHON), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check")
+    found = {package["name"].lower(): package["version"] for package in json.loads(re.findall(r"^\[.*\]$", listed, re.MULTILINE)[-1])}
+    found["python"] = sys.version.split()[0]
+    found["node"] = said("node", "--version").strip().lstrip("v")
+    found["express"] = json.loads((HERE / "node_modules" / "express" / "package.json").read_text())["version"]
+    found["wrk"] = number(said("wrk", "-v"))
+    found["nginx"] = number(said(str(NGINX), "-v")) if NGINX.exists() else ""
+    commit = said("git", "describe", "--always", "--dirty", "--match", "v*").strip()
+    found["p2pserver"] = "" if commit.startswith("fatal") else commit
+    return found
+
+
+def number(text: str) -> str:
+    match = re.search(r"\d+\.\d+\S*", text)
+    return match[0] if match else "unknown"
+
+
+def said(*command: str) -> str:
+    """What a program prints, or nothing if there is no such program here; nginx and wrk tell their versions in their own ways."""
+    try:
+        return subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60).stdout
+    except OSError:
+        return ""
+
+
+def machine() -> List[str]:
+    """What this machine is, a fact in each string."""
+    model = re.search(r"^model name\s*:\s*(.*)", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    system = os.uname()
+    memory = int(pathlib.Path("/proc/meminfo").read_text().split()[1]) / 2 ** 20
+    return [model[1] if model else system.machine, f"{len(os.sched_getaffinity(0))} cores", f"{memory:.0f} GiB", f"{system.sysname} {system.release}"]
