@@ -39,8 +39,7 @@ $(LINTERS): $(READY)
 
 lab: $(LAB)
 	$(VENV)-lab/bin/python lab/natlab.py check
-	$(VENV)-lab/bin/python -m pytest lab/test_natlab.py
-	$(VENV)-lab/bin/python -m pytest lab/test_nat_traversal.py
+	$(VENV)-lab/bin/python -m pytest lab
 
 $(LAB): requirements.txt lab/requirements.txt
 	$(PYTHON) -m venv $(VENV)-lab
