@@ -11,6 +11,7 @@ is missed is a result, not an error.
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -407,6 +408,15 @@ def parse() -> argparse.Namespace:
     return given
 
 
+def alone() -> None:
+    """Two benchmarks at once would measure each other. Failure: another one runs from this folder; the lock ends with this process."""
+    folder = os.open(HERE, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Failure("another benchmark is running from this folder") from None
+
+
 def stop_on_signal(number: int, frame: Any) -> NoReturn:
     """Leave through every `with`, so that no server stays."""
     raise KeyboardInterrupt
@@ -419,6 +429,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # servers inherit it
     busy = os.getloadavg()[0]
     try:
+        alone()
         install()
     except Failure as failure:
         print(failure, file=sys.stderr)

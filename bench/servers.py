@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
@@ -18,7 +17,7 @@ from client import LOOPBACK, Client
 
 HERE = pathlib.Path(__file__).resolve().parent
 PEERS = HERE / "peers"
-VENV_PYTHON = HERE / ".venv" / "bin" / "python"
+VENV_PYTHON = HERE / ".venv" / "bin" / "python"      # of all that is Python here: what is installed beside another can weigh on its start
 TOOLS = HERE / ".tools"
 NGINX = TOOLS / "usr" / "sbin" / "nginx"
 P2PSERVER = HERE.parent / "p2pserver.py"
@@ -50,7 +49,7 @@ class Server(NamedTuple):
 
 
 def p2pserver(port: int, more: Optional[Dict[str, str]] = None) -> List[str]:
-    return [sys.executable, str(P2PSERVER), "--port", str(port), *p2pserver_flags({**ALWAYS, **(more or {})})]
+    return [str(VENV_PYTHON), str(P2PSERVER), "--port", str(port), *p2pserver_flags({**ALWAYS, **(more or {})})]
 
 
 def p2pserver_flags(wanted: Dict[str, str]) -> List[str]:
@@ -60,7 +59,7 @@ def p2pserver_flags(wanted: Dict[str, str]) -> List[str]:
 
 @functools.cache
 def p2pserver_help() -> str:
-    return subprocess.run([sys.executable, str(P2PSERVER), "--help"], capture_output=True, text=True, timeout=START_LIMIT, check=True).stdout
+    return subprocess.run([str(VENV_PYTHON), str(P2PSERVER), "--help"], capture_output=True, text=True, timeout=START_LIMIT, check=True).stdout
 
 
 def gunicorn(port: int) -> List[str]:
@@ -94,7 +93,7 @@ SERVERS = (
     Server("express", "Express", lambda port: ["node", str(PEERS / "express_app.mjs"), str(port)], ("node", "express"), "NODE_ENV=production, no ETag"),
     Server("aiohttp", "aiohttp.web on uvloop", lambda port: [str(VENV_PYTHON), "aiohttp_app.py", str(port)], ("aiohttp", "uvloop"), "1 process"),
     Server("asgi", "bare ASGI on uvicorn", uvicorn("asgi_app:app"), ("uvicorn", "uvloop", "httptools"), "1 process, uvloop, httptools"),
-    Server("stdlib", "ThreadingHTTPServer", lambda port: [sys.executable, "stdlib_app.py", str(port)], (), "as it comes; HTTP/1.1, one write per answer"),
+    Server("stdlib", "ThreadingHTTPServer", lambda port: [str(VENV_PYTHON), "stdlib_app.py", str(port)], (), "as it comes; HTTP/1.1, one write per answer"),
     Server("nginx", "nginx, a constant answer", nginx, ("nginx",), "1 worker; the ceiling", constant=True),
 )
 BY_KEY = {server.key: server for server in SERVERS}
