@@ -1212,16 +1212,16 @@ class HostedGame:
                  report: Callable[[str], None] = log.info) -> None:
         self._peer_id = new_peer_id()
         self._client, self._report = client, report
+        self._closed = threading.Event()
+        self._generation = 0        # of the thread that polls; an earlier one ends when it notices
         self.name = client.register_game(name, self._peer_id, info, listed).name
         try:
-            self.endpoint = Endpoint(default_stun(client, stun_servers), client.on_loopback, keepalive=keepalive, report=report, moved=self._publish)
+            self.endpoint = Endpoint(default_stun(client, stun_servers), client.on_loopback, keepalive=keepalive, report=report, moved=self._poll_anew)
         except BaseException:       # Ctrl-C while it gathers
             with contextlib.suppress(RendezvousError):
                 client.delete_game(self.name, self._peer_id)
             raise
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="host", daemon=True)
-        self._thread.start()
+        self._poll_anew()
 
     def accept(self, timeout: Optional[float] = None) -> Connection:
         """The next guest that has connected. TimeoutError; PeerLost: the game is closed."""
@@ -1246,23 +1246,22 @@ class HostedGame:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _publish(self) -> None:
-        """The addresses have changed: the server is told by a poll of its own, which ends the one that it holds."""
-        threading.Thread(target=self._publish_now, name="publish", daemon=True).start()
+    def _poll_anew(self) -> None:
+        """Poll in a new thread. When our addresses have changed the server is to know at once, and the answer to the poll that it holds may
+        never come: a router that forgot the mappings of UDP has forgotten our connection to the server too."""
+        self._generation += 1
+        self._thread = threading.Thread(target=self._run, args=(self._generation,), name="host", daemon=True)
+        self._thread.start()
 
-    def _publish_now(self) -> None:
-        with contextlib.suppress(RendezvousError):
-            self._client.poll_game(self.name, self._peer_id, self.endpoint.candidates.published)
-
-    def _run(self) -> None:
+    def _run(self, generation: int) -> None:
         cursor, reachable, pause = None, True, 2.0
-        while not self._closed.is_set():
+        while not self._closed.is_set() and generation == self._generation:
             began, name = time.monotonic(), self.name
             try:
                 poll = self._client.poll_game(name, self._peer_id, self.endpoint.candidates.published, after=cursor, wait=WAIT)
             except RendezvousError as error:
                 pause = max(FAILED_PAUSE, error.retry_after)
-                if self._closed.is_set():
+                if self._closed.is_set() or generation != self._generation:
                     return
                 if self.name != name:       # it was renamed meanwhile
                     continue
