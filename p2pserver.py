@@ -26,11 +26,10 @@ registry holds a keyed digest. Each host and guest pair gets a session of its ow
 With wait, or Prefer: wait=N (RFC 7240), a poll without news is held until there are some, and a start until the host has
 addresses; Preference-Applied in the answer says that it was.
 
-Threads: one accepts connections, answers what has come with them, and several times a second removes what has expired. One, the
-lot, watches all connections that wait: for their next request, the rest of one, or what they are held for. A pool of a few serves
-those that need not wait. One answers STUN. All games live in the Registry behind its one lock, which is held for dictionary work
-alone: nothing is parsed, serialised, sent or logged under it. What happens to games is queued as events and logged afterwards. The
-main thread only waits for the signal to stop.
+Threads: one, the loop, accepts connections and serves all of them: it never waits for a client, so none needs a thread, whether it is
+slow, silent or held. A pool of a few works at what takes long, and one thread answers STUN. All games live in the Registry behind its
+one lock, which is held for dictionary work alone: nothing is parsed, serialised, sent or logged under it. What happens to games is
+queued as events and logged afterwards. The main thread only waits for the signal to stop.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ import errno
 import functools
 import hashlib
 import hmac
-import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -135,7 +134,7 @@ OPTIONS = (
     Option("max_guests", 64, "guests of one game at once", 1, 100_000),
     Option("max_wait", 25, "seconds for which a poll or start is held at the most", 0, 3600),
     Option("max_waiting", 20000, "polls and starts held at once; beyond that they are answered without waiting", 0, 10_000_000),
-    Option("max_threads", 32, "threads that serve connections; one that waits needs none", 1, 10_000),
+    Option("max_threads", 8, "threads for what takes long; connections that wait need none", 1, 10_000),
     Option("max_body", 16384, "bytes in the body of a request", 1024, 16_777_216),
     Option("idle_timeout", 75.0, "seconds of silence after which a connection is closed", 1, 3600),
     Option("cors_origin", "*", "origin whose web pages may call: * for all, empty for none"),
@@ -157,8 +156,8 @@ REQUEST_TIME = 10.0     # seconds for a request to arrive, from its first byte t
 SEND_TIME = 10.0        # seconds in which a client must read some of an answer
 COPIED = 65536          # bytes of a body up to which it is sent in one write with its head; longer ones are not copied
 LINGER_TIME = 2.0       # seconds that a refused request may go on arriving before its connection is cut
-THREAD_PATIENCE = 0.02  # seconds that a thread stays with a connection to see whether more comes at once
 CROWDED = 5             # times as long between two polls is advised where one could not be held
+ACCEPTED_AT_ONCE = 64   # connections, before those that there are have their turn
 THREAD_IDLE = 10.0      # seconds after which a thread that has nothing to do ends
 RETRY_AFTER = 10        # seconds, where a full server or game may have room again
 
@@ -224,25 +223,20 @@ Addresses = Tuple[Union[str, bytes], ...]       # the objects among them packed
 
 PREFER_WAIT = re.compile(r'(?:^|[,;])[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE)
 RESERVED_NAMES = (".", "..", "register", "poll", "start")   # they are paths, or clients fold them away (RFC 3986 section 5.2.4)
+IPV4_MAPPED, LOOPBACK6 = bytes(10) + b"\xff\xff", bytes(15) + b"\1"
+NOBODY = (bytes(4), bytes(16), b"\xff\xff\xff\xff")
 IP_PORT = re.compile(r"(?:([0-9]+(?:\.[0-9]+){3})|\[([0-9A-Fa-f:.]+(?:%[^\]]*)?)\]):([0-9]+)")
 
 
 def check_name(value: Any, local: bool = False) -> str:
     """A game's name, normalised to NFC: two ways of typing one name are one game."""
-    if not isinstance(value, str):
-        raise ValueError(f"must be a string of 1 to {MAX_NAME} characters")
-    return normal_name(value)
-
-
-@functools.lru_cache(maxsize=4096)   # hosts poll under the same name again and again
-def normal_name(value: str) -> str:
     # What is four times too long stays too long: NFC makes at most four characters one. It bounds the work of normalising.
-    if not 0 < len(value) <= 4 * MAX_NAME:
+    if not isinstance(value, str) or not 0 < len(value) <= 4 * MAX_NAME:
         raise ValueError(f"must be a string of 1 to {MAX_NAME} characters")
-    name = unicodedata.normalize("NFC", value)
+    name = value if value.isascii() else unicodedata.normalize("NFC", value)
     if len(name) > MAX_NAME:
         raise ValueError(f"must be a string of 1 to {MAX_NAME} characters")
-    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+    if not name.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
         raise ValueError("must not contain control characters, line separators or lone surrogates")
     if "/" in name:
         raise ValueError("must not contain /")
@@ -260,29 +254,34 @@ def check_peer_id(value: Any, local: bool = False) -> str:
     return value
 
 
-@functools.lru_cache(maxsize=4096)   # hosts publish the same few addresses with every poll
 def ip_port_fault(text: str, local: bool) -> str:
     """The rule that an ip:port or [ipv6]:port breaks, or nothing; text of any other form is none of our business."""
     match = IP_PORT.fullmatch(text)
     if not match:
         return ""
     try:
-        address = plain_address(match[1] or match[2])
-    except ValueError:
+        address = packed_address(match[1] or match[2])
+    except OSError:
         return "is not an IP address"
     if len(match[3]) > 5 or not 0 < int(match[3]) <= 65535:
         return "must have a port from 1 to 65535"
-    if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
+    if address in NOBODY or address[0] == 0xFF or len(address) == 4 and 224 <= address[0] < 240:
         return "must not be an unspecified, multicast or broadcast address"
-    if address.is_loopback and not local:
+    if is_loopback(address) and not local:
         return "must not be a loopback address, which only clients on the server's own machine may publish"
     return ""
 
 
-def plain_address(text: str) -> Any:
-    """The IP address that text stands for; an IPv4-mapped IPv6 address is the IPv4 one. ValueError if it is none."""
-    address = ipaddress.ip_address(text)
-    return getattr(address, "ipv4_mapped", None) or address
+def packed_address(text: str) -> bytes:
+    """The 4 or 16 bytes of an IP address, which may have a zone; an IPv4-mapped IPv6 address is the IPv4 one. OSError if text is none."""
+    if ":" not in text:
+        return socket.inet_pton(socket.AF_INET, text)
+    packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+    return packed[12:] if packed.startswith(IPV4_MAPPED) else packed
+
+
+def is_loopback(packed: bytes) -> bool:
+    return packed[0] == 127 if len(packed) == 4 else packed == LOOPBACK6
 
 
 def too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
@@ -305,10 +304,10 @@ def check_addresses(value: Any, local: bool) -> Addresses:
     """Candidates, most wanted first."""
     if not isinstance(value, list) or len(value) > MAX_ADDRESSES:
         raise ValueError(f"must be an array of at most {MAX_ADDRESSES} addresses")
-    faults = [f"[{i}] {fault}" for i, fault in enumerate(address_fault(item, local) for item in value) if fault]
+    faults = [f"[{i}] {fault}" for i, fault in enumerate([address_fault(item, local) for item in value]) if fault]
     if faults:
         raise ValueError("; ".join(faults))
-    return tuple(item if isinstance(item, str) else pack(item) for item in value)
+    return tuple([item if isinstance(item, str) else pack(item) for item in value])
 
 
 def check_replies(value: Any, local: bool) -> Dict[str, Addresses]:
@@ -363,15 +362,15 @@ def validate(body: Mapping[str, Any], fields: Mapping[str, Field], local: bool) 
     """The checked values by field name. Fields that are not asked for are ignored, so newer clients work; Problem names every fault at once."""
     values: Dict[str, Any] = {}
     faults = {}
-    for name, field in fields.items():
+    for name, (check, required) in fields.items():
         value = body.get(name)
-        if value is None and not field.required:
+        if value is None and not required:
             values[name] = None
-        elif name not in body:
+        elif value is None and name not in body:
             faults[name] = "is required"
         else:
             try:
-                values[name] = field.check(value, local)
+                values[name] = check(value, local)
             except ValueError as fault:
                 faults[name] = str(fault)
     if faults:
@@ -412,10 +411,6 @@ from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=plain_int,
 def pack(value: Dict[str, Any]) -> bytes:
     """An object as the registry keeps it: as JSON text, for as Python's objects it can weigh twenty times as much."""
     return to_json(value).encode("utf-8")
-
-
-def unpack(packed: bytes) -> Any:
-    return json.loads(packed)
 
 
 def parse_body(body: bytes) -> Dict[str, Any]:
@@ -563,6 +558,7 @@ class Registry:
         # Each with its deadline, the one to end first in front: expiry looks at the front only, never at all of them.
         self._game_queue: collections.OrderedDict[Game, float] = collections.OrderedDict()
         self._guest_queue: collections.OrderedDict[Guest, float] = collections.OrderedDict()
+        self._next_end = 0.0                            # no deadline is before that
         self._holding = 0                               # how many holds there are
         self._woken: List[Wake] = []                    # to be called once the lock is free
         self.listing = 0                                # grows with every change of what list_games() gives; may be read without the lock
@@ -833,6 +829,8 @@ class Registry:
 
     def _expire(self, now: float) -> None:
         """Remove what has expired, each in its turn. Whose poll or start is held is alive."""
+        if now < self._next_end:
+            return
         for game in overdue(self._game_queue, now):
             if game.hold:
                 self._host_alive(game, now)
@@ -844,6 +842,9 @@ class Registry:
                 self._guest_alive(guest, now)
             else:
                 self._remove_guest(guest)
+        # Who comes later ends later than this.
+        self._next_end = min([now + min(self._settings.game_ttl, self._settings.guest_ttl),
+                              *itertools.islice(self._game_queue.values(), 1), *itertools.islice(self._guest_queue.values(), 1)])
 
     def _remove_game(self, game: Game) -> None:
         self._resume_all(game)
@@ -924,10 +925,10 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
                 + stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown)))
     else:
         kind = STUN_SUCCESS
-        address = plain_address(source[0])
-        mask = request[4:4 + len(address.packed)]       # the cookie, for IPv6 the transaction id after it as well (section 14.2)
-        xored = bytes(a ^ b for a, b in zip(address.packed, mask))
-        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS, struct.pack(">HH", 1 if address.version == 4 else 2, source[1] ^ STUN_COOKIE >> 16) + xored)
+        address = packed_address(source[0])
+        mask = request[4:4 + len(address)]      # the cookie, for IPv6 the transaction id after it as well (section 14.2)
+        xored = bytes(a ^ b for a, b in zip(address, mask))
+        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS, struct.pack(">HH", 1 if len(address) == 4 else 2, source[1] ^ STUN_COOKIE >> 16) + xored)
     length = len(body) + (8 if STUN_FINGERPRINT in kinds else 0)
     message = struct.pack(">HH", kind, length) + request[4:20] + body
     return message + stun_attribute(STUN_FINGERPRINT, stun_fingerprint(message)) if STUN_FINGERPRINT in kinds else message
@@ -946,9 +947,8 @@ class Buckets:
 
     def take(self, source: str) -> bool:
         """Whether the source may have one more answer now. An IPv6 /64 is one source: it is what one customer gets."""
-        address = plain_address(source)
-        key = address.packed[:8] if address.version == 6 else address.packed
-        index, now = hash(key) % STUN_BUCKETS, self._clock()
+        # Eight bytes are an IPv4 address, or a /64.
+        index, now = hash(packed_address(source)[:8]) % STUN_BUCKETS, self._clock()
         full_at = max(self._full_at[index], now) + self._interval
         if full_at > now + STUN_BURST * self._interval:
             return False
@@ -1042,19 +1042,27 @@ class Held(NamedTuple):
     let_go: Callable[[], None]
 
 
-def session_body(session: Session) -> Dict[str, Any]:
-    addresses = [address if isinstance(address, str) else unpack(address) for address in session.addresses]
-    return {"sessionId": session.session_id, "sessionKey": session.session_key, "addresses": addresses}
+# Answers are put together as text: what is packed is JSON already, and the commonest ones are written in no time.
+
+Outcome = Union[Answer, Held]
+
+
+def session_text(session: Session) -> str:
+    """The members that tell of a session."""
+    addresses = [to_json(address) if isinstance(address, str) else address.decode("utf-8") for address in session.addresses]
+    return f'"sessionId":"{session.session_id}","sessionKey":"{session.session_key}","addresses":[{",".join(addresses)}]'
 
 
 def game_text(game: GameView) -> str:
-    """A game as JSON; what its host said of it is JSON already."""
     return f'{{"name":{to_json(game.name)},"info":{game.info.decode("utf-8")},"guests":{game.guests},"ready":{to_json(game.ready)}}}'
 
 
-def lease(ttl: float, poll_after: float) -> Dict[str, float]:
-    """How long one is remembered and when to ask again, in seconds: 60 rather than 60.0, which some clients do not take for a whole number."""
-    return {name: int(value) if value == int(value) else value for name, value in (("expiresIn", ttl), ("pollAfter", poll_after))}
+@functools.lru_cache(maxsize=16)
+def lease_text(ttl: float, poll_after: float) -> str:
+    """The members that tell how long one is remembered and when to ask again, in seconds: 60 rather than 60.0, which some clients do not
+    take for a whole number."""
+    expires_in, poll_in = (int(value) if value == int(value) else value for value in (ttl, poll_after))
+    return f'"expiresIn":{expires_in},"pollAfter":{poll_in}'
 
 
 def wished_wait(server: Server, request: Request) -> int:
@@ -1074,20 +1082,22 @@ def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
     fields = request.fields
     created = server.registry.register_game(fields["name"], fields["peerId"], fields["info"], fields["listed"])
-    body = {"name": fields["name"], **lease(server.settings.game_ttl, server.settings.poll_after)}
+    body = f'{{"name":{to_json(fields["name"])},{lease_text(server.settings.game_ttl, server.settings.poll_after)}}}'
     return Answer(201, body, location(fields["name"])) if created else Answer(200, body)
 
 
-def poll_game(server: Server, request: Request) -> Union[Answer, Held]:
+def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
     fields, wait = request.fields, wished_wait(server, request)
 
     def answer(polled: Polled, applied: int) -> Answer:
         # Who could not be held is told to come less often, and so is who was held twice at once: two hosts would chase each other.
         poll_after = server.settings.poll_after * (CROWDED if wait and not applied else 1)
-        body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.guests], "cursor": polled.cursor,
-                **lease(server.settings.game_ttl, poll_after)}
-        return Answer(200, body if fields["replies"] is None else {**body, "gone": polled.gone}, applied_wait(applied))
+        guests = ",".join([f"{{{session_text(guest)}}}" for guest in polled.guests])
+        gone = "" if fields["replies"] is None else f',"gone":{to_json(polled.gone)}'
+        body = (f'{{"name":{to_json(polled.name)},"guests":[{guests}],"cursor":{polled.cursor},'
+                f'{lease_text(server.settings.game_ttl, poll_after)}{gone}}}')
+        return Answer(200, body, applied_wait(applied))
 
     registry, wake = server.registry, request.wake if wait else None
     polled = registry.poll_game(fields["name"], fields["peerId"], fields["addresses"], fields["after"], fields["replies"], wake)
@@ -1097,13 +1107,14 @@ def poll_game(server: Server, request: Request) -> Union[Answer, Held]:
     return answer(polled, wait if polled.guests or polled.gone else 0)
 
 
-def start_game(server: Server, request: Request) -> Union[Answer, Held]:
+def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
     fields, wait = request.fields, wished_wait(server, request)
 
     def answer(started: Started, applied: int) -> Answer:
         poll_after = server.settings.poll_after * (CROWDED if wait and not applied else 1)
-        body = {"name": started.name, **session_body(started.session), "cursor": started.cursor, **lease(server.settings.guest_ttl, poll_after)}
+        body = (f'{{"name":{to_json(started.name)},{session_text(started.session)},"cursor":{started.cursor},'
+                f'{lease_text(server.settings.guest_ttl, poll_after)}}}')
         return Answer(200 if started.session.addresses else 202, body, applied_wait(applied))
 
     registry, wake = server.registry, request.wake if wait else None
@@ -1126,12 +1137,17 @@ class Listing:
         self._making = threading.Lock()
         self._made = (-1, b"", "")      # the registry's listing it was made of, body, tag
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether it is to be made anew."""
+        self._registry.expire_games()
+        return self._made[0] != self._registry.listing
+
     def get(self) -> Tuple[bytes, str]:
         """Body and tag as of now."""
-        self._registry.expire_games()
-        if self._made[0] != self._registry.listing:
+        if self.is_stale:
             with self._making:
-                if self._made[0] != self._registry.listing:
+                if self.is_stale:
                     version = self._registry.listing    # read first: a change while it is made has it made again
                     body = ('{"games":[' + ",".join(map(game_text, self._registry.list_games())) + "]}").encode("utf-8")
                     self._made = version, body, '"' + hashlib.blake2b(body, digest_size=12).hexdigest() + '"'
@@ -1182,12 +1198,13 @@ def show_start_page(server: Server, request: Request) -> Answer:
 # ---- routes ---------------------------------------------------------------------------------------------------------
 
 class Route(NamedTuple):
-    """A row of the table: what answers a method on a path, and the fields that its body must or may have."""
+    """A row of the table: what answers a method on a path, the fields that its body must or may have, and whether that now takes long."""
 
     method: str
     path: str
-    endpoint: Callable[[Server, Request], Union[Answer, Held]]
+    endpoint: Callable[[Server, Request], Outcome]
     fields: Mapping[str, Field] = {}
+    takes_long: Optional[Callable[[Server], bool]] = None
 
 
 NAME, PEER_ID, ADDRESSES = Field(check_name), Field(check_peer_id), Field(check_addresses)
@@ -1201,7 +1218,7 @@ ROUTES = (
     Route("POST", "/games/poll", poll_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES,
                                              "after": Field(check_cursor, required=False), "replies": Field(check_replies, required=False), "wait": WAIT}),
     Route("POST", "/games/start", start_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "wait": WAIT}),
-    Route("GET", "/games", list_games),
+    Route("GET", "/games", list_games, takes_long=lambda server: server.listing.is_stale),
     Route("GET", "/games/<name>", get_game),
     Route("PATCH", "/games/<name>", update_game, CHANGES),
     Route("PUT", "/games/<name>", update_game, CHANGES),
@@ -1220,8 +1237,14 @@ def allowed(methods: Iterable[str]) -> str:
     return ", ".join(sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
 
 
-def resolve(path: str) -> Tuple[Dict[str, Route], str]:
-    """The routes at a path by method, and the game that it names. NotFound: there are none, or no game can have that name."""
+ABSOLUTE_FORM = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)     # RFC 9112 section 3.2.2
+
+
+def resolve(target: str) -> Tuple[Dict[str, Route], str]:
+    """The routes at a request target by method, and the game that it names. NotFound: there are none, or no game can have that name."""
+    if target in ROUTES_AT and target != "/games/<name>":
+        return ROUTES_AT[target], ""
+    path = (target if target.startswith("/") else ABSOLUTE_FORM.sub("", target)).partition("?")[0] or "/"
     if path in ROUTES_AT and path != "/games/<name>":
         return ROUTES_AT[path], ""
     prefix, _, quoted = path.rpartition("/")
@@ -1235,53 +1258,76 @@ def resolve(path: str) -> Tuple[Dict[str, Route], str]:
         raise NotFound(f"no game can have this name: it {fault}") from None
 
 
-# ---- HTTP handler and server ----------------------------------------------------------------------------------------
+# ---- HTTP: reading a request ----------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
 FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")                                          # RFC 9110 section 5.1
 NOT_FIELD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")                                        # RFC 9110 section 5.5
-ABSOLUTE_FORM = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)                                    # RFC 9112 section 3.2.2
 BARE_LF = re.compile(rb"(?<!\r)\n")
-
-
-def find_head(buffer: bytearray) -> int:
-    """Where the head that the buffer begins with ends, or -1 while it has not come whole. Problem as soon as it cannot become one.
-
-    Its lines must end in CRLF: where readers differ on what ends a line, requests are smuggled.
-    """
-    end = buffer.find(b"\r\n\r\n")
-    line_end = buffer.find(b"\n", 0, MAX_REQUEST_LINE)
-    if line_end < 0 and len(buffer) >= MAX_REQUEST_LINE:
-        raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
-    if end > MAX_HEAD or end < 0 and len(buffer) > MAX_HEAD:
-        raise Problem(f"the head has more than {MAX_HEAD} bytes", 431)
-    if BARE_LF.search(buffer, 0, end if end >= 0 else len(buffer)):
-        raise Problem("a line of the head does not end in CRLF")
-    return end
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
 class Head(NamedTuple):
-    """The head of a request: method, target, whether it is HTTP/1.1 rather than 1.0, and the header fields by name in lower case."""
+    """The head of a request, and what follows from it: how long the body is (bytes), whether the connection ends with the
+    answer, and whether the client waits for 100 Continue. is_new: it is HTTP/1.1 rather than 1.0. Field names are in lower case."""
 
-    method: str
-    target: str
-    is_new: bool
-    headers: Dict[str, str]
+    method: str = ""
+    target: str = ""
+    is_new: bool = True
+    headers: Mapping[str, str] = {}
+    length: int = 0
+    closes: bool = True
+    expects: bool = False
+
+
+def find_head(buffer: bytearray) -> int:
+    """Where the head that the buffer begins with ends, or -1 while it has not come whole. Problem as soon as it cannot become one."""
+    end = buffer.find(b"\r\n\r\n", 0, MAX_HEAD + 4)
+    if end < 0:
+        check_lines(buffer)
+        if len(buffer) > MAX_HEAD:
+            raise Problem(f"the head has more than {MAX_HEAD} bytes", 431)
+    return end
+
+
+def check_lines(text: Union[bytes, bytearray]) -> None:
+    """Refuse lines that do not end in CRLF, for where readers differ on what ends a line requests are smuggled; and a long request line."""
+    line_end = text.find(b"\n")
+    if (len(text) if line_end < 0 else line_end) >= MAX_REQUEST_LINE:
+        raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
+    if BARE_LF.search(text):
+        raise Problem("a line of the head does not end in CRLF")
 
 
 def parse_head(head: bytes) -> Head:
-    """The head without its last empty line, read strictly after RFC 9112 section 5; fields that come twice are joined (RFC 9110 section 5.3)."""
-    line, *fields = head.split(b"\r\n")
+    """The head without its last empty line, read strictly after RFC 9112."""
+    check_lines(head)
+    line, *lines = head.split(b"\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Problem("the request line is malformed")
     if match[3] != b"1":
         raise Problem("only HTTP/1.0 and HTTP/1.1 are supported", 505)
-    if len(fields) > MAX_HEADER_FIELDS:
+    method, is_new, headers = match[1].decode("ascii"), match[4] != b"0", parse_fields(lines)
+    if is_new and "host" not in headers:
+        raise Problem("Host is required")      # RFC 9112 section 3.2
+    if method not in METHODS:
+        raise Problem("this method is not supported", 501)
+    length = body_length(method, headers)
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise Problem("only Expect: 100-continue is understood", 417)
+    connection = [item.strip().lower() for item in headers.get("connection", "").split(",")]
+    closes = "close" in connection or not is_new and "keep-alive" not in connection
+    return Head(method, match[2].decode("ascii"), is_new, headers, length, closes, is_new and "expect" in headers)
+
+
+def parse_fields(lines: List[bytes]) -> Dict[str, str]:
+    """Header fields by name in lower case; those that come twice are joined (RFC 9110 section 5.3), where that is allowed."""
+    if len(lines) > MAX_HEADER_FIELDS:
         raise Problem(f"the head has more than {MAX_HEADER_FIELDS} fields", 431)
     headers: Dict[str, str] = {}
-    for each in fields:
-        field, colon, value = each.partition(b":")
+    for line in lines:
+        field, colon, value = line.partition(b":")
         if not colon or not FIELD_NAME.fullmatch(field) or NOT_FIELD_VALUE.search(value):
             raise Problem("a header field is malformed")
         name, text = field.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
@@ -1290,7 +1336,7 @@ def parse_head(head: bytes) -> Head:
                 raise Problem(f"{name} stands twice in the head")
             text = f"{headers[name]}, {text}"
         headers[name] = text
-    return Head(match[1].decode("ascii"), match[2].decode("ascii"), match[4] != b"0", headers)
+    return headers
 
 
 # Clients send the same head again and again.
@@ -1318,11 +1364,6 @@ def body_length(method: str, headers: Mapping[str, str]) -> int:
     return int(length.lstrip("0")[:18] or "0")      # more digits are too large in any case, and slow to convert
 
 
-def list_of(text: str) -> List[str]:
-    """The members of a comma-separated field, in lower case."""
-    return [item.strip().lower() for item in text.split(",")]
-
-
 def check_media_type(headers: Mapping[str, str]) -> None:
     """A body that is declared as anything but JSON in UTF-8 is refused; one that is not declared is taken for that."""
     declared = headers.get("content-type", "application/json").lower()
@@ -1347,149 +1388,150 @@ def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
 @functools.lru_cache(maxsize=1024)
 def client_of(host: str) -> Tuple[str, bool]:
     """A client's address as text, and whether it is on this machine."""
-    address = plain_address(host)
-    return str(address), address.is_loopback
+    packed = packed_address(host)
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed), is_loopback(packed)
 
 
-STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in http.HTTPStatus}
+# ---- HTTP: a connection ---------------------------------------------------------------------------------------------
 
-# Why a connection that waits gets a thread: what it waits for has come, in time or not; there is news for what it holds; the end.
-READY, LATE, NEWS, STOPPING = "ready", "late", "news", "stopping"
+STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
+NEVER = float("inf")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. It has a thread of the pool while there is something to do, and waits in the lot while there is not.
-
-    So all below is for one thread at a time, but for wake().
-    """
+    """One connection, as the loop's thread serves it and nobody else: what happens is told by one of the methods on_...() through
+    serve(), which does what has become possible without ever waiting."""
 
     server: Server
-    headers: Dict[str, str]  # type: ignore[assignment]     # by name in lower case
 
     def __init__(self, connection: socket.socket, client_address: Any, server: Server) -> None:
-        # Not the base class's, which would serve the connection to its end in this thread.
+        # Not the base class's, which would serve the connection to its end.
         self.connection, self.server = connection, server
-        connection.settimeout(0)
+        connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.client, self.local = client_of(client_address[0])
-        self.command, self.path, self.is_new, self.headers = "", "", True, {}
         self.buffer = bytearray()           # what has come and is not served yet
-        self.body_length = -1               # bytes of the body that is to come, when the head has
+        self.head = Head()                  # of the request that is served, or whose body is to come
+        self.has_head = False               # whether a body is to come
+        self.body = b""
         self.began = 0.0                    # when the request in the buffer began to come
-        self.unsent: collections.deque[memoryview] = collections.deque()    # the rest of an answer that the client has not read yet
+        self.requests = 0                   # how many have come; the number of the one that is served
+        self.unsent: collections.deque[Union[bytes, memoryview]] = collections.deque()    # the rest of an answer that the client has not read yet
         self.held: Optional[Held] = None
         self.held_until = 0.0
-        self.news = False                   # set by wake() while a thread is busy here
-        self.yields = False                 # there is or may be more to serve, but others come first
-        self.is_accepting = True            # the thread that serves it is the one that accepts, which must not wait
-        self.close_connection = False
+        self.is_away = False                # whether a thread of the pool works at the answer
+        self.close_connection = False       # when all is sent
         self.cut_at = 0.0                   # when a connection that was refused is cut at the latest
-        # For the lot: until when it waits, for which events of selectors, on which descriptor, and whether it is watched.
-        self.deadline, self.events, self.number, self.is_watched = 0.0, 0, connection.fileno(), False
+        self.is_closed = False
+        # For the loop: for which events it is watched, when it is late, and in which tenth of a second that is looked at.
+        self.watched, self.deadline, self.tenth = 0, NEVER, NEVER
 
-    def wake(self) -> None:
-        """There is news for what is held. Called in any thread."""
-        self.server.lot.wake(self)
+    # What happens to a connection. False: it is to be closed at once.
 
-    def serve(self, why: str) -> None:
-        """Do what has become possible; then wait in the lot, or close."""
+    def serve(self, happened: Callable[..., bool], *details: Any) -> None:
+        """Let something that has happened take its effect, and wait for the next thing or close."""
+        if self.is_closed:
+            return
         try:
-            stays = self.go_on(why)
+            stays = happened(*details) and self.wait()
         except OSError as error:        # a client that went away is no fault
             log.debug("a connection was lost: %s", error)
             stays = False
         except Exception:
             log.exception("a connection failed")
             stays = False
-        if stays and self.is_accepting:
-            self.is_accepting = False
-            self.connection.settimeout(THREAD_PATIENCE)
-        if stays and self.yields:
-            self.yields = False
-            self.server.lot.pass_by(self)
-        elif stays:
-            self.server.lot.park(self)
-        else:
-            if self.held:
-                self.held.let_go()
-            self.server.close_connection(self)
+        if not stays:
+            self.close()
 
-    def go_on(self, why: str) -> bool:
-        """Do all that can be done without waiting; False if the connection is to be closed, else events and deadline say what it waits for."""
+    def on_ready(self) -> bool:
+        """Something has come, or can be sent; or may, for it does no harm to look."""
+        if self.is_away:
+            return True
         if self.held:
-            if why == READY:
-                return self.receive_held()
-            held, self.held = self.held, None
-            answer = self.answer_of(held.answer)
-            assert answer
-            self.send_answer(answer)
-        elif why == LATE and not self.refuse_late():
-            return False
-        if why == STOPPING:
-            self.connection.shutdown(socket.SHUT_RD)    # what has come is still read, and then the end
-        while not self.held:
-            if self.unsent and not self.flush():
-                return self.wait_for(selectors.EVENT_WRITE, time.monotonic() + SEND_TIME)
-            if self.close_connection:
-                return self.linger()
+            return self.receive_held()
+        if self.unsent and not self.flush():
+            return True
+        if not self.close_connection:
             try:
-                if self.parse_request():
+                if self.buffer and self.parse_request() or self.receive() and self.parse_request():
                     self.dispatch()
-                    self.yields = (self.is_accepting or self.server.pool.is_busy) and not (self.held or self.unsent or self.close_connection)
-                elif not self.receive():
-                    self.yields = self.is_accepting and not self.close_connection
-                    if not self.yields:
-                        return not self.close_connection and self.wait_for_request()
-                if self.yields:
-                    return True
             except Problem as problem:
                 self.refuse(problem)
-        return self.wait_for(selectors.EVENT_READ, self.held_until)
+        return True
 
-    def wait_for_request(self) -> bool:
-        if self.is_between_requests:
-            return self.wait_for(selectors.EVENT_READ, time.monotonic() + self.server.settings.idle_timeout)
-        return self.wait_for(selectors.EVENT_READ, self.began + REQUEST_TIME)
+    def on_late(self) -> bool:
+        """The deadline is over."""
+        if self.held:
+            self.resume()
+        elif self.unsent or self.close_connection or self.is_between_requests or self.is_away:
+            return False
+        elif self.server.stopping:
+            self.refuse(Full("the server stops, and the request did not come in time"))
+        else:
+            self.refuse(Problem("the request did not come in time", 408))
+        return True
+
+    def on_news(self, number: int) -> bool:
+        """What request number is held for has come."""
+        if self.held and number == self.requests:
+            self.resume()
+        return True
+
+    def on_outcome(self, outcome: Outcome) -> bool:
+        """A thread of the pool has called the endpoint."""
+        self.is_away = False
+        self.take(outcome)
+        return True
+
+    def on_stop(self) -> bool:
+        """The server stops: what is held is answered now, and what has come already is still served."""
+        if self.held:
+            self.resume()
+            return True
+        return self.on_ready()
+
+    def wait(self) -> bool:
+        """Have the loop watch for what can happen next; False if that is nothing."""
+        if self.is_away:
+            events, deadline = 0, NEVER
+        elif self.held:     # its client can hang up, or send the next request early, which then waits
+            events, deadline = 0 if self.buffer else selectors.EVENT_READ, self.held_until
+        elif self.unsent:
+            events, deadline = selectors.EVENT_WRITE, time.monotonic() + SEND_TIME
+        elif self.close_connection:
+            events, deadline = selectors.EVENT_READ, self.cut_at
+            if not self.lingers():
+                return False
+        elif self.is_between_requests:
+            events, deadline = selectors.EVENT_READ, time.monotonic() + self.server.settings.idle_timeout
+            if self.server.stopping:
+                return False
+        else:
+            events, deadline = selectors.EVENT_READ, self.began + REQUEST_TIME
+        self.server.loop.watch(self, events, deadline)
+        return True
+
+    def close(self) -> None:
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if self.held:
+            self.held.let_go()
+        self.server.loop.forget(self)
+        self.server.shutdown_request(self.connection)
+
+    # Reading a request.
 
     @property
     def is_between_requests(self) -> bool:
-        return not self.buffer and self.body_length < 0
-
-    def wait_for(self, events: int, deadline: float) -> bool:
-        self.events, self.deadline = events, deadline
-        return True
-
-    def receive_held(self) -> bool:
-        """While a request is held its client can only hang up, or send the next one early, which can wait. False if it has hung up.
-
-        It may also be that nothing has come: the lot has seen what a thread has read meanwhile.
-        """
-        closes, self.close_connection = self.close_connection, False
-        came = self.receive()
-        gone, self.close_connection = self.close_connection, closes
-        return not gone and self.wait_for(0 if came or self.buffer else selectors.EVENT_READ, self.held_until)
-
-    def refuse_late(self) -> bool:
-        """The client took too long. False if that needs no answer."""
-        if self.unsent or self.close_connection or self.is_between_requests:
-            return False
-        self.refuse(Problem("the request did not come in time", 408))
-        return True
+        return not self.buffer and not self.has_head
 
     def receive(self) -> bool:
-        """Take what comes; False if nothing comes at once, or, and then close_connection is set, nothing more ever."""
-        hurried = self.server.pool.is_busy and not self.is_accepting        # others wait for this thread
-        if not self.is_between_requests and time.monotonic() > self.began + REQUEST_TIME:
-            raise Problem("the request did not come in time", 408)      # the lot has not seen it: its bytes come one close upon another
-        if hurried:
-            self.connection.settimeout(0)
+        """Take what has come; False if that is nothing. At the end of it all close_connection is set."""
         try:
             data = self.connection.recv(65536)
-        except (BlockingIOError, socket.timeout):
+        except BlockingIOError:
             return False
-        finally:
-            if hurried:
-                self.connection.settimeout(THREAD_PATIENCE)
         if not data:
             if not self.held and not self.is_between_requests:
                 raise Problem("the request ended early")
@@ -1500,64 +1542,52 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.buffer += data
         return True
 
+    def receive_held(self) -> bool:
+        """While a request is held its client can only hang up, or send the next one early. False if it has hung up."""
+        closes, self.close_connection = self.close_connection, False
+        self.receive()
+        gone, self.close_connection = self.close_connection, closes
+        return not gone
+
     def parse_request(self) -> bool:
-        """Whether a whole request has come; it is then in command, path, headers and body."""
-        if self.body_length < 0 and not self.parse_head():
+        """Whether a whole request has come; it is then in head and body. Problem: it is none."""
+        if not self.has_head and not self.parse_head():
             return False
-        if len(self.buffer) < self.body_length:
+        length = self.head.length
+        if len(self.buffer) < length:
             return False
-        self.body = bytes(self.buffer[:self.body_length])
-        del self.buffer[:self.body_length]
-        self.body_length, self.began = -1, time.monotonic()     # what is left in the buffer begins the next one
+        self.body = bytes(self.buffer[:length])
+        del self.buffer[:length]
+        self.has_head = False
         return True
 
     def parse_head(self) -> bool:
-        """Whether a whole head has come; Problem if it is not as RFC 9112 wants it."""
+        """Whether a whole head has come."""
         while self.buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2: empty lines before the request line are ignored
             del self.buffer[:2]
         if not self.buffer:
             return False
-        self.command, self.path, self.headers = "", "", {}      # so that a refusal is not taken for an answer to the request before
         end = find_head(self.buffer)
         if end < 0:
             return False
-        head = bytes(self.buffer[:end])
+        self.head = read_head(bytes(self.buffer[:end]))
         del self.buffer[:end + 4]
-        self.command, self.path, self.is_new, self.headers = read_head(head)
-        self.check_head()
+        self.has_head = True
+        if self.head.length > self.server.settings.max_body:
+            raise Problem(f"the body has more than {self.server.settings.max_body} bytes", 413)
+        if self.head.expects and self.head.length > len(self.buffer):
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return True
 
-    def check_head(self) -> None:
-        """What is to be known before the body comes: how long it is, whether it is welcome, and whether the connection stays."""
-        headers, is_new = self.headers, self.is_new
-        if is_new and "host" not in headers:
-            raise Problem("Host is required")      # RFC 9112 section 3.2
-        if not hasattr(self, "do_" + self.command):
-            raise Problem("this method is not supported", 501)
-        length = body_length(self.command, headers)
-        if length > self.server.settings.max_body:
-            raise Problem(f"the body has more than {self.server.settings.max_body} bytes", 413)
-        if "expect" in headers:
-            if headers["expect"].lower() != "100-continue":
-                raise Problem("only Expect: 100-continue is understood", 417)
-            if is_new and length > len(self.buffer):
-                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        connection = list_of(headers["connection"]) if "connection" in headers else []
-        self.close_connection = "close" in connection or not is_new and "keep-alive" not in connection
-        self.body_length = length
+    # Answering it.
 
     def dispatch(self) -> None:
-        """Answer the request, or hold it."""
-        self.news = False
-        self.held = None
-        answer = self.answer_of(self.call_endpoint)
-        if answer:
-            self.send_answer(answer)
-        self.server.log_events()
+        """Answer the request, or hold it, or have a thread of the pool answer it."""
+        self.requests += 1
+        self.close_connection = self.head.closes
+        self.take(self.outcome_of(self.call_endpoint))
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
-
-    def answer_of(self, call: Callable[[], Optional[Answer]]) -> Optional[Answer]:
+    def outcome_of(self, call: Callable[[], Optional[Outcome]]) -> Optional[Outcome]:
         """What a call gives, or the answer that stands for its failure."""
         try:
             return call()
@@ -1567,56 +1597,75 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.exception("a request failed")
             return problem_answer(Problem("the server failed to answer this request; its log says why", 500))
 
-    def call_endpoint(self) -> Optional[Answer]:
-        """Find the route, check the fields, and let its endpoint answer; None if that is to be held."""
-        path = self.path if self.path.startswith("/") else ABSOLUTE_FORM.sub("", self.path)
-        if self.command == "OPTIONS" and path == "*":
+    def take(self, outcome: Optional[Outcome]) -> None:
+        """Send the answer, or hold the request."""
+        if isinstance(outcome, Held):
+            self.held, self.held_until = outcome, time.monotonic() + outcome.seconds
+        elif outcome:
+            self.send_answer(outcome)
+
+    def call_endpoint(self) -> Optional[Outcome]:
+        """Find the route, check the fields, and call its endpoint; None if a thread of the pool does that."""
+        method, target, headers = self.head.method, self.head.target, self.head.headers
+        if method == "OPTIONS" and target == "*":
             return self.options({route.method for route in ROUTES})
-        routes, name = resolve(path.partition("?")[0] or "/")
-        if self.command == "OPTIONS":
+        routes, name = resolve(target)
+        if method == "OPTIONS":
             return self.options(routes)
-        route = routes.get("GET" if self.command == "HEAD" else self.command)
+        route = routes.get("GET" if method == "HEAD" else method)
         if route is None:
-            raise Problem(f"{self.command} is not for this path", 405, Allow=allowed(routes))
+            raise Problem(f"{method} is not for this path", 405, Allow=allowed(routes))
         fields: Dict[str, Any] = {}
         if route.fields:
             if self.body:
-                check_media_type(self.headers)
-            fields = validate(parse_body(self.body) if self.body else bearer(self.headers), route.fields, self.local)
-        outcome = route.endpoint(self.server, Request(name, fields, self.headers, self.wake))
-        if isinstance(outcome, Answer):
-            return outcome
-        self.held, self.held_until = outcome, time.monotonic() + outcome.seconds
-        return None
+                check_media_type(headers)
+            fields = validate(parse_body(self.body) if self.body else bearer(headers), route.fields, self.local)
+        loop = self.server.loop
+        request = Request(name, fields, headers, functools.partial(loop.call, self.serve, self.on_news, self.requests))
+        if route.takes_long and route.takes_long(self.server):
+            self.server.pool.submit(functools.partial(self.work, functools.partial(route.endpoint, self.server, request)))
+            self.is_away = True
+            return None
+        return route.endpoint(self.server, request)
+
+    def work(self, call: Callable[[], Outcome]) -> None:
+        """In a thread of the pool: call an endpoint and hand to the loop what comes of it."""
+        self.server.loop.call(self.serve, self.on_outcome, self.outcome_of(call))
+
+    def resume(self) -> None:
+        """Answer what is held."""
+        held, self.held = self.held, None
+        if held:
+            self.take(self.outcome_of(held.answer))
 
     def options(self, methods: Iterable[str]) -> Answer:
         """What a path takes; to a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
         headers = {"Allow": allowed(methods)}
-        if self.server.settings.cors_origin and "access-control-request-method" in self.headers:
+        if self.server.settings.cors_origin and "access-control-request-method" in self.head.headers:
             headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400",
                             "Access-Control-Allow-Headers": "Authorization, Content-Type, If-None-Match, Prefer"})
         return Answer(204, None, headers)
 
     def send_answer(self, answer: Answer) -> None:
         """Write an answer: head and body at once."""
-        self.close_connection = self.close_connection or self.server.stopping
-        body = bytes_of(answer.body)
-        lines = [STATUS_LINES[answer.status], self.server.fixed_header, f"Date: {self.server.date()}"]
-        if "Cache-Control" not in answer.headers:
-            lines.append("Cache-Control: no-store")
-        if answer.headers:
-            lines += [f"{name}: {value}" for name, value in answer.headers.items()]
-        if answer.status in (429, 503):
-            lines.append(f"Retry-After: {RETRY_AFTER}")
+        status, body, headers = answer.status, bytes_of(answer.body), answer.headers
+        if self.server.stopping:
+            self.close_connection = True
+        text = STATUS_LINES[status] + self.server.fixed_fields()
+        for name, value in headers.items():
+            text += f"{name}: {value}\r\n"
+        if "Cache-Control" not in headers:
+            text += "Cache-Control: no-store\r\n"
+        if status in (429, 503):
+            text += f"Retry-After: {RETRY_AFTER}\r\n"
         if answer.body is not None:
-            lines.append(f"Content-Type: {answer.media_type}\r\nContent-Length: {len(body)}")
+            text += f"Content-Type: {answer.media_type}\r\nContent-Length: {len(body)}\r\n"
         if self.close_connection:
-            lines.append("Connection: close")
-        elif not self.is_new:
-            lines.append("Connection: keep-alive")
-        lines.append("\r\n")
-        head = "\r\n".join(lines).encode("latin-1")
-        if self.command == "HEAD":
+            text += "Connection: close\r\n"
+        elif not self.head.is_new:
+            text += "Connection: keep-alive\r\n"
+        head = (text + "\r\n").encode("latin-1")
+        if self.head.method == "HEAD":
             self.write(head)
         elif len(body) < COPIED:
             self.write(head + body)
@@ -1624,39 +1673,49 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.write(head, body)
         if self.server.settings.access_log:
             # Without the query, which is none of this server's and could hold anything.
-            log.info("%s %s %r %d %d", self.client, self.command, self.path.partition("?")[0], answer.status, len(body))
+            log.info("%s %s %r %d %d", self.client, self.head.method, self.head.target.partition("?")[0], status, len(body))
+        if self.buffer:     # the next request has come with this one; it is served when others have had their turn
+            self.began = time.monotonic()
+            self.server.loop.call(self.serve, self.on_ready)
 
     def write(self, *data: bytes) -> None:
         """Send what the client takes at once; the rest waits in unsent."""
-        self.unsent += map(memoryview, data)
+        self.unsent += data
         self.flush()
 
     def flush(self) -> bool:
         """Send more of what is unsent; whether that was all."""
-        with contextlib.suppress(BlockingIOError, socket.timeout):
+        try:
             while self.unsent:
                 sent = self.connection.send(self.unsent[0])
-                self.unsent[0] = self.unsent[0][sent:]
-                if not self.unsent[0]:
+                if sent == len(self.unsent[0]):
                     self.unsent.popleft()
+                else:
+                    self.unsent[0] = memoryview(self.unsent[0])[sent:]
+        except BlockingIOError:
+            pass
         return not self.unsent
 
     def refuse(self, problem: Problem) -> None:
         """Answer what cannot be read to its end; nobody knows where the next request begins, so the connection is closed."""
+        if not self.has_head:       # then head is that of the request before
+            line = REQUEST_LINE.match(self.buffer)
+            self.head = Head(line[1].decode("ascii"), line[2].decode("ascii")) if line else Head()
         self.close_connection, self.cut_at = True, time.monotonic() + LINGER_TIME
         self.send_answer(problem_answer(problem))
 
-    def linger(self) -> bool:
+    def lingers(self) -> bool:
         """Whether the connection stays for a while though all is said: to close it with bytes unread would reset it, and a client that was
         refused would lose the answer (RFC 9112 section 9.6)."""
         if self.server.stopping or time.monotonic() >= self.cut_at:
             return False
-        self.connection.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(BlockingIOError, socket.timeout):
-            while time.monotonic() < self.cut_at:
+        with contextlib.suppress(OSError):      # it was done before
+            self.connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(16):     # then it is others' turn
                 if not self.connection.recv(65536):
                     return False
-        return self.wait_for(selectors.EVENT_READ, self.cut_at)
+        return True
 
 
 def bytes_of(body: Any) -> bytes:
@@ -1674,44 +1733,36 @@ def problem_answer(problem: Problem) -> Answer:
     return Answer(problem.status, body, problem.headers, "application/problem+json")
 
 
+# ---- HTTP: the server -----------------------------------------------------------------------------------------------
+
 class Pool:
-    """Threads that serve connections: made when all are busy, up to a limit, used again, and ended when they have nothing to do."""
+    """Threads for what takes long: made when all are busy, up to a limit, used again, and ended when they have nothing to do."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._jobs: queue.SimpleQueue[Optional[Tuple[Handler, str]]] = queue.SimpleQueue()
-        # The lock guards how many threads there are, how many of them wait for a job, and how many jobs wait for a thread.
+        self._jobs: queue.SimpleQueue[Optional[Callable[[], None]]] = queue.SimpleQueue()
+        # The lock guards how many threads there are, and how many jobs wait or are worked at.
         self._lock = threading.Lock()
-        self._threads = self._idle = self._waiting = 0
+        self.threads = self._open = 0
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether connections wait for a thread."""
-        return self._waiting > self._idle
-
-    def submit(self, handler: Handler, why: str) -> None:
+    def submit(self, job: Callable[[], None]) -> None:
+        """Have a thread call the job, which raises nothing. Full: there is no thread, and the system gives none."""
         with self._lock:
-            self._waiting += 1
-            grows = self._waiting > self._idle and self._threads < self._limit
-            if grows:
-                self._threads += 1
-                self._idle += 1
-        self._jobs.put((handler, why))
-        if grows:
-            self._grow()
-
-    def _grow(self) -> None:
-        try:
-            threading.Thread(target=self._work, name="serve", daemon=True).start()
-        except RuntimeError as error:       # the system has no more threads: those that there are serve the job, or the next submit tries again
-            log.warning("%s", error)
-            with self._lock:
-                self._threads -= 1
-                self._idle -= 1
+            self._open += 1
+            if self._open > self.threads and self.threads < self._limit:
+                try:
+                    threading.Thread(target=self._work, name="work", daemon=True).start()
+                    self.threads += 1
+                except RuntimeError as error:
+                    log.warning("%s", error)
+                    if not self.threads:
+                        self._open -= 1
+                        raise Full("the server has no thread for this at the moment") from None
+        self._jobs.put(job)
 
     def stop(self) -> None:
         """End the threads when they have done what is to do."""
-        for _ in range(self._threads):
+        for _ in range(self.threads):
             self._jobs.put(None)
 
     def _work(self) -> None:
@@ -1719,145 +1770,110 @@ class Pool:
             try:
                 job = self._jobs.get(timeout=THREAD_IDLE)
             except queue.Empty:
-                if self._may_end():
-                    return
+                with self._lock:
+                    if self._open < self.threads:
+                        self.threads -= 1
+                        return
                 continue
             if job is None:
                 return
+            job()
             with self._lock:
-                self._idle -= 1
-                self._waiting -= 1
-            job[0].serve(job[1])
-            with self._lock:
-                self._idle += 1
-
-    def _may_end(self) -> bool:
-        """Whether the others are enough for the jobs that wait; if so, the caller no longer counts."""
-        with self._lock:
-            if self._waiting >= self._idle:
-                return False
-            self._idle -= 1
-            self._threads -= 1
-            return True
+                self._open -= 1
 
 
-class Lot(threading.Thread):
-    """Where connections wait without a thread. Each leaves once: when what it waits for has come, at its deadline, when there is news,
-    or at the end; a thread of the pool is then told why."""
+class Loop:
+    """The turns of the one thread that serves all connections: it sleeps until something happens to one of them, a deadline passes,
+    or another thread calls. All but call() is for that thread alone, and so needs no lock."""
 
-    def __init__(self, pool: Pool) -> None:
-        super().__init__(name="lot", daemon=True)
-        self._pool = pool
-        self._selector = selectors.DefaultSelector()        # for this thread alone
-        self._waker, self._wakened = socket.socketpair()    # a byte through these ends its waiting
-        self._waker.setblocking(False)
-        self._selector.register(self._wakened, selectors.EVENT_READ)
-        self._next_look = 0.0       # when to look for deadlines that have passed
-        self._ended = False
-        # The lock guards who is parked and each one's news. Who has come or gone is to be watched or not any more.
-        self._lock = threading.Lock()
-        self._parked: Set[Handler] = set()
-        self._changed: collections.deque[Handler] = collections.deque()
-        self._stopping = False
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._calls: collections.deque[Tuple[Callable[..., Any], Tuple[Any, ...]]] = collections.deque()    # safe at its ends
+        self._waker, self._wakened = socket.socketpair()    # a byte through these ends its sleep
+        for each in (self._waker, self._wakened):
+            each.setblocking(False)
+        self.add(self._wakened, self._wake_up)
+        self._thread = 0
+        self.handlers: Set[Handler] = set()
+        self._late: Dict[float, Set[Handler]] = {}          # by the tenth of a second in which to look whether they are
+        self._tenth = int(time.monotonic() * 10)            # the last one that was looked at
 
-    def park(self, handler: Handler) -> None:
-        """Have a connection wait for its events until its deadline."""
-        with self._lock:
-            if handler.held and handler.news:
-                why = NEWS
-            elif self._stopping and handler.events != selectors.EVENT_WRITE:
-                why = STOPPING
-            else:
-                why = ""
-                self._parked.add(handler)
-        if why:
-            self._pool.submit(handler, why)
-        else:
-            self._look_again(handler)
+    def add(self, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+        self._selector.register(listener, selectors.EVENT_READ, on_ready)
 
-    def pass_by(self, handler: Handler) -> None:
-        """A connection has more to be served, when others have had their turn."""
-        self._pool.submit(handler, STOPPING if self._stopping else READY)
+    def remove(self, listener: socket.socket) -> None:
+        self._selector.unregister(listener)
 
-    def wake(self, handler: Handler) -> None:
-        """There is news for what a connection holds; if a thread is just serving it, that learns of it when it parks."""
-        with self._lock:
-            handler.news = True
-        if handler.held:
-            self._leave(handler, NEWS)
+    def call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Have the thread call a function when it is done with what it does. For any thread."""
+        self._calls.append((function, arguments))
+        if threading.get_ident() != self._thread:
+            with contextlib.suppress(OSError):      # BlockingIOError among them: so many bytes wake it as well
+                self._waker.send(b".")
+
+    def watch(self, handler: Handler, events: int, deadline: float) -> None:
+        """Tell a connection when one of the events of selectors is there, or when it is late."""
+        if events != handler.watched:
+            self._unwatch(handler)
+            if events:
+                self._selector.register(handler.connection, events, functools.partial(handler.serve, handler.on_ready))
+                handler.watched = events
+        handler.deadline = deadline
+        # A deadline that has moved to later, as it does with every request, is seen when the earlier one is looked at.
+        if deadline * 10 < handler.tenth:
+            self._look_later(handler)
 
     def forget(self, handler: Handler) -> None:
-        """A connection is about to be closed."""
-        if handler.is_watched:
-            self._look_again(handler)
+        self._unwatch(handler)
+        self.handlers.discard(handler)
+        self._late.get(handler.tenth, set()).discard(handler)
 
-    def stop(self) -> None:
-        """Have all leave who do not wait to be read."""
-        with self._lock:
-            self._stopping = True
-            leaving = [handler for handler in self._parked if handler.events != selectors.EVENT_WRITE]
-        for handler in leaving:
-            self._leave(handler, STOPPING)
+    def run(self, every_tenth: Callable[[], bool]) -> None:
+        """Take turns until every_tenth(), called ten times a second, says that it is over."""
+        self._thread = threading.get_ident()
+        goes_on = True
+        while goes_on:
+            sleep = 0.0 if self._calls else max(0.0, (self._tenth + 1) / 10 - time.monotonic())
+            for key, _ in self._selector.select(sleep):
+                key.data()
+            for _ in range(len(self._calls)):       # what they call in turn waits for the next round
+                function, arguments = self._calls.popleft()
+                function(*arguments)
+            now = time.monotonic()
+            if now * 10 >= self._tenth + 1:
+                self._look_for_late(now)
+                goes_on = every_tenth()
 
-    def end(self) -> None:
-        """End the thread."""
-        self._ended = True
-        self._wake_up()
-        if self.is_alive():
-            self.join()
+    def close(self) -> None:
+        for handler in list(self.handlers):
+            handler.serve(handler.on_late)
+            handler.close()
         for each in (self._selector, self._waker, self._wakened):
             each.close()
 
-    def run(self) -> None:
-        while not self._ended:
-            for key, _ in self._selector.select(min(1.0, max(0.0, self._next_look - time.monotonic()))):
-                if key.data:
-                    self._unwatch(key.data)
-                    self._leave(key.data, READY)
-                else:
-                    self._wakened.recv(4096)
-            while self._changed:
-                self._watch(self._changed.popleft())
-            if time.monotonic() >= self._next_look:
-                self._look_for_late()
-
-    def _leave(self, handler: Handler, why: str) -> None:
-        with self._lock:
-            if handler not in self._parked:
-                return
-            self._parked.remove(handler)
-        self._pool.submit(handler, why)
-
-    def _look_again(self, handler: Handler) -> None:
-        self._changed.append(handler)
-        self._wake_up()
-
     def _wake_up(self) -> None:
-        with contextlib.suppress(OSError):      # BlockingIOError among them: so many bytes wake it as well
-            self._waker.send(b".")
-
-    def _watch(self, handler: Handler) -> None:
-        self._unwatch(handler)
-        with self._lock:    # so that it cannot leave meanwhile, be closed, and its descriptor be another's
-            if handler in self._parked:
-                self._next_look = min(self._next_look, handler.deadline)
-                if handler.events:
-                    self._selector.register(handler.number, handler.events, handler)
-                    handler.is_watched = True
+        self._wakened.recv(4096)
 
     def _unwatch(self, handler: Handler) -> None:
-        if handler.is_watched:
-            handler.is_watched = False
-            self._selector.unregister(handler.number)
+        if handler.watched:
+            self._selector.unregister(handler.connection)
+            handler.watched = 0
 
-    def _look_for_late(self) -> None:
-        """Have those leave whose deadline has passed. One look at all of them, twenty times a second at the most."""
-        now = time.monotonic()
-        with self._lock:
-            late = [handler for handler in self._parked if handler.deadline <= now]
-            self._next_look = max(now + 0.05, min((handler.deadline for handler in self._parked if handler.deadline > now), default=now + 1.0))
-        for handler in late:
-            self._leave(handler, LATE)
+    def _look_later(self, handler: Handler) -> None:
+        self._late.get(handler.tenth, set()).discard(handler)
+        handler.tenth = NEVER if handler.deadline == NEVER else int(handler.deadline * 10) + 1
+        if handler.tenth != NEVER:
+            self._late.setdefault(handler.tenth, set()).add(handler)
+
+    def _look_for_late(self, now: float) -> None:
+        while self._tenth + 1 <= now * 10:
+            self._tenth += 1
+            for handler in self._late.pop(self._tenth, ()):
+                handler.tenth = NEVER
+                if handler.deadline <= now:
+                    handler.serve(handler.on_late)
+                else:
+                    self._look_later(handler)
 
 
 class CannotListen(Exception):
@@ -1887,16 +1903,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.settings = settings
         self.registry = registry or Registry(settings, cursor=time.time_ns() // 1000)
         self.stopping = False
-        self.fixed_header = f"Server: p2pserver/{__version__}\r\nX-Content-Type-Options: nosniff"
-        if settings.cors_origin:
-            self.fixed_header += (f"\r\nAccess-Control-Allow-Origin: {settings.cors_origin}"
-                                  "\r\nAccess-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After")
-        self._next_sweep = 0.0
-        self._date = (0, "")        # the second, and how HTTP writes it
-        # Every open connection; the condition says that one was closed.
-        self._connections: Set[Handler] = set()
-        self._connection_closed = threading.Condition()
-        self._serving = threading.Thread(target=self.serve_forever, args=(0.1,), name="accept", daemon=True)
+        self._ends_at = NEVER
+        self._is_paused = False     # there was no descriptor for a connection
+        self._cors = (f"Access-Control-Allow-Origin: {settings.cors_origin}\r\n"
+                      "Access-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n") if settings.cors_origin else ""
+        self._fixed_fields = (0, "")        # the second they were made in, and the fields
+        self._serving = threading.Thread(target=self.serve_forever, name="serve", daemon=True)
         host = settings.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         address: Any
         try:
@@ -1912,9 +1924,11 @@ class Server(http.server.ThreadingHTTPServer):
             except OSError as error:
                 self.server_close()
                 raise CannotListen("UDP", settings.host, port, error) from None
-        self.listing = Listing(self.registry)
+        self.listing: Listing = Listing(self.registry)
         self.pool = Pool(settings.max_threads)
-        self.lot = Lot(self.pool)
+        self.loop = Loop()
+        self.socket.setblocking(False)
+        self.loop.add(self.socket, self.accept_connections)
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -1934,7 +1948,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve in threads of its own, and return."""
-        self.lot.start()
         self._serving.start()
         if self.stun:
             self.stun.start()
@@ -1942,54 +1955,71 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, grace: float = 0.6) -> None:
         """Accept no more, let the requests that have come be answered within grace (seconds), and close."""
         self.stopping = True
+        if self._serving.is_alive():
+            self.loop.call(self._begin_to_stop, grace)
+            self._serving.join()
         if self.stun:
             self.stun.stop()
-        if self._serving.is_alive():
-            self.shutdown()
-        self.server_close()
-        self.lot.stop()
-        with self._connection_closed:
-            self._connection_closed.wait_for(lambda: not self._connections, grace)
-        self.lot.end()
+        self.loop.close()
         self.pool.stop()
+        self.server_close()
         self.log_events()
 
-    def get_request(self) -> Any:
-        """Accept a connection. Without a descriptor left for it, it stays in the backlog, and the loop that calls this would spin."""
-        try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                time.sleep(0.05)
-            raise
+    shutdown = stop
+
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        """Serve in this thread until another calls stop()."""
+        self.loop.run(self._every_tenth)
+
+    def _every_tenth(self) -> bool:
+        self.service_actions()
+        if self._is_paused:
+            self._is_paused = False
+            self.loop.add(self.socket, self.accept_connections)
+        return time.monotonic() < self._ends_at and (self._ends_at == NEVER or bool(self.loop.handlers))
+
+    def _begin_to_stop(self, grace: float) -> None:
+        self._ends_at = time.monotonic() + grace
+        self.accept_connections()       # who has connected, and perhaps asked, is still served
+        if not self._is_paused:
+            self.loop.remove(self.socket)
+        self._is_paused = False
+        for handler in list(self.loop.handlers):
+            handler.serve(handler.on_stop)
+
+    def accept_connections(self) -> None:
+        """Accept who has connected, and serve what has come with them. Without a descriptor left they stay in the backlog, and to ask for
+        them again at once would be to spin."""
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, client_address = self.get_request()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and not self._is_paused:
+                    self._is_paused = True
+                    self.loop.remove(self.socket)
+                return
+            self.process_request(connection, client_address)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A connection was accepted. What has come with it is served at once, here; a thread of the pool goes on from there."""
+        """Serve a connection that was accepted."""
         handler = Handler(request, client_address, self)
-        with self._connection_closed:
-            self._connections.add(handler)
-        handler.serve(READY)
-
-    def close_connection(self, handler: Handler) -> None:
-        self.lot.forget(handler)
-        self.shutdown_request(handler.connection)
-        with self._connection_closed:
-            self._connections.discard(handler)
-            self._connection_closed.notify()
+        self.loop.handlers.add(handler)
+        handler.serve(handler.on_ready)
 
     def service_actions(self) -> None:
-        """Called by serve_forever between connections and, when there are none, ten times a second."""
-        if time.monotonic() >= self._next_sweep:
-            self._next_sweep = time.monotonic() + 0.1
-            self.registry.expire_games()
-            self.log_events()
+        """Called ten times a second."""
+        self.registry.expire_games()
+        self.log_events()
 
-    def date(self) -> str:
-        """The time for the Date field (RFC 9110 section 5.6.7), written once a second."""
+    def fixed_fields(self) -> str:
+        """The header fields that every answer has, made once a second for the sake of Date (RFC 9110 section 5.6.7)."""
         now = int(time.time())
-        if self._date[0] != now:
-            self._date = now, email.utils.formatdate(now, usegmt=True)
-        return self._date[1]
+        if self._fixed_fields[0] != now:
+            self._fixed_fields = now, (f"Server: p2pserver/{__version__}\r\nDate: {email.utils.formatdate(now, usegmt=True)}\r\n"
+                                       f"X-Content-Type-Options: nosniff\r\n{self._cors}")
+        return self._fixed_fields[1]
 
     def log_events(self) -> None:
         """Log what has happened to games."""
@@ -1997,13 +2027,6 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(IndexError):       # another thread was faster
             while events:
                 log.info("%s", events.popleft())
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no fault; anything else is ours."""
-        if isinstance(sys.exc_info()[1], OSError):
-            log.debug("a connection was lost", exc_info=True)
-        else:
-            log.exception("a connection failed")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

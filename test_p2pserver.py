@@ -2054,7 +2054,7 @@ def test_a_poll_that_a_second_one_has_replaced_is_told_not_to_follow_at_once(ser
         assert answer.status == 200 and "preference-applied" not in answer.headers and json.loads(answer.body)["pollAfter"] > 2
 
 
-def test_the_lot_survives_connections_that_are_woken_and_closed_while_they_park(serve, hasty_threads):
+def test_no_answer_is_lost_when_connections_are_woken_and_closed_while_they_begin_to_wait(serve, hasty_threads):
     api = serve(max_guests=10_000)
     for i in range(4):
         api.register_game(f"game {i}")
@@ -2072,7 +2072,7 @@ def test_the_lot_survives_connections_that_are_woken_and_closed_while_they_park(
 
     cursors = [0] * 4
     assert in_threads(4, host_and_guest) == [True] * 4
-    assert api.server.lot.is_alive() and holding(api) == 0
+    assert api.get_game("game 0").ok and holding(api) == 0
 
 
 def test_held_polls_use_up_no_threads(serve):
@@ -2113,26 +2113,70 @@ def test_no_news_is_lost_between_a_poll_and_its_being_held(serve, hasty_threads)
 
 # ---- threads --------------------------------------------------------------------------------------------------------
 
-def serving_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "serve"]
-
-
-def test_threads_are_used_again_for_new_connections(serve):
-    api = serve(max_threads=4)
-    for _ in range(50):
-        with Raw(api, GET + b"Connection: close\r\n\r\n") as raw:
-            assert raw.answer().status == 200
-    assert api.server.pool._threads <= 4
-
-
-def test_threads_that_have_nothing_to_do_end(serve, monkeypatch):
-    monkeypatch.setattr(p2pserver, "THREAD_IDLE", 0.1)
+def test_one_thread_serves_all_connections(serve):
+    before = set(threading.enumerate())
     api = serve()
-    with Raw(api, GET + END) as raw:
-        assert raw.answer().status == 200
-        wait_until(lambda: api.server.pool._threads == 0)
-        raw.send(GET + END)
-        assert raw.answer().status == 200
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(Raw(api, GET + END)) for _ in range(50)]
+        assert [raw.answer().status for raw in raws] == [200] * 50
+        assert [thread.name for thread in set(threading.enumerate()) - before] == ["serve"]
+
+
+class Gate:
+    """A job that waits in its thread until the gate is opened."""
+
+    def __init__(self):
+        self.entered, self.open = threading.Semaphore(0), threading.Event()
+
+    def __call__(self):
+        self.entered.release()
+        assert self.open.wait(WAIT)
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(p2pserver, "THREAD_IDLE", 0.1)
+    pool = p2pserver.Pool(3)
+    yield pool
+    pool.stop()
+
+
+def test_the_pool_grows_with_what_is_to_do_up_to_its_limit_and_shrinks_when_idle(pool):
+    gate = Gate()
+    assert pool.threads == 0
+    for expected in (1, 2, 3, 3, 3):
+        pool.submit(gate)
+        assert pool.threads == expected
+    assert all(gate.entered.acquire(timeout=WAIT) for _ in range(3)) and not gate.entered.acquire(blocking=False)
+    gate.open.set()
+    assert all(gate.entered.acquire(timeout=WAIT) for _ in range(2)), "what had no thread is done by the next that is free"
+    wait_until(lambda: pool.threads == 0)
+
+
+def test_the_pool_uses_its_threads_again(pool):
+    for _ in range(20):
+        gate = Gate()
+        gate.open.set()
+        pool.submit(gate)
+        assert gate.entered.acquire(timeout=WAIT)
+        wait_until(lambda: pool._open == 0)
+        assert pool.threads <= 1
+
+
+def test_without_a_thread_to_be_had_a_list_is_refused_and_comes_when_there_is_one(serve, monkeypatch):
+    """Nothing short of running out of threads makes the system refuse one; the start of a thread is what is doubled here."""
+    api = serve()
+    api.register_game("castle")
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        answer = api.list_games()
+        assert answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0
+        assert api.get_game("castle").ok, "what needs no thread is served"
+    assert [game["name"] for game in api.list_games().json()["games"]] == ["castle"]
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET", GET, POST + b"Content-Length: 20\r\n\r\n{"], ids=["nothing", "line", "head", "body"])
@@ -2200,7 +2244,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_stops_nobody(serve, monkeypa
         deaf.connect(("127.0.0.1", api.port))
         deaf.sendall(b"GET /games HTTP/1.1\r\nHost: h\r\n\r\n" * 300)       # 12 MB of answers
         assert api.get_game("game 1").status_code == 200
-        wait_until(lambda: len(api.server._connections) == 1)
+        wait_until(lambda: len(api.server.loop.handlers) == 1)
 
 
 # ---- authorisation --------------------------------------------------------------------------------------------------
@@ -2490,7 +2534,7 @@ def test_a_signal_ends_the_server_with_status_0_and_no_traceback(number):
         assert is_healthy(process)
         status, out, err = end(process, number)
         assert (status, out) == (0, "") and "Traceback" not in err
-        assert half.answer().status == 400, "half a request does not hold it up, and is answered still"
+        assert half.answer().status == 503, "half a request does not hold it up, and is answered still"
 
 
 def test_the_line_at_start_says_what_listens_where():
