@@ -12,6 +12,7 @@ server and from then on talk directly. JSON over HTTP/1.1, fields in brackets ar
     PATCH  /games/<name>    {peerId, [name, info, listed]}              its host renames or describes it (PUT does the same)
     DELETE /games/<name>    {peerId}                                    its host ends it: 204
     GET    /healthz                                                     200, or 503 while shutting down
+    GET    /metrics                                                     counts for Prometheus; for whom --metrics-from allows
     GET    /                                                            this table, for a person
 
     register, 201 or 200   {name, expiresIn, pollAfter}
@@ -41,9 +42,11 @@ import email.utils
 import errno
 import functools
 import importlib.util
+import ipaddress
 import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import queue
@@ -60,7 +63,7 @@ import types
 import unicodedata
 import urllib.parse
 import zlib
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple, Union
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple, Union
 
 
 @contextlib.contextmanager
@@ -125,11 +128,26 @@ class Option(NamedTuple):
         if isinstance(value, str):
             if self.choices and value not in self.choices:
                 raise ValueError("must be one of " + ", ".join(self.choices))
-            if not value.isascii() or not value.isprintable():
+            if not value.isprintable() or not (value.isascii() or self.name.startswith("tls_")):
                 raise ValueError("must be printable ASCII")
+            if self.name in ("trusted_proxies", "metrics_from"):
+                Networks(value)
         elif not isinstance(value, bool) and not self.low <= value <= self.high:
             raise ValueError(f"must be from {self.low:.15g} to {self.high:.15g}")
         return value
+
+
+class Networks:
+    """Addresses and networks with commas between, as "192.0.2.1, 2001:db8::/32"; ValueError if the text is anything else."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            self._networks = [ipaddress.ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip()]
+        except ValueError:
+            raise ValueError("must be IP addresses and networks with commas between") from None
+
+    def __contains__(self, address: str) -> bool:
+        return any(ipaddress.ip_address(address) in network for network in self._networks)
 
 
 OPTIONS = (
@@ -143,12 +161,23 @@ OPTIONS = (
     Option("poll_after", 2.0, "seconds that clients are advised to wait between two polls", 0.1, 3600),
     Option("max_games", 10000, "games at once", 1, 10_000_000),
     Option("max_guests", 64, "guests of one game at once", 1, 100_000),
+    Option("max_games_per_client", 50, "games at once of one client address, of which an IPv6 /64 is one", 1, 10_000_000),
+    Option("rate", 50.0, "requests a second of one client address, a failed authorisation counting as ten; 0 for no limit", 0, 1_000_000),
+    Option("burst", 200, "requests at once of one client address, on top of --rate", 10, 1_000_000),
+    Option("max_connections", 20000, "connections at once", 1, 10_000_000),
+    Option("max_connections_per_client", 256, "connections at once of one client address", 1, 10_000_000),
+    Option("max_memory", 256, "megabytes of games, guests and unfinished requests", 1, 1_000_000),
     Option("max_wait", 25, "seconds for which a poll or start is held at the most", 0, 3600),
     Option("max_waiting", 20000, "polls and starts held at once; beyond that they are answered without waiting", 0, 10_000_000),
     Option("max_threads", 8, "threads for what takes long; connections that wait need none", 1, 10_000),
     Option("max_body", 16384, "bytes in the body of a request", 1024, 16_777_216),
     Option("idle_timeout", 75.0, "seconds of silence after which a connection is closed", 1, 3600),
     Option("cors_origin", "*", "origin whose web pages may call: * for all, empty for none"),
+    Option("trusted_proxies", "", "reverse proxies whose X-Forwarded-For or Forwarded is believed: addresses and networks, with commas between"),
+    Option("metrics_from", "", "who may GET /metrics beside this machine: addresses and networks, with commas between"),
+    Option("tls_cert", "", "file with the certificate and its chain, PEM: HTTPS instead of HTTP; SIGHUP loads it anew"),
+    Option("tls_key", "", "file with the certificate's key, PEM, if it is not in that file"),
+    Option("log_format", "text", "lines of the log as text, or each as a JSON object", choices=("text", "json")),
     Option("log_level", "info", "least level of what is logged", choices=("debug", "info", "warning", "error")),
     Option("access_log", False, "log every request"),
 )
@@ -166,11 +195,15 @@ MAX_HEADER_FIELDS = 100
 REQUEST_TIME = 10.0     # seconds for a request to arrive, from its first byte to its last
 SEND_TIME = 10.0        # seconds in which a client must read some of an answer
 COPIED = 65536          # bytes of a body up to which it is sent in one write with its head; longer ones are not copied
+LOG_LINES = 10000       # that wait to be written at the most
 LINGER_TIME = 2.0       # seconds that a refused request may go on arriving before its connection is cut
 CROWDED = 5             # times as long between two polls is advised where one could not be held
 ACCEPTED_AT_ONCE = 64   # connections, before those that there are have their turn
 THREAD_IDLE = 10.0      # seconds after which a thread that has nothing to do ends
 RETRY_AFTER = 10        # seconds, where a full server or game may have room again
+FORBIDDEN_COST = 10     # requests that a wrong peerId counts as, so that guessing is slow
+SURPLUS = 100           # connections beyond a limit that are told so; what is beyond that is closed without a word
+GAME_WEIGHT, GUEST_WEIGHT = 1000, 900    # bytes that one takes beside its texts (bench/memory.py measures it)
 
 
 class Settings(types.SimpleNamespace):
@@ -192,6 +225,8 @@ class Settings(types.SimpleNamespace):
         ):
             if not getattr(self, shorter) < getattr(self, longer):
                 raise ValueError(f"--{shorter} must be less than --{longer}, {why}".replace("_", "-"))
+        if self.tls_key and not self.tls_cert:
+            raise ValueError("--tls-key needs --tls-cert")
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------
@@ -200,6 +235,7 @@ class Problem(Exception):
     """What a client is told went wrong: one sentence, the faults of the body by field, a status of HTTP, further header fields."""
 
     status = 400
+    limit = ""      # the one that was reached
 
     def __init__(self, detail: str, status: Optional[int] = None, errors: Optional[Dict[str, str]] = None, **headers: str) -> None:
         super().__init__(detail)
@@ -221,7 +257,19 @@ class Conflict(Problem):
 
 
 class Full(Problem):
+    """A limit of the server's or of a game's is reached."""
+
     status = 503
+
+    def __init__(self, limit: str, detail: str, **headers: str) -> None:
+        super().__init__(detail, **headers)  # type: ignore[arg-type]
+        self.limit = limit
+
+
+class TooMany(Full):
+    """A limit that each client has for itself is reached (RFC 6585 section 4)."""
+
+    status = 429
 
 
 # ---- fields (validation) --------------------------------------------------------------------------------------------
@@ -447,12 +495,13 @@ def parse_body(body: bytes) -> Dict[str, Any]:
 class Game:
     """A game while its host is alive. Versions are values of the registry's cursor; 0 stands for never."""
 
-    __slots__ = ("name", "owner", "info", "listed", "addresses", "offered", "guests", "changed", "born", "hold")
+    __slots__ = ("name", "owner", "place", "info", "listed", "addresses", "offered", "guests", "changed", "born", "hold")
 
-    def __init__(self, name: str, owner: bytes, version: int) -> None:
+    def __init__(self, name: str, owner: bytes, place: bytes, info: bytes, version: int) -> None:
         self.name = name
+        self.place = place                              # that of the client that registered it
         self.owner = owner                              # the seal of its host's peerId
-        self.info = b"{}"                               # packed
+        self.info = info                                # packed
         self.listed = True
         self.addresses: Addresses = ()            # what the host offers to every guest
         self.offered = 0                                # version of addresses
@@ -485,6 +534,15 @@ class Hold:
     def __init__(self, entry: Union[Game, Guest], since: int, wake: Wake) -> None:
         self.entry, self.since, self.wake = entry, since, wake
         self.replaced = False       # by a later one of the same host or guest
+
+
+class Counts(NamedTuple):
+    """How many games, guests and held polls and starts there are, and the bytes that they take."""
+
+    games: int
+    guests: int
+    waiting: int
+    stored: int
 
 
 class GameView(NamedTuple):
@@ -549,7 +607,7 @@ class Registry:
     lets through, and return values that nobody changes afterwards. Each raises NotFound, Forbidden or Conflict where the
     protocol says so, and then has changed nothing.
 
-    settings: game_ttl, guest_ttl (seconds), max_games, max_guests.
+    settings: game_ttl, guest_ttl (seconds), max_games, max_games_per_client, max_guests, max_waiting, max_memory.
     clock: seconds that never go back.
     new_id: a new unguessable string at each call.
     cursor: the first version. The server passes microseconds since 1970, which is more than an earlier run can have reached,
@@ -570,16 +628,20 @@ class Registry:
         self._game_queue: collections.OrderedDict[Game, float] = collections.OrderedDict()
         self._guest_queue: collections.OrderedDict[Guest, float] = collections.OrderedDict()
         self._next_end = 0.0                            # no deadline is before that
+        self._places: collections.Counter[bytes] = collections.Counter()    # how many games each place has
         self._holding = 0                               # how many holds there are
+        self._stored = 0                                # bytes that games and guests take
+        self.reserved = 0                               # bytes of max_memory that somebody else takes; written without the lock
         self._woken: List[Wake] = []                    # to be called once the lock is free
         self.listing = 0                                # grows with every change of what list_games() gives; may be read without the lock
         # What is to be logged once the lock is free. A deque's ends are safe without the lock.
         self.events: collections.deque[Event] = collections.deque()
 
-    def register_game(self, name: str, peer_id: str, info: Optional[bytes] = None, listed: Optional[bool] = None) -> bool:
+    def register_game(self, name: str, peer_id: str, info: Optional[bytes] = None, listed: Optional[bool] = None, place: bytes = b"") -> bool:
         """Offer a game; True if it is new. Its owner again keeps it alive with its guests, and changes only what is given.
 
-        Conflict: somebody else has the name. Full: there are max_games.
+        place stands for the client's address. Conflict: somebody else has the name. Full: there are max_games, or no memory for it.
+        TooMany: the place has max_games_per_client.
         """
         seal = self._seal(peer_id)
         with self._turn() as now:
@@ -587,12 +649,17 @@ class Registry:
             created = game is None
             if game is None:
                 if len(self._games) >= self._settings.max_games:
-                    raise Full(f"there are {len(self._games)} games, which is all this server takes")
-                game = self._games[name] = Game(name, seal, self._next_version())
+                    raise Full("games", f"there are {len(self._games)} games, which is all this server takes")
+                if self._places[place] >= self._settings.max_games_per_client:
+                    raise TooMany("games_per_client", f"your address has {self._places[place]} games, which is all that one may have")
+                self._store(GAME_WEIGHT + weight((name, info or b"{}")), is_new=True)
+                game = self._games[name] = Game(name, seal, place, info or b"{}", self._next_version())
+                self._places[place] += 1
                 self.listing += 1
                 self.events.append(Event("register_game", name))
             elif not hmac.compare_digest(game.owner, seal):
                 raise Conflict(f"the name {name!r} is taken")
+            self._store(0 if info is None else len(info) - len(game.info))
             self._describe(game, info, listed)
             self._host_alive(game, now)
             return created
@@ -602,12 +669,13 @@ class Registry:
         """Publish the host's addresses and replies; learn of the guests that came or moved since the cursor after, or of all.
 
         With wake, and without news or while there is room, the poll is held: resume_poll() gives the answer. A host has one hold: an
-        earlier one is resumed. NotFound, Forbidden.
+        earlier one is resumed. NotFound, Forbidden; Full: no memory for what is new.
         """
         seal = self._seal(peer_id)
         with self._turn() as now:
             game = self._owned(name, seal)
             self._host_alive(game, now)
+            self._store(self._growth(game, addresses, replies))
             self._replace(game)
             if addresses != game.addresses:
                 self._host_moved(game, addresses)
@@ -633,7 +701,7 @@ class Registry:
     def start_game(self, name: str, peer_id: str, addresses: Addresses, wake: Optional[Wake] = None) -> Started:
         """Join a game as a guest, or say that one is still there. With wake, and while there is room, it is held until the host has addresses.
 
-        NotFound; Conflict: the host's own game; Full: there are max_guests.
+        NotFound; Conflict: the host's own game; Full: there are max_guests, or no memory for it.
         """
         seal = self._seal(peer_id)
         with self._turn() as now:
@@ -643,7 +711,8 @@ class Registry:
             guest = game.guests.get(seal)
             if guest is None:
                 if len(game.guests) >= self._settings.max_guests:
-                    raise Full(f"the game has {len(game.guests)} guests, which is all this server takes")
+                    raise Full("guests", f"the game has {len(game.guests)} guests, which is all this server takes")
+                self._store(GUEST_WEIGHT + weight(addresses), is_new=True)
                 guest = game.guests[seal] = Guest(game, seal, self._new_id(), self._new_id())
                 self._guest_moved(guest, addresses)
                 self.listing += 1
@@ -651,6 +720,7 @@ class Registry:
             self._guest_alive(guest, now)
             self._replace(guest)
             if addresses != guest.addresses:
+                self._store(weight(addresses) - weight(guest.addresses))
                 self._guest_moved(guest, addresses)
             started = self._started(guest)
             if wake is None or started.session.addresses:
@@ -690,9 +760,10 @@ class Registry:
         seal = self._seal(peer_id)
         with self._turn():
             game = self._owned(name, seal)
+            if new_name is not None and new_name != name and new_name in self._games:
+                raise Conflict(f"the name {new_name!r} is taken")
+            self._store(weight((new_name or name, info or game.info)) - weight((name, game.info)))
             if new_name is not None and new_name != name:
-                if new_name in self._games:
-                    raise Conflict(f"the name {new_name!r} is taken")
                 self._games[new_name] = self._games.pop(name)
                 game.name = new_name
                 self.listing += 1
@@ -708,10 +779,9 @@ class Registry:
             self._remove_game(self._owned(name, seal))
             self.events.append(Event("delete_game", name))
 
-    def counts(self) -> Tuple[int, int]:
-        """How many games and how many guests there are."""
+    def counts(self) -> Counts:
         with self._turn():
-            return len(self._games), len(self._guest_queue)
+            return Counts(len(self._games), len(self._guest_queue), self._holding, self._stored)
 
     def expire_games(self) -> None:
         """Free what has expired. Every other method does so too: this is for the times when nobody calls."""
@@ -754,11 +824,28 @@ class Registry:
     def _view(self, game: Game) -> GameView:
         return GameView(game.name, game.info, len(game.guests), bool(game.addresses))
 
+    def _store(self, growth: int, is_new: bool = False) -> None:
+        """Count bytes that are about to be stored, or freed. Full: there is no room for them; a tenth is kept from what is new for the
+        sake of what is there already."""
+        limit = self._settings.max_memory * 1_000_000
+        if growth > 0 and self._stored + self.reserved + growth > (limit * 9 // 10 if is_new else limit):
+            raise Full("memory", "the server's memory for games is full")
+        self._stored += growth
+
+    def _growth(self, game: Game, addresses: Addresses, replies: Optional[Mapping[str, Addresses]]) -> int:
+        """Bytes that a poll adds to what is stored."""
+        growth = 0 if addresses == game.addresses else weight(addresses) - weight(game.addresses)
+        if replies:
+            for guest in game.guests.values():
+                if guest.session_id in replies:
+                    growth += weight(replies[guest.session_id]) - weight(guest.reply or ())
+        return growth
+
     def _describe(self, game: Game, info: Optional[bytes], listed: Optional[bool]) -> None:
-        if (info, listed) != (None, None):
-            self.listing += 1
         if info is not None:
             game.info = info
+        if (info, listed) != (None, None):
+            self.listing += 1
         if listed is not None:
             game.listed = listed
 
@@ -861,6 +948,10 @@ class Registry:
         self._resume_all(game)
         del self._games[game.name]
         del self._game_queue[game]
+        self._store(-GAME_WEIGHT - weight((game.name, game.info)) - weight(game.addresses))
+        self._places[game.place] -= 1
+        if not self._places[game.place]:
+            del self._places[game.place]
         for guest in list(game.guests.values()):
             self._remove_guest(guest)
         self.listing += 1
@@ -868,7 +959,13 @@ class Registry:
     def _remove_guest(self, guest: Guest) -> None:
         del guest.game.guests[guest.seal]
         del self._guest_queue[guest]
+        self._store(-GUEST_WEIGHT - weight(guest.addresses) - weight(guest.reply or ()))
         self.listing += 1
+
+
+def weight(texts: Tuple[Union[str, bytes], ...]) -> int:
+    """Bytes that these take."""
+    return sum(map(sys.getsizeof, texts)) + 8 * len(texts)
 
 
 def overdue(queue: collections.OrderedDict[Any, float], now: float) -> Iterable[Any]:
@@ -891,7 +988,7 @@ STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS, STUN_FINGERPR
 STUN_IGNORED = frozenset((0x0006, 0x0008, 0x001C, 0x0024, 0x0025))
 STUN_MAX = 1280         # bytes; longer requests are nobody's
 STUN_BURST = 50         # answers that one address gets at once, on top of --stun-rate a second
-STUN_BUCKETS = 65536    # 512 KiB
+BUCKETS = 65536         # 512 KiB
 
 
 def stun_attribute(kind: int, value: bytes) -> bytes:
@@ -946,26 +1043,38 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
 
 
 class Buckets:
-    """Token buckets by source address: rate takes a second and STUN_BURST at once, so that a forged source is not flooded with answers.
+    """A token bucket for each place, which is what limits take for one client: rate a second (0 for no limit), and burst at once.
 
-    Sources share a fixed number of buckets, by a hash that only this process knows: however many are forged, memory stays.
+    Places share a fixed number of buckets, by a hash that only this process knows: however many come or are forged, memory stays.
     """
 
-    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._interval = 1 / rate if rate else 0.0
+        self._depth = burst * self._interval
         self._clock = clock
         # When each bucket is full again, a double each. Memory of the system's is all zeros, and weighs nothing until it is written to.
-        self._full_at = memoryview(mmap.mmap(-1, 8 * STUN_BUCKETS)).cast("d")
+        self._full_at = memoryview(mmap.mmap(-1, 8 * BUCKETS)).cast("d")
 
-    def take(self, source: str) -> bool:
-        """Whether the source may have one more answer now. An IPv6 /64 is one source: it is what one customer gets."""
-        # Eight bytes are an IPv4 address, or a /64.
-        index, now = hash(packed_address(source)[:8]) % STUN_BUCKETS, self._clock()
+    def take(self, place: bytes) -> float:
+        """Take one from its bucket: 0, or the seconds after which there is one to take."""
+        if not self._interval:
+            return 0.0
+        now, index = self._clock(), hash(place) % BUCKETS
         full_at = max(self._full_at[index], now) + self._interval
-        if full_at > now + STUN_BURST * self._interval:
-            return False
+        if full_at > now + self._depth:
+            return full_at - now - self._depth
         self._full_at[index] = full_at
-        return True
+        return 0.0
+
+    def fine(self, place: bytes, count: int) -> None:
+        """Take more, whether or not they are there."""
+        index = hash(place) % BUCKETS
+        self._full_at[index] = max(self._full_at[index], self._clock()) + count * self._interval
+
+
+def place_of(packed: bytes) -> bytes:
+    """What limits take for one client: an IPv4 address, or a /64, which is what one customer gets."""
+    return packed[:8]
 
 
 class StunResponder(threading.Thread):
@@ -977,7 +1086,8 @@ class StunResponder(threading.Thread):
 
     def __init__(self, family: int, address: Any, rate: float) -> None:
         super().__init__(name="stun", daemon=True)
-        self._buckets = Buckets(rate)
+        self._buckets = Buckets(rate, STUN_BURST)
+        self.answered = self.silent = 0     # datagrams so far
         self._stopping = False
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         try:
@@ -1008,8 +1118,10 @@ class StunResponder(threading.Thread):
         else:
             (request, source), arrived_at = self._socket.recvfrom(STUN_MAX + 1), []
         answer = stun_answer(request, source)
-        if answer is None or not self._buckets.take(source[0]):
+        if answer is None or self._buckets.take(place_of(packed_address(source[0]))):
+            self.silent += 1
             return
+        self.answered += 1
         if sys.platform == "linux":
             self._socket.sendmsg([answer], arrived_at, 0, source)   # what told where it came to tells where to answer from
         else:
@@ -1027,13 +1139,22 @@ class StunResponder(threading.Thread):
 
 # ---- endpoints ------------------------------------------------------------------------------------------------------
 
+class Client(NamedTuple):
+    """Who asks: the IP address, the place that limits count it as, and whether it is this machine."""
+
+    address: str
+    place: bytes
+    is_local: bool
+
+
 class Request(NamedTuple):
-    """A request past all checks: the game that its path names, or nothing; the values of the route's fields; its header; and what to
-    call when it is held and there is news."""
+    """A request past all checks: the game that its path names, or nothing; the values of the route's fields; its header; who asks; and
+    what to call when it is held and there is news."""
 
     name: str
     fields: Dict[str, Any]
     headers: Mapping[str, str]
+    client: Client
     wake: Wake
 
 
@@ -1093,7 +1214,7 @@ def location(name: str) -> Dict[str, str]:
 def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
     fields = request.fields
-    created = server.registry.register_game(fields["name"], fields["peerId"], fields["info"], fields["listed"])
+    created = server.registry.register_game(fields["name"], fields["peerId"], fields["info"], fields["listed"], request.client.place)
     body = f'{{"name":{to_json(fields["name"])},{lease_text(server.settings.game_ttl, server.settings.poll_after)}}}'
     return Answer(201, body, location(fields["name"])) if created else Answer(200, body)
 
@@ -1195,9 +1316,35 @@ def delete_game(server: Server, request: Request) -> Answer:
 
 def show_health(server: Server, request: Request) -> Answer:
     """for load balancers and monitors"""
-    games, guests = server.registry.counts()
-    body = {"status": "stopping" if server.stopping else "ok", "version": __version__, "games": games, "guests": guests}
+    counts = server.registry.counts()
+    body = {"status": "stopping" if server.stopping else "ok", "version": __version__, "games": counts.games, "guests": counts.guests}
     return Answer(503 if server.stopping else 200, body)
+
+
+def show_metrics(server: Server, request: Request) -> Answer:
+    """counts for Prometheus"""
+    if not request.client.is_local and request.client.address not in server.watchers:
+        raise Forbidden("metrics are for this machine and for whom --metrics-from names")
+    counts, stun = server.registry.counts(), server.stun
+    text = ""
+    for name, kind, meaning, samples in (
+        ("games", "gauge", "games on offer", {"": counts.games}),
+        ("guests", "gauge", "guests of them", {"": counts.guests}),
+        ("waiting", "gauge", "polls and starts that are held", {"": counts.waiting}),
+        ("connections", "gauge", "open connections", {"": len(server.loop.handlers)}),
+        ("threads", "gauge", "threads of the process", {"": threading.active_count()}),
+        ("stored_bytes", "gauge", "bytes that count against --max-memory", {"": counts.stored + server.registry.reserved}),
+        ("uptime_seconds", "gauge", "seconds since the start", {"": round(time.monotonic() - server.began, 3)}),
+        ("requests_total", "counter", "requests answered",
+         {f'{{operation="{operation}",status="{status}"}}': count for (operation, status), count in sorted(server.answered.items())}),
+        ("refused_total", "counter", "requests and connections refused because a limit was reached",
+         {f'{{limit="{limit}"}}': count for limit, count in sorted(server.refused.items())}),
+        ("stun_total", "counter", "datagrams to STUN, by what they got",
+         {'{result="answer"}': stun.answered, '{result="silence"}': stun.silent} if stun else {}),
+    ):
+        text += f"# HELP p2pserver_{name} {meaning}\n# TYPE p2pserver_{name} {kind}\n"
+        text += "".join(f"p2pserver_{name}{labels} {value}\n" for labels, value in samples.items())
+    return Answer(200, text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def show_start_page(server: Server, request: Request) -> Answer:
@@ -1236,6 +1383,7 @@ ROUTES = (
     Route("PUT", "/games/<name>", update_game, CHANGES),
     Route("DELETE", "/games/<name>", delete_game, {"peerId": PEER_ID}),
     Route("GET", "/healthz", show_health),
+    Route("GET", "/metrics", show_metrics),
     Route("GET", "/", show_start_page),
 )
 
@@ -1398,13 +1546,66 @@ def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def client_of(host: str) -> Tuple[str, bool]:
-    """A client's address as text, and whether it is on this machine."""
+def client_of(host: str) -> Client:
+    """Who has this address. OSError: it is none."""
     packed = packed_address(host)
-    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed), is_loopback(packed)
+    text = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+    return Client(text, place_of(packed), is_loopback(packed))
+
+
+def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -> Client:
+    """Who asks, where the connection comes from peer: if that is one of the proxies, the last address that they tell of and is none of theirs.
+
+    What anybody else says of it is ignored, but for this: who speaks for others is not taken for a user of this machine. If proxies
+    contradict each other, or tell of no address, the client is the proxy.
+    """
+    if "x-forwarded-for" not in headers and "forwarded" not in headers:
+        return peer
+    told = [hops for hops in (forwarded_for(headers), x_forwarded_for(headers)) if hops]
+    client = peer._replace(is_local=False)
+    if peer.address not in proxies or not told or any(hops != told[0] for hops in told):
+        return client
+    with contextlib.suppress(OSError):
+        for hop in reversed(told[0]):
+            client = client_of(hop)
+            if client.address not in proxies:
+                break
+        return client
+    return peer._replace(is_local=False)
+
+
+def x_forwarded_for(headers: Mapping[str, str]) -> List[str]:
+    return [host_of(hop) for hop in headers["x-forwarded-for"].split(",")] if "x-forwarded-for" in headers else []
+
+
+def forwarded_for(headers: Mapping[str, str]) -> List[str]:
+    """RFC 7239 section 4."""
+    pairs = [pair.strip().partition("=") for hop in headers.get("forwarded", "").split(",") for pair in hop.split(";")]
+    return [host_of(value) for name, _, value in pairs if name.lower() == "for"]
+
+
+def host_of(hop: str) -> str:
+    """The address in what may be quoted, in brackets, or followed by a port."""
+    hop = hop.strip().strip('"')
+    if hop.startswith("["):
+        return hop[1:].partition("]")[0]
+    return hop.partition(":")[0] if hop.count(":") == 1 else hop
 
 
 # ---- HTTP: a connection ---------------------------------------------------------------------------------------------
+
+class Access(NamedTuple):
+    """A request that was answered, for the log."""
+
+    client: str
+    method: str
+    path: str
+    status: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.client} {self.method} {self.path!r} {self.status} {self.bytes}"
+
 
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 NEVER = float("inf")
@@ -1418,16 +1619,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def __init__(self, connection: socket.socket, client_address: Any, server: Server) -> None:
         # Not the base class's, which would serve the connection to its end.
-        self.connection, self.server = connection, server
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.client, self.local = client_of(client_address[0])
+        if server.tls:
+            connection = server.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        self.connection, self.server = connection, server
+        self.is_shaking = bool(server.tls)  # whether the handshake of TLS is still to be done
+        self.shakes_on = selectors.EVENT_READ   # what it waits for
+        self.peer = self.client = client_of(client_address[0])      # the other end, and who asks through it
         self.buffer = bytearray()           # what has come and is not served yet
         self.head = Head()                  # of the request that is served, or whose body is to come
         self.has_head = False               # whether a body is to come
         self.body = b""
-        self.began = 0.0                    # when the request in the buffer began to come
+        self.began = time.monotonic()       # when the request in the buffer began to come, or the handshake
         self.requests = 0                   # how many have come; the number of the one that is served
+        self.operation = "none"             # the name of its endpoint
         self.unsent: collections.deque[Union[bytes, memoryview]] = collections.deque()    # the rest of an answer that the client has not read yet
         self.held: Optional[Held] = None
         self.held_until = 0.0
@@ -1435,6 +1641,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = False       # when all is sent
         self.cut_at = 0.0                   # when a connection that was refused is cut at the latest
         self.is_closed = False
+        self.answer_size = 0                # bytes of the answer that are this connection's alone
+        self.reserved = 0                   # bytes of the server's memory that it takes
         # For the loop: for which events it is watched, when it is late, and in which tenth of a second that is looked at.
         self.watched, self.deadline, self.tenth = 0, NEVER, NEVER
 
@@ -1459,6 +1667,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Something has come, or can be sent; or may, for it does no harm to look."""
         if self.is_away:
             return True
+        if self.is_shaking:
+            self.is_away = True
+            self.server.pool.submit(self.shake_hands)
+            return True
         if self.held:
             return self.receive_held()
         if self.unsent and not self.flush():
@@ -1475,10 +1687,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The deadline is over."""
         if self.held:
             self.resume()
-        elif self.unsent or self.close_connection or self.is_between_requests or self.is_away:
+        elif self.is_shaking or self.unsent or self.close_connection or self.is_between_requests or self.is_away:
             return False
         elif self.server.stopping:
-            self.refuse(Full("the server stops, and the request did not come in time"))
+            self.refuse(Problem("the server stops, and the request did not come in time", 503))
         else:
             self.refuse(Problem("the request did not come in time", 408))
         return True
@@ -1495,17 +1707,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.take(outcome)
         return True
 
+    def on_shaken(self, waits_for: int) -> bool:
+        """A thread of the pool has done what could be done of the handshake; it goes on when one of these events of selectors comes."""
+        self.is_away = False
+        self.shakes_on = waits_for
+        if waits_for:
+            return True
+        self.is_shaking = False
+        return self.on_ready()
+
+    def on_lost(self, error: OSError) -> bool:
+        """The handshake has failed."""
+        raise error
+
+    def on_refused(self, problem: Problem) -> bool:
+        """There are too many connections. Under TLS that cannot be said before the handshake, which would be work."""
+        if not self.is_shaking:
+            self.refuse(problem)
+        return not self.is_shaking
+
     def on_stop(self) -> bool:
         """The server stops: what is held is answered now, and what has come already is still served."""
         if self.held:
             self.resume()
             return True
-        return self.on_ready()
+        return not self.is_shaking and self.on_ready()
 
     def wait(self) -> bool:
         """Have the loop watch for what can happen next; False if that is nothing."""
+        if not self.reserve(len(self.buffer) + (self.answer_size if self.unsent else 0)):
+            self.server.refused["memory"] += 1
+            if self.held or self.unsent:
+                return False
+            self.refuse(Full("memory", "the server's memory for requests is full"))
         if self.is_away:
             events, deadline = 0, NEVER
+        elif self.is_shaking:
+            events, deadline = self.shakes_on, self.began + REQUEST_TIME
         elif self.held:     # its client can hang up, or send the next request early, which then waits
             events, deadline = 0 if self.buffer else selectors.EVENT_READ, self.held_until
         elif self.unsent:
@@ -1523,14 +1761,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.loop.watch(self, events, deadline)
         return True
 
+    def reserve(self, size: int) -> bool:
+        """Count the bytes that wait here, to come whole or to be sent; whether the server has the memory for them."""
+        registry, growth = self.server.registry, size - self.reserved
+        if growth:
+            registry.reserved, self.reserved = registry.reserved + growth, size
+        return growth <= 0 or registry.counts().stored + registry.reserved <= self.server.settings.max_memory * 1_000_000
+
     def close(self) -> None:
         if self.is_closed:
             return
         self.is_closed = True
+        self.reserve(0)
+        self.end_tls()
         if self.held:
             self.held.let_go()
-        self.server.loop.forget(self)
+        self.server.forget(self)
         self.server.shutdown_request(self.connection)
+
+    # TLS.
+
+    def shake_hands(self) -> None:
+        """In a thread of the pool, for it is a millisecond's work: as much of the handshake as can be done without waiting."""
+        import ssl
+        happened: Tuple[Any, ...] = (self.on_shaken, 0)
+        try:
+            self.connection.do_handshake()
+        except ssl.SSLWantReadError:
+            happened = self.on_shaken, selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            happened = self.on_shaken, selectors.EVENT_WRITE
+        except (OSError, ValueError) as error:      # ValueError: it was closed meanwhile
+            happened = self.on_lost, OSError(*error.args)
+        self.server.loop.call(self.serve, *happened)
+
+    def end_tls(self) -> None:
+        """Tell the client that nothing is missing (RFC 8446 section 6.1)."""
+        if self.server.tls and not self.is_shaking:
+            with contextlib.suppress(OSError, ValueError):
+                self.connection.unwrap()
 
     # Reading a request.
 
@@ -1542,7 +1811,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Take what has come; False if that is nothing. At the end of it all close_connection is set."""
         try:
             data = self.connection.recv(65536)
-        except BlockingIOError:
+        except self.server.not_now:
             return False
         if not data:
             if not self.held and not self.is_between_requests:
@@ -1552,6 +1821,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.is_between_requests:
             self.began = time.monotonic()
         self.buffer += data
+        if self.server.tls and self.connection.pending():
+            self.server.loop.call(self.serve, self.on_ready)        # nothing more need come for it
         return True
 
     def receive_held(self) -> bool:
@@ -1596,7 +1867,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def dispatch(self) -> None:
         """Answer the request, or hold it, or have a thread of the pool answer it."""
         self.requests += 1
+        self.operation = "none"
         self.close_connection = self.head.closes
+        self.client = client_behind(self.peer, self.head.headers, self.server.proxies)
         self.take(self.outcome_of(self.call_endpoint))
 
     def outcome_of(self, call: Callable[[], Optional[Outcome]]) -> Optional[Outcome]:
@@ -1604,6 +1877,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             return call()
         except Problem as problem:
+            if problem.limit:
+                self.server.refused[problem.limit] += 1
+            if isinstance(problem, (Forbidden, Conflict)):      # to register a game again is to guess, too
+                self.server.buckets.fine(self.client.place, FORBIDDEN_COST - 1)
             return problem_answer(problem)
         except Exception:
             log.exception("a request failed")
@@ -1618,6 +1895,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def call_endpoint(self) -> Optional[Outcome]:
         """Find the route, check the fields, and call its endpoint; None if a thread of the pool does that."""
+        pause = self.server.buckets.take(self.client.place)
+        if pause:
+            raise TooMany("rate", "too many requests come from your address", Retry_After=str(math.ceil(pause)))
         method, target, headers = self.head.method, self.head.target, self.head.headers
         if method == "OPTIONS" and target == "*":
             return self.options({route.method for route in ROUTES})
@@ -1627,13 +1907,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         route = routes.get("GET" if method == "HEAD" else method)
         if route is None:
             raise Problem(f"{method} is not for this path", 405, Allow=allowed(routes))
+        self.operation = route.endpoint.__name__
         fields: Dict[str, Any] = {}
         if route.fields:
             if self.body:
                 check_media_type(headers)
-            fields = validate(parse_body(self.body) if self.body else bearer(headers), route.fields, self.local)
+            fields = validate(parse_body(self.body) if self.body else bearer(headers), route.fields, self.client.is_local)
         loop = self.server.loop
-        request = Request(name, fields, headers, functools.partial(loop.call, self.serve, self.on_news, self.requests))
+        request = Request(name, fields, headers, self.client, functools.partial(loop.call, self.serve, self.on_news, self.requests))
         if route.takes_long and route.takes_long(self.server):
             self.server.pool.submit(functools.partial(self.work, functools.partial(route.endpoint, self.server, request)))
             self.is_away = True
@@ -1668,7 +1949,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             text += f"{name}: {value}\r\n"
         if "Cache-Control" not in headers:
             text += "Cache-Control: no-store\r\n"
-        if status in (429, 503):
+        if status in (429, 503) and "Retry-After" not in headers:
             text += f"Retry-After: {RETRY_AFTER}\r\n"
         if answer.body is not None:
             text += f"Content-Type: {answer.media_type}\r\nContent-Length: {len(body)}\r\n"
@@ -1677,15 +1958,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif not self.head.is_new:
             text += "Connection: keep-alive\r\n"
         head = (text + "\r\n").encode("latin-1")
+        self.answer_size = 0 if body is answer.body else len(body)      # the list is one for all that read it
         if self.head.method == "HEAD":
             self.write(head)
         elif len(body) < COPIED:
             self.write(head + body)
         else:
             self.write(head, body)
+        self.server.answered[self.operation, status] += 1
         if self.server.settings.access_log:
             # Without the query, which is none of this server's and could hold anything.
-            log.info("%s %s %r %d %d", self.client, self.head.method, self.head.target.partition("?")[0], status, len(body))
+            log.info("%s", Access(self.client.address, self.head.method, self.head.target.partition("?")[0], status, len(body)))
         if self.buffer:     # the next request has come with this one; it is served when others have had their turn
             self.began = time.monotonic()
             self.server.loop.call(self.serve, self.on_ready)
@@ -1704,15 +1987,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.unsent.popleft()
                 else:
                     self.unsent[0] = memoryview(self.unsent[0])[sent:]
-        except BlockingIOError:
+        except self.server.not_now:
             pass
         return not self.unsent
 
     def refuse(self, problem: Problem) -> None:
         """Answer what cannot be read to its end; nobody knows where the next request begins, so the connection is closed."""
+        self.operation = "none"
         if not self.has_head:       # then head is that of the request before
             line = REQUEST_LINE.match(self.buffer)
             self.head = Head(line[1].decode("ascii"), line[2].decode("ascii")) if line else Head()
+        self.buffer.clear()
         self.close_connection, self.cut_at = True, time.monotonic() + LINGER_TIME
         self.send_answer(problem_answer(problem))
 
@@ -1721,6 +2006,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         refused would lose the answer (RFC 9112 section 9.6)."""
         if self.server.stopping or time.monotonic() >= self.cut_at:
             return False
+        self.end_tls()
         with contextlib.suppress(OSError):      # it was done before
             self.connection.shutdown(socket.SHUT_WR)
         with contextlib.suppress(BlockingIOError):
@@ -1769,7 +2055,7 @@ class Pool:
                     log.warning("%s", error)
                     if not self.threads:
                         self._open -= 1
-                        raise Full("the server has no thread for this at the moment") from None
+                        raise Full("threads", "the server has no thread for this at the moment") from None
         self._jobs.put(job)
 
     def stop(self) -> None:
@@ -1888,8 +2174,11 @@ class Loop:
                     self._look_later(handler)
 
 
-class CannotListen(Exception):
-    """Why the server cannot listen, in words that help."""
+class CannotStart(Exception):
+    """Why the server cannot start, in words that help."""
+
+
+class CannotListen(CannotStart):
 
     def __init__(self, protocol: str, host: str, port: int, error: OSError) -> None:
         where = f"{protocol} port {port}" + (f" of {host}" if host else "")
@@ -1904,7 +2193,7 @@ class CannotListen(Exception):
 class Server(http.server.ThreadingHTTPServer):
     """The HTTP server around a registry, with the STUN responder beside it. The constructor binds, start() serves, stop() ends.
 
-    CannotListen: the address is in use, not this machine's, or not permitted.
+    CannotListen: the address is in use, not this machine's, or not permitted. CannotStart: the certificate is no good.
     """
 
     request_queue_size = 1024
@@ -1915,6 +2204,17 @@ class Server(http.server.ThreadingHTTPServer):
         self.settings = settings
         self.registry = registry or Registry(settings, cursor=time.time_ns() // 1000)
         self.stopping = False
+        # With TLS what is not there yet has names of its own.
+        self.not_now: Tuple[Any, ...] = (BlockingIOError,)
+        self.tls: Any = None
+        self.load_certificate()
+        self.proxies = Networks(settings.trusted_proxies)
+        self.buckets = Buckets(settings.rate, settings.burst)
+        self.watchers = Networks(settings.metrics_from)
+        self.began = time.monotonic()
+        self.answered: collections.Counter[Tuple[str, int]] = collections.Counter()     # by operation and status
+        self.refused: collections.Counter[str] = collections.Counter()      # by the limit that was reached
+        self._places: collections.Counter[bytes] = collections.Counter()    # how many connections each place has
         self._ends_at = NEVER
         self._is_paused = False     # there was no descriptor for a connection
         self._cors = (f"Access-Control-Allow-Origin: {settings.cors_origin}\r\n"
@@ -1942,6 +2242,22 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)
         self.loop.add(self.socket, self.accept_connections)
 
+    def load_certificate(self) -> None:
+        """Have new connections use what --tls-cert and --tls-key hold now. CannotStart: they are no good, and nothing has changed."""
+        if not self.settings.tls_cert:
+            return
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        try:
+            # Without a password it would ask for one on the terminal.
+            context.load_cert_chain(self.settings.tls_cert, self.settings.tls_key or None, password="")
+        except (OSError, ValueError) as error:
+            raise CannotStart(f"the certificate cannot be used: {error}; look at --tls-cert and --tls-key") from None
+        self.not_now = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self.tls = context
+
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.settings.host not in ("", "::"))
@@ -1951,12 +2267,13 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def where(self) -> str:
         """What listens where, for a person."""
+        scheme = "https" if self.tls else "http"
         stun = f"STUN on UDP port {self.stun.port}" if self.stun else "no STUN"
         if not self.settings.host:
             addresses = "all addresses, IPv6 and IPv4" if self.address_family == socket.AF_INET6 else "all IPv4 addresses"
-            return f"http://localhost:{self.server_port}/ and {stun} ({addresses})"
+            return f"{scheme}://localhost:{self.server_port}/ and {stun} ({addresses})"
         host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        return f"http://{host}:{self.server_port}/ and {stun}"
+        return f"{scheme}://{host}:{self.server_port}/ and {stun}"
 
     def start(self) -> None:
         """Serve in threads of its own, and return."""
@@ -2017,8 +2334,29 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection that was accepted."""
         handler = Handler(request, client_address, self)
+        place, settings = handler.peer.place, self.settings
         self.loop.handlers.add(handler)
-        handler.serve(handler.on_ready)
+        self._places[place] += 1
+        # Proxies speak for many.
+        mine = 0 if handler.peer.address in self.proxies else self._places[place] - settings.max_connections_per_client
+        all_others = len(self.loop.handlers) - settings.max_connections
+        if mine <= 0 and all_others <= 0:
+            handler.serve(handler.on_ready)
+            return
+        limit = "connections" if mine <= 0 else "connections_per_client"
+        self.refused[limit] += 1
+        if max(mine, all_others) > SURPLUS:
+            handler.close()
+        else:
+            handler.serve(handler.on_refused, Full(limit, "there are too many connections") if mine <= 0
+                          else TooMany(limit, "there are too many connections from your address"))
+
+    def forget(self, handler: Handler) -> None:
+        """A connection is about to be closed."""
+        self.loop.forget(handler)
+        self._places[handler.peer.place] -= 1
+        if not self._places[handler.peer.place]:
+            del self._places[handler.peer.place]
 
     def service_actions(self) -> None:
         """Called ten times a second."""
@@ -2039,6 +2377,56 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(IndexError):       # another thread was faster
             while events:
                 log.info("%s", events.popleft())
+
+
+# ---- log ------------------------------------------------------------------------------------------------------------
+
+class LogThread(logging.Handler):
+    """Writes the log in a thread of its own, so that nobody waits for a disk or a pipe. What finds no room is lost, and counted."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lost = 0
+        self._records: queue.Queue[Optional[logging.LogRecord]] = queue.Queue(LOG_LINES)
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._records.put_nowait(record)
+        except queue.Full:
+            self._lost += 1
+
+    def end(self, patience: float = 0.5) -> None:
+        """Write what there is, within patience (seconds)."""
+        with contextlib.suppress(queue.Full):
+            self._records.put_nowait(None)
+            self._thread.join(patience)
+
+    def _write(self) -> None:
+        for record in iter(self._records.get, None):
+            try:
+                self._stream.write(self.format(record) + "\n")
+                self._stream.flush()
+                if self._lost:
+                    lost, self._lost = self._lost, 0
+                    self._stream.write(f"{lost} lines of the log were lost\n")
+            except (OSError, ValueError):       # the disk is full, or nobody reads any more
+                self._lost += 1
+
+
+class JsonFormatter(logging.Formatter):
+    """Each line an object: {time, level, message}, and the fields of an Event or an Access by their names."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: Dict[str, Any] = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage()}
+        for argument in record.args or ():
+            if isinstance(argument, (Event, Access)):
+                fields.update(argument._asdict())
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields)       # in ASCII, so that no name can steer a terminal
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -2101,6 +2489,19 @@ def stop_on_signal() -> None:
         signal.signal(each, interrupt)
 
 
+def renew_on_signal(server: Server) -> None:
+    """Make SIGHUP load a renewed certificate. Connections that there are go on; one that is no good is not used, and the old one stays."""
+    def renew(number: int, frame: Any) -> None:
+        try:
+            server.load_certificate()
+            log.info("the certificate was loaded anew")
+        except CannotStart as reason:
+            log.error("%s; the old one stays in use", reason)
+
+    if server.tls and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, renew)
+
+
 def allow_many_files() -> None:
     """Raise the number of open files, and so of connections, to what the system allows; it is 1024 by habit."""
     with contextlib.suppress(ImportError, ValueError, OSError):     # ImportError: there is no such limit here
@@ -2112,22 +2513,34 @@ def allow_many_files() -> None:
 def main(arguments: Optional[List[str]] = None) -> int:
     """Serve until a signal comes. Returns the exit status: 0, or 1 if the server cannot listen."""
     settings = parse_settings(arguments, os.environ)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    writer = LogThread(sys.stderr)
+    writer.setFormatter(JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[writer])
     allow_many_files()
     try:
         server = open_server(settings)
-    except CannotListen as reason:
+    except CannotStart as reason:
         print(f"p2pserver: {reason}", file=sys.stderr)
         return 1
     try:
         stop_on_signal()
+        renew_on_signal(server)
         server.start()
-        print(f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it", flush=True)
+        say(f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it")
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
         server.stop()
+        writer.end()
     return 0
+
+
+def say(text: str) -> None:
+    """Print, if there is somebody to read it."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # or what is still to be written would fail again at the end
 
 
 if __name__ == "__main__":
