@@ -24,6 +24,7 @@ import select
 import shlex
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from typing import NamedTuple
 
 import pytest
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 import p2pclient
 import p2pserver
@@ -63,8 +65,8 @@ class Clock:
 class Api:
     """A running server as its clients see it: the operations by name, each returns the requests.Response."""
 
-    def __init__(self, server):
-        self.server, self.port = server, server.server_port
+    def __init__(self, server, port=None):
+        self.server, self.port = server, port or server.server_port
         self.session = requests.Session()
         self.session.trust_env = False      # no proxy of the environment
 
@@ -111,8 +113,8 @@ class Reply(NamedTuple):
 class Raw:
     """A connection on which a test says each byte itself."""
 
-    def __init__(self, api, data=b""):
-        self.socket = socket.create_connection(("127.0.0.1", api.port), WAIT)
+    def __init__(self, api, data=b"", source=None):
+        self.socket = socket.create_connection(("127.0.0.1", api.port), WAIT, source_address=source and (source, 0))
         self.stream = self.socket.makefile("rb")
         self.send = self.socket.sendall
         self.send(data)
@@ -2442,6 +2444,632 @@ def test_nothing_is_lost_or_double_when_32_clients_register_poll_and_start_at_on
     assert sorted((game["name"], game["guests"], game["ready"]) for game in listed) == sorted((f"g{i}", 4, True) for i in range(32))
 
 
+# ---- limits for each client -----------------------------------------------------------------------------------------
+
+def limited(api, clock, rate, burst):
+    """Give a server buckets that fill by a test's clock."""
+    api.server.buckets = p2pserver.Buckets(rate, burst, clock)
+
+
+def ask(api, source, data=GET + END):
+    """The answer to a client at another address of loopback."""
+    with Raw(api, data, source) as raw:
+        return raw.answer()
+
+
+def refused(api, limit):
+    return api.server.refused[limit]
+
+
+def test_a_client_has_its_burst_and_then_its_rate_and_is_told_when_to_come_again(serve, clock):
+    api = serve()
+    limited(api, clock, 0.5, 20)
+    assert [api.list_games().status_code for _ in range(20)] == [200] * 20
+    answer = api.list_games()
+    assert (answer.status_code, answer.headers["Retry-After"], answer.headers["Content-Type"]) == (429, "2", "application/problem+json")
+    assert answer.json()["detail"] == "too many requests come from your address" and refused(api, "rate") == 1
+    clock.tick(2)
+    assert [api.list_games().status_code for _ in range(2)] == [200, 429]
+
+
+def test_a_client_that_asks_too_much_takes_nothing_from_others(serve, clock):
+    api = serve()
+    limited(api, clock, 1, 10)
+    assert [ask(api, "127.0.0.1").status for _ in range(12)] == [200] * 10 + [429] * 2
+    assert ask(api, "127.0.0.2").status == 200
+
+
+def test_what_is_refused_for_the_rate_changes_nothing(serve, clock):
+    api = serve()
+    limited(api, clock, 1, 10)
+    assert [api.register_game(f"game {i}").status_code for i in range(11)] == [201] * 10 + [429]
+    assert api.server.registry.counts().games == 10
+
+
+def test_a_rate_of_zero_is_no_limit(serve):
+    api = serve(rate=0.0, burst=10)
+    with Raw(api, (GET + END) * 300) as raw:
+        assert [raw.answer().status for _ in range(300)] == [200] * 300
+
+
+@pytest.mark.parametrize("guess, status", rows({
+    "poll": (lambda api: api.poll_game("castle", OTHER), 403),
+    "describe": (lambda api: api.update_game("castle", OTHER, info={}), 403),
+    "delete": (lambda api: api.delete_game("castle", OTHER), 403),
+    "register": (lambda api: api.register_game("castle", OTHER), 409),
+}))
+def test_a_guess_at_a_peer_id_costs_as_much_as_ten_requests(guess, status, serve, clock):
+    api = serve()
+    api.register_game("castle")
+    limited(api, clock, 1, 100)
+    assert [guess(api).status_code for _ in range(11)] == [status] * 10 + [429]
+    clock.tick(9)
+    assert guess(api).status_code == status, "a bucket that has one for it"
+    clock.tick(1)
+    assert guess(api).status_code == 429, "the tenth is still owed"
+
+
+def test_a_client_has_no_more_games_than_max_games_per_client(serve):
+    api = serve(max_games_per_client=2)
+    assert [api.register_game(f"game {i}").status_code for i in range(2)] == [201, 201]
+    answer = api.register_game("game 2")
+    assert (answer.status_code, answer.json()["detail"]) == (429, "your address has 2 games, which is all that one may have")
+    assert int(answer.headers["Retry-After"]) > 0 and refused(api, "games_per_client") == 1
+    assert api.register_game("game 0").status_code == 200, "what is there already is no new one"
+    assert ask(api, "127.0.0.2", post(b"/games/register", {"name": "another's", "peerId": OTHER})).status == 201
+    assert api.delete_game("game 0").ok and api.register_game("game 2").status_code == 201
+
+
+def test_games_that_are_gone_no_longer_count_for_their_client(clock):
+    registry = Registry(Settings(max_games_per_client=1), clock)
+    for end in (lambda: registry.delete_game("castle", HOST), lambda: clock.tick(61)):
+        registry.register_game("castle", HOST, place=b"me")
+        with pytest.raises(p2pserver.TooMany):
+            registry.register_game("tower", HOST, place=b"me")
+        end()
+    registry.register_game("tower", HOST, place=b"me")
+    registry.delete_game("tower", HOST)
+    assert not registry._places
+
+
+def test_connections_beyond_max_connections_are_refused_and_those_that_there_are_go_on(serve):
+    api = serve(max_connections=3)
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(Raw(api, GET + END)) for _ in range(3)]
+        assert [raw.answer().status for raw in raws] == [200] * 3
+        with Raw(api, GET + END) as more:
+            answer = more.answer()
+            assert (answer.status, json.loads(answer.body)["detail"]) == (503, "there are too many connections") and more.is_closed()
+            assert int(answer.headers["retry-after"]) > 0 and refused(api, "connections") == 1
+        raws[0].send(GET + END)
+        assert raws[0].answer().status == 200
+        raws.pop().__exit__()
+        assert wait_until(lambda: ask(api, "127.0.0.1").status == 200)
+
+
+def test_one_client_cannot_have_all_connections(serve):
+    api = serve(max_connections_per_client=3)
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(Raw(api, GET + END)) for _ in range(3)]
+        assert [raw.answer().status for raw in raws] == [200] * 3
+        assert ask(api, "127.0.0.1").status == 429 and refused(api, "connections_per_client") == 1
+        assert ask(api, "127.0.0.2").status == 200
+    wait_until(lambda: not api.server._places)
+    assert ask(api, "127.0.0.1").status == 200
+
+
+def test_a_trusted_proxy_may_have_more_connections_than_a_client(serve):
+    api = serve(max_connections_per_client=1, trusted_proxies="127.0.0.1")
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(Raw(api, GET + END)) for _ in range(5)]
+        assert [raw.answer().status for raw in raws] == [200] * 5
+
+
+def test_far_too_many_connections_are_closed_without_a_word(serve, monkeypatch):
+    monkeypatch.setattr(p2pserver, "SURPLUS", 0)
+    api = serve(max_connections=1)
+    with Raw(api, GET + END) as first, Raw(api, GET + END) as second:
+        assert first.answer().status == 200
+        with contextlib.suppress(ConnectionResetError):
+            assert second.is_closed()
+        first.send(GET + END)
+        assert first.answer().status == 200
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+MEGABYTE = 1_000_000
+
+
+def fill(api):
+    """Register games until there is no room; their number."""
+    answers = (api.register_game(f"game {i}", info={"text": "x" * 1000}) for i in itertools.count())
+    count, answer = next((i, answer) for i, answer in enumerate(answers) if not answer.ok)
+    assert (answer.status_code, answer.json()["detail"]) == (503, "the server's memory for games is full") and int(answer.headers["Retry-After"]) > 0
+    return count
+
+
+def test_when_memory_is_full_newcomers_are_refused_and_those_that_there_are_go_on(serve):
+    api = serve(max_memory=1)
+    count = fill(api)
+    assert 300 < count < 900 and refused(api, "memory") == 1
+    assert api.start_game("game 0", addresses=["x" * 500] * 16).status_code == 503
+    for i in range(20):
+        assert api.register_game(f"game {i}").status_code == 200 and api.poll_game(f"game {i}").ok, "a tenth is kept for them"
+    assert len(api.list_games().json()["games"]) == count
+    assert all(api.delete_game(f"game {i}").ok for i in range(1, 10)) and api.register_game("a new one").status_code == 201
+
+
+def test_also_those_that_there_are_cannot_take_more_than_all_memory(serve):
+    api = serve(max_memory=1)
+    count = fill(api)
+    statuses = [api.poll_game(f"game {i}", addresses=["x" * 500] * 16).status_code for i in range(count)]
+    assert set(statuses) == {200, 503} and api.server.registry.counts().stored <= MEGABYTE
+    assert api.get_game(f"game {statuses.index(503)}").json()["ready"] is False, "nothing is done by halves"
+
+
+def test_a_change_for_which_there_is_no_memory_is_not_made_by_halves(clock):
+    registry = Registry(Settings(max_memory=1), clock)
+    registry.register_game("castle", HOST)
+    registry.reserved = MEGABYTE
+    with pytest.raises(Full):
+        registry.update_game("castle", HOST, new_name="a much longer name", info=b'{"map":"castle"}', listed=False)
+    assert registry.get_game("castle").info == b"{}" and len(registry.list_games()) == 1
+    with pytest.raises(Full):
+        registry.register_game("tower", HOST)
+    with pytest.raises(Full):
+        started(registry, "castle")
+    registry.reserved = 0
+    assert registry.counts().games == 1 and registry.start_game("castle", GUEST, ()).session.session_id
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_stored_is_counted_and_nothing_remains_when_all_is_gone(seed, clock):
+    """A thousand operations at random: what they hold, as Python counts it, is never much more than what the registry says."""
+    chance = random.Random(seed)
+    registry = Registry(Settings(), clock)
+    sessions = []
+
+    def addresses():
+        return tuple(chance.choice(["203.0.113.1:5000", "x" * 400, "ü" * 200, b'{"candidate":"x"}']) for _ in range(chance.randrange(17)))
+
+    empty = sum(map(sys.getsizeof, reachable(registry)))
+    for _ in range(1000):
+        game, peer = f"game {chance.randrange(20)}", f"peer {chance.randrange(50)}"
+        clock.tick(chance.random())
+        with contextlib.suppress(Problem):
+            kind = chance.randrange(6)
+            if kind == 0:
+                registry.register_game(game, game, chance.choice([None, b'{"text":"' + b"x" * chance.randrange(900) + b'"}']))
+            elif kind == 1:
+                registry.poll_game(game, game, addresses(), replies={session: addresses() for session in sessions[-3:]})
+            elif kind < 4:
+                sessions.append(registry.start_game(game, peer, addresses()).session.session_id)
+            elif kind == 4:
+                registry.update_game(game, game, new_name=chance.choice([None, game + " renamed"]), info=chance.choice([None, b"{}"]))
+            elif chance.random() < 0.3:
+                registry.delete_game(game, game)
+        registry.events.clear()
+    held = sum(map(sys.getsizeof, reachable(registry))) - empty
+    assert registry.counts().stored > 20_000 and held < 1.3 * registry.counts().stored
+    clock.tick(61)
+    assert registry.counts() == (0, 0, 0, 0)
+
+
+def test_requests_that_do_not_come_whole_count_until_they_are_gone(serve):
+    api = serve(max_memory=1, max_body=300_000)
+    half = b"POST /games/poll HTTP/1.1\r\nHost: h\r\nContent-Length: 300000\r\n\r\n" + b" " * 280_000
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(Raw(api, half)) for _ in range(3)]
+        wait_until(lambda: 3 * 280_000 <= api.server.registry.reserved < MEGABYTE)
+        with Raw(api, half) as more:
+            answer = more.answer()
+            assert (answer.status, json.loads(answer.body)["detail"]) == (503, "the server's memory for requests is full") and more.is_closed()
+        assert all(is_silent(raw, 0) for raw in raws) and api.list_games().ok
+        raws[0].send(b" " * 20_000)
+        assert raws[0].answer().status == 400, "they go on"
+    wait_until(lambda: api.server.registry.reserved == 0)
+
+
+def test_answers_that_are_not_read_count_but_for_the_list_which_is_one_for_all(serve):
+    api = serve()
+    for i in range(500):
+        api.register_game(f"game {i}", info={"text": "x" * 1000})
+    api.register_game("castle")
+    for i in range(64):
+        api.start_game("castle", f"guest {i}", ["x" * 500] * 16)
+    with Raw(api, (b"GET /games HTTP/1.1\r\nHost: h\r\n\r\n") * 60) as deaf:
+        wait_until(lambda: any(handler.unsent for handler in api.server.loop.handlers))
+        assert api.server.registry.reserved < 10_000
+        deaf.socket.shutdown(socket.SHUT_RDWR)
+    with Raw(api, poll("castle") * 40):
+        wait_until(lambda: api.server.registry.reserved > 300_000)
+    wait_until(lambda: api.server.registry.reserved == 0)
+
+
+# ---- proxies --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("peer, headers, client", rows({
+    "nobody's word": ("203.0.113.9", {}, "203.0.113.9"),
+    "a stranger's word": ("203.0.113.9", {"x-forwarded-for": "198.51.100.1"}, "203.0.113.9"),
+    "a proxy's": ("10.0.0.1", {"x-forwarded-for": "198.51.100.1"}, "198.51.100.1"),
+    "the last that is no proxy, for a client can write the first itself": ("10.0.0.1", {"x-forwarded-for": "1.1.1.1, 198.51.100.1, 10.0.0.2"}, "198.51.100.1"),
+    "proxies alone": ("10.0.0.1", {"x-forwarded-for": "10.0.0.3, 10.0.0.2"}, "10.0.0.3"),
+    "with a port": ("10.0.0.1", {"x-forwarded-for": "198.51.100.1:4000"}, "198.51.100.1"),
+    "IPv6": ("10.0.0.1", {"x-forwarded-for": "2001:db8::1"}, "2001:db8::1"),
+    "IPv6 with a port": ("10.0.0.1", {"x-forwarded-for": "[2001:db8::1]:4000"}, "2001:db8::1"),
+    "an IPv4-mapped proxy": ("::ffff:10.0.0.1", {"x-forwarded-for": "198.51.100.1"}, "198.51.100.1"),
+    "an IPv6 proxy": ("2001:db8::53", {"x-forwarded-for": "198.51.100.1"}, "198.51.100.1"),
+    "Forwarded": ("10.0.0.1", {"forwarded": 'for=1.1.1.1, for="198.51.100.1:80";proto=http;by=10.0.0.1'}, "198.51.100.1"),
+    "Forwarded with IPv6": ("10.0.0.1", {"forwarded": 'proto=https;For="[2001:db8::1]:4711"'}, "2001:db8::1"),
+    "both, and the same": ("10.0.0.1", {"forwarded": "for=198.51.100.1", "x-forwarded-for": "198.51.100.1"}, "198.51.100.1"),
+    "both, and not the same": ("10.0.0.1", {"forwarded": "for=1.1.1.1", "x-forwarded-for": "198.51.100.1"}, "10.0.0.1"),
+    "junk": ("10.0.0.1", {"x-forwarded-for": "198.51.100.1, junk"}, "10.0.0.1"),
+    "unknown": ("10.0.0.1", {"forwarded": "for=unknown"}, "10.0.0.1"),
+    "nothing": ("10.0.0.1", {"x-forwarded-for": ""}, "10.0.0.1"),
+    "Forwarded without for": ("10.0.0.1", {"forwarded": "proto=https"}, "10.0.0.1"),
+}))
+def test_who_asks_is_by(peer, headers, client):
+    proxies = p2pserver.Networks("10.0.0.0/8, 2001:db8::53")
+    found = p2pserver.client_behind(p2pserver.client_of(peer), headers, proxies)
+    assert (found.address, found.place) == (client, place(client))
+
+
+def test_who_comes_through_a_proxy_is_not_taken_for_a_user_of_this_machine(serve):
+    proxies = p2pserver.Networks("127.0.0.1")
+    peer = p2pserver.client_of("127.0.0.1")
+    assert peer.is_local and p2pserver.client_behind(peer, {}, proxies).is_local
+    for headers in ({"x-forwarded-for": "203.0.113.1"}, {"x-forwarded-for": "junk"}, {"x-forwarded-for": ""}, {"forwarded": "for=_hidden"}):
+        assert not p2pserver.client_behind(peer, headers, proxies).is_local
+        assert not p2pserver.client_behind(peer, headers, p2pserver.Networks("")).is_local, "also behind a proxy that is not trusted"
+
+
+def test_each_client_behind_a_trusted_proxy_has_a_rate_of_its_own(serve, clock):
+    api = serve(trusted_proxies="127.0.0.1")
+    limited(api, clock, 1, 10)
+
+    def call(source, client):
+        return ask(api, source, GET + b"X-Forwarded-For: " + client + b"\r\n\r\n").status
+
+    assert [call("127.0.0.1", b"203.0.113.1") for _ in range(11)] == [200] * 10 + [429]
+    assert call("127.0.0.1", b"203.0.113.2") == 200
+    assert [call("127.0.0.2", b"203.0.113.%d" % i) for i in range(11)] == [200] * 10 + [429], "who is no proxy cannot speak for others"
+
+
+# ---- TLS ------------------------------------------------------------------------------------------------------------
+
+# Self-signed, for localhost and 127.0.0.1, and for these tests alone: each its key and the certificate.
+CERTIFICATES = (
+    """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpwXwFJpWMI01C6Gs
+BJRY+igQKeFeK1mubWwbvqh4MBahRANCAAQivn5HYJ3KMQArw0253qBk0DDfoBFj
+Hgg0KaB5h1jBdscKQ3AgFxW/Ukr6fEMUGoUiUklYCGqI2VyhrV4zh9Pz
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBlTCCATugAwIBAgIUJhr39FvGkWeeS6hlPche1y3dNVwwCgYIKoZIzj0EAwIw
+ETEPMA0GA1UEAwwGdGVzdCAxMCAXDTI2MTEyMjE4MzMxMloYDzIxMjYxMDI5MTgz
+MzEyWjARMQ8wDQYDVQQDDAZ0ZXN0IDEwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNC
+AAQivn5HYJ3KMQArw0253qBk0DDfoBFjHgg0KaB5h1jBdscKQ3AgFxW/Ukr6fEMU
+GoUiUklYCGqI2VyhrV4zh9Pzo28wbTAdBgNVHQ4EFgQUK4+HxXJ5gDKnDp/zUrek
+BtEMRyowHwYDVR0jBBgwFoAUK4+HxXJ5gDKnDp/zUrekBtEMRyowDwYDVR0TAQH/
+BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZIzj0EAwID
+SAAwRQIgEF0E5ipAsYQeBXkTuxXTPmHgbc7vQDhb6tux2N4eQwACIQCh3gwHg5kj
+b7NKd4W+7g+n5FxdLlfrzsBhBqCRjWbhFA==
+-----END CERTIFICATE-----
+""",
+    """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgvfP4abYQRjHV7Tg6
+s/TvoEj51EJNk/V30/A5SD1TMpqhRANCAAQAbVCjOnRCdvfDYnwva39qc+J3Ny7H
+PU3nG5+RyVUm1n43WdszC/JYAyyRygpSmLJ6fl6b8Heq39viyQzl0SpK
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBlDCCATugAwIBAgIUYZeBFoCIT/xNd6Yl4uUqlXnZn9gwCgYIKoZIzj0EAwIw
+ETEPMA0GA1UEAwwGdGVzdCAyMCAXDTI2MTEyMjE4MzMxMloYDzIxMjYxMDI5MTgz
+MzEyWjARMQ8wDQYDVQQDDAZ0ZXN0IDIwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNC
+AAQAbVCjOnRCdvfDYnwva39qc+J3Ny7HPU3nG5+RyVUm1n43WdszC/JYAyyRygpS
+mLJ6fl6b8Heq39viyQzl0SpKo28wbTAdBgNVHQ4EFgQURhXTTzKvt574xzqOnRrK
+UiVfGQ4wHwYDVR0jBBgwFoAURhXTTzKvt574xzqOnRrKUiVfGQ4wDwYDVR0TAQH/
+BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZIzj0EAwID
+RwAwRAIgSBLFedqmXxJMxTxt7xmGT0mcnPx5+EAdfmk2ausVpDECIG41cUjng7K7
+luHd6QMTN4tbJsI2TO6O4EZrVNkYbygH
+-----END CERTIFICATE-----
+""",
+)
+
+
+def certificate_of(text):
+    """The certificate in PEM, as bytes in DER."""
+    return ssl.PEM_cert_to_DER_cert(text[text.index("-----BEGIN CERT"):])
+
+
+class Tls(Raw):
+    """A connection under TLS on which a test says each byte itself."""
+
+    def __init__(self, api, data=b"", **settings):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=CERTIFICATES[0] + CERTIFICATES[1])
+        context.set_alpn_protocols(["h2", "http/1.1"])
+        for name, value in settings.items():
+            setattr(context, name, value)
+        # Without suppress_ragged_eofs an end that TLS does not vouch for is an error.
+        self.socket = context.wrap_socket(socket.create_connection(("127.0.0.1", api.port), WAIT), server_hostname="localhost", suppress_ragged_eofs=False)
+        self.stream = self.socket.makefile("rb")
+        self.send = self.socket.sendall
+        self.send(data)
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A file with the first certificate and its key."""
+    path = tmp_path / "certificate.pem"
+    path.write_text(CERTIFICATES[0])
+    return path
+
+
+@pytest.fixture
+def secure(serve, certificate):
+    """Start a server with TLS and settings of one's own."""
+    return lambda **values: serve(tls_cert=str(certificate), **values)
+
+
+def test_the_server_speaks_https_with_a_certificate(secure):
+    api = secure()
+    assert api.server.where.startswith("https://")
+    with Tls(api, GET + END) as tls:
+        assert tls.answer().status == 200 and tls.socket.selected_alpn_protocol() == "http/1.1"
+        assert tls.socket.getpeercert(binary_form=True) == certificate_of(CERTIFICATES[0])
+        tls.send(poll("nothing") + GET + b"Connection: close\r\n\r\n")
+        assert [tls.answer().status for _ in range(2)] == [404, 200] and tls.is_closed()
+
+
+def test_the_key_may_be_in_a_file_of_its_own(serve, tmp_path):
+    end = CERTIFICATES[0].index("-----BEGIN CERT")
+    (tmp_path / "key.pem").write_text(CERTIFICATES[0][:end])
+    (tmp_path / "cert.pem").write_text(CERTIFICATES[0][end:])
+    with Tls(serve(tls_cert=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem")), GET + END) as tls:
+        assert tls.answer().status == 200
+
+
+def test_requests_and_answers_larger_than_a_record_of_tls_come_whole(secure):
+    api = secure(max_body=200_000)
+    for i in range(300):
+        api.server.registry.register_game(f"game {i}", HOST, b'{"text":"' + b"x" * 1000 + b'"}')
+    with Tls(api, b"GET /games HTTP/1.1\r\nHost: h\r\n\r\n" * 5) as tls:
+        assert [len(json.loads(tls.answer().body)["games"]) for _ in range(5)] == [300] * 5
+        tls.send(post(b"/games/poll", {"name": "game 1", "peerId": HOST, "addresses": HERE, "ignored": "x" * 150_000}) * 3)
+        assert [tls.answer().status for _ in range(3)] == [200] * 3
+
+
+def test_a_held_poll_is_answered_and_its_hanging_up_noticed_under_tls(secure):
+    api = secure()
+    api.server.registry.register_game("castle", HOST)
+    with Tls(api, poll("castle", WAIT_20)) as tls:
+        wait_until(lambda: holding(api) == 1)
+        api.server.registry.start_game("castle", GUEST, tuple(THERE))
+        assert json.loads(tls.answer().body)["guests"]
+        tls.send(poll("castle", WAIT_20, after=2 ** 50))
+        assert tls.answer().status == 200
+    with Tls(api, poll("castle", WAIT_20, after=api.server.registry._cursor)):
+        wait_until(lambda: holding(api) == 1)
+    wait_until(lambda: holding(api) == 0)
+
+
+def test_clients_that_do_not_shake_hands_stop_nobody_and_are_cut_off(secure, monkeypatch):
+    monkeypatch.setattr(p2pserver, "REQUEST_TIME", 1.0)
+    api = secure(max_threads=1)
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(Raw(api, data)) for data in [b"", b"\x16", b"\x16\x03\x01\x02\x00\x01"] * 20]
+        with Tls(api, GET + END) as tls:
+            assert tls.answer().status == 200
+        assert all(raw.is_closed() for raw in silent)
+
+
+@pytest.mark.parametrize("junk", [GET + END, b"\x80" * 100, b"\0", b"\x16\x03\x01" + b"\xff" * 500], ids=brief)
+def test_what_is_no_tls_is_closed_and_the_server_stays_up(secure, junk):
+    api = secure()
+    with Raw(api, junk) as raw:
+        raw.socket.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            raw.stream.read()
+    with Tls(api, GET + END) as tls:
+        assert tls.answer().status == 200
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+def test_old_tls_is_refused(secure):
+    api = secure()
+    with pytest.raises((ssl.SSLError, ConnectionResetError)):
+        Tls(api, GET + END, minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1)
+    with Tls(api, GET + END, maximum_version=ssl.TLSVersion.TLSv1_2) as tls:
+        assert tls.answer().status == 200 and tls.socket.version() == "TLSv1.2"
+
+
+def test_a_renewed_certificate_is_for_new_connections_and_old_ones_go_on(secure, certificate):
+    api = secure()
+    with Tls(api, GET + END) as old:
+        assert old.answer().status == 200
+        certificate.write_text(CERTIFICATES[1])
+        api.server.load_certificate()
+        with Tls(api, GET + END) as new:
+            assert new.answer().status == 200 and new.socket.getpeercert(binary_form=True) == certificate_of(CERTIFICATES[1])
+        old.send(GET + END)
+        assert old.answer().status == 200
+
+
+BAD_CERTIFICATES = {
+    "missing": None, "empty": "", "junk": "junk", "without a key": CERTIFICATES[0][CERTIFICATES[0].index("-----BEGIN CERT"):],
+    "another's key": CERTIFICATES[1][:CERTIFICATES[1].index("-----BEGIN CERT")] + CERTIFICATES[0][CERTIFICATES[0].index("-----BEGIN CERT"):],
+}
+
+
+@pytest.mark.parametrize("text", BAD_CERTIFICATES.values(), ids=BAD_CERTIFICATES)
+def test_a_bad_certificate_is_refused_and_the_old_one_stays(text, secure, certificate):
+    api = secure()
+    certificate.unlink()
+    if text is not None:
+        certificate.write_text(text)
+    with pytest.raises(p2pserver.CannotStart, match="--tls-cert"):
+        api.server.load_certificate()
+    with pytest.raises(p2pserver.CannotStart):
+        p2pserver.open_server(api.server.settings)
+    with Tls(api, GET + END) as tls:
+        assert tls.answer().status == 200 and tls.socket.getpeercert(binary_form=True) == certificate_of(CERTIFICATES[0])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="SIGHUP is for POSIX")
+def test_sighup_loads_the_certificate_anew_and_says_so(certificate):
+    def now(process):
+        with Tls(process, GET + END) as tls:
+            return tls.socket.getpeercert(binary_form=True)
+
+    with running("--port", "0", "--tls-cert", str(certificate)) as process:
+        for text, expected in ((CERTIFICATES[1], 1), ("junk", 1), (CERTIFICATES[0], 0)):
+            certificate.write_text(text)
+            process.send_signal(signal.SIGHUP)
+            assert wait_until(lambda expected=expected: now(process) == certificate_of(CERTIFICATES[expected]))
+            if text == "junk":
+                assert "the old one stays in use" in process.stderr.readline()
+            else:
+                assert "the certificate was loaded anew" in process.stderr.readline()
+
+
+def test_a_server_with_tls_stops_at_once_and_tells_its_clients(secure):
+    api = secure()
+    with Tls(api, GET + END) as idle, Raw(api) as silent:
+        assert idle.answer().status == 200
+        api.server.stop()
+        assert idle.is_closed() and silent.is_closed()
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+def metrics(api):
+    """What GET /metrics gives, by name and labels, as Prometheus' own parser reads it."""
+    families = text_string_to_metric_families(api.call("GET", "/metrics").text)
+    return {(sample.name.removeprefix("p2pserver_"), *sample.labels.values()): sample.value for family in families for sample in family.samples}
+
+
+def test_metrics_count_what_there_is_and_what_has_happened(serve, clock):
+    api = serve(clock, no_stun=False, max_guests=1)
+    api.register_game("castle")
+    api.register_game("castle")
+    api.start_game("castle")
+    api.start_game("castle", OTHER)
+    api.poll_game("castle", OTHER)
+    api.call("GET", "/nothing")
+    limited(api, clock, 1, 10)
+    with Raw(api, poll("castle", WAIT_20, after=2 ** 50)) as raw, udp(api.port) as client:
+        assert raw.answer().status == 200
+        raw.send(poll("castle", WAIT_20, after=api.server.registry._cursor))
+        wait_until(lambda: holding(api) == 1)
+        client.ask(b"junk", REQUEST)
+        found = metrics(api)
+    assert {key: found[key] for key in [("games",), ("guests",), ("waiting",), ("connections",)]} == {
+        ("games",): 1, ("guests",): 1, ("waiting",): 1, ("connections",): 2}
+    assert found["threads",] >= 3 and found["stored_bytes",] > 1000 and found["uptime_seconds",] > 0
+    assert {key[1:]: value for key, value in found.items() if key[0] == "requests_total"} == {
+        ("register_game", "201"): 1, ("register_game", "200"): 1, ("start_game", "202"): 1, ("start_game", "503"): 1, ("poll_game", "403"): 1,
+        ("poll_game", "200"): 1, ("none", "404"): 1}
+    assert found["refused_total", "guests"] == 1 and found["stun_total", "answer"] == 1 and found["stun_total", "silence"] == 1
+
+
+def test_metrics_tell_no_secret_and_no_address(api, name):
+    api.register_game(name)
+    api.poll_game(name)
+    text = api.call("GET", "/metrics").text
+    assert not any(secret in text for secret in (name, HOST, GUEST, "203.0.113", "127.0.0.1"))
+
+
+def test_metrics_are_for_this_machine_and_whom_metrics_from_names(serve):
+    ask_metrics = b"GET /metrics HTTP/1.1\r\nHost: h\r\n"
+    api, open_one = serve(trusted_proxies="127.0.0.1"), serve(metrics_from="127.0.0.0/30, 203.0.113.7", trusted_proxies="127.0.0.1")
+    local = ask(api, "127.0.0.1", ask_metrics + END)
+    assert (local.status, local.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    for header, closed, named in ((b"X-Forwarded-For: 203.0.113.7", 403, 200), (b"X-Forwarded-For: 203.0.113.8", 403, 403)):
+        assert ask(api, "127.0.0.1", ask_metrics + header + b"\r\n\r\n").status == closed
+        assert ask(open_one, "127.0.0.1", ask_metrics + header + b"\r\n\r\n").status == named
+
+
+# ---- log ------------------------------------------------------------------------------------------------------------
+
+HOSTILE = "a\u202eb\u2066 \x1b[31m\U0001f600".replace("\x1b", "\u200b")     # marks that turn the text, as a name may have them
+
+
+def test_each_line_of_a_json_log_is_an_object_that_says_what_happened():
+    with running("--port", "0", "--log-format", "json", "--access-log") as process:
+        api = Api(process, process.port)
+        api.register_game(HOSTILE)
+        ask(api, "127.0.0.1", b"GET /a%0A%1B[31m?secret=1 HTTP/1.1\r\nHost: h\r\n\r\n")
+        status, _, err = end(process)
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert status == 0 and err.isascii() and all(line["level"] == "info" and line["time"] for line in lines)
+    event, = (line for line in lines if line.get("operation") == "register_game")
+    assert event["name"] == HOSTILE
+    first, second = (line for line in lines if "method" in line)
+    assert (first["client"], first["method"], first["path"], first["status"]) == ("127.0.0.1", "POST", "/games/register", 201) and first["bytes"] > 0
+    assert (second["path"], second["status"]) == ("/a%0A%1B[31m", 404)
+
+
+class Stuck:
+    """A stream that nobody reads until it is freed; or one whose disk is full."""
+
+    def __init__(self, error=None):
+        self.error, self.freed, self.lines = error, threading.Event(), []
+
+    def write(self, text):
+        assert self.freed.wait(WAIT)
+        if self.error:
+            raise self.error
+        self.lines.append(text)
+
+    def flush(self):
+        pass
+
+
+@pytest.fixture
+def log_thread(monkeypatch):
+    monkeypatch.setattr(p2pserver, "LOG_LINES", 10)
+    made = []
+
+    def make(stream):
+        made.append((p2pserver.LogThread(stream), stream))
+        return made[-1][0]
+
+    yield make
+    for writer, stream in made:
+        stream.freed.set()
+        writer.end(WAIT)
+
+
+def record(text):
+    return logging.makeLogRecord({"msg": text, "levelname": "INFO"})
+
+
+def test_a_log_that_nobody_reads_keeps_nobody_waiting_and_says_what_was_lost(log_thread):
+    stream = Stuck()
+    writer = log_thread(stream)
+    for i in range(100):
+        writer.handle(record(f"line {i}"))
+    stream.freed.set()
+    wait_until(lambda: any("lost" in line for line in stream.lines))
+    lost = int(next(line for line in stream.lines if "lost" in line).split()[0])
+    wait_until(lambda: len(stream.lines) == 100 - lost + 1)
+    assert stream.lines[0] == "line 0\n" and 85 <= lost <= 90
+
+
+def test_a_log_whose_disk_is_full_goes_on_when_there_is_room_again(log_thread):
+    stream = Stuck(OSError(errno.ENOSPC, "No space left on device"))
+    stream.freed.set()
+    writer = log_thread(stream)
+    writer.handle(record("lost"))
+    wait_until(lambda: writer._lost)
+    stream.error = None
+    writer.handle(record("kept"))
+    wait_until(lambda: stream.lines == ["kept\n", "1 lines of the log were lost\n"])
+
+
 # ---- start and stop -------------------------------------------------------------------------------------------------
 
 def test_stop_answers_the_requests_in_progress_and_health_with_503(clock):
@@ -2519,7 +3147,7 @@ def running(*flags, python=(), **more):
     try:
         assert select.select([process.stdout], [], [], WAIT)[0], "it says nothing"
         process.line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.\d:(\d+)/", process.line)
+        found = re.search(r"https?://127\.0\.0\.\d:(\d+)/", process.line)
         assert found, process.line + process.communicate(timeout=WAIT)[1]
         process.port = int(found[1])
         yield process
@@ -3767,8 +4395,11 @@ def test_every_flag_is_in_the_readme_with_its_default():
     rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| ([^|]*?) ?\|", README, re.MULTILINE))
     assert set(rows) == {option.flag for option in p2pserver.OPTIONS} | {"--version"}
     for option in p2pserver.OPTIONS:
-        if rows[option.flag] not in ("", "all addresses", "as `--port`"):
-            assert rows[option.flag] == f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
+        said = rows[option.flag]
+        if said in ("", "all addresses", "as `--port`", "none", "this machine"):
+            assert not option.default, option.flag
+        else:
+            assert said == (f"{option.default:g}" if isinstance(option.default, float) else str(option.default)), option.flag
 
 
 def test_the_example_of_a_game_works(start_server, program):
