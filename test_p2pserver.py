@@ -1099,6 +1099,14 @@ def test_stun_answers_420_and_no_address_to(attributes, unknown, fingerprint):
     assert answered[0][1][:4] == b"\0\0\4\x14" and answered[1][1] == struct.pack(f">{len(unknown)}H", *unknown)
 
 
+@pytest.mark.parametrize("source", [("203.0.113.1", 4000), ("2001:db8::1", 4000)], ids=["IPv4", "IPv6"])
+@pytest.mark.parametrize("fingerprint", [False, True], ids=["without", "with"])
+def test_an_answer_of_stun_is_at_most_32_bytes_longer_than_its_request(fingerprint, source):
+    """So a forged source is not flooded with more than its forger sends himself."""
+    requests = [stun(*[attribute(0x7000)] * count, fingerprint=fingerprint) for count in range(200)]
+    assert max(len(p2pserver.stun_answer(request, source)) - len(request) for request in requests) == 32
+
+
 @pytest.mark.parametrize("kind, value", rows({
     "USERNAME": (0x0006, b"a:b"), "MESSAGE-INTEGRITY": (0x0008, bytes(20)), "MESSAGE-INTEGRITY-SHA256": (0x001C, bytes(32)), "PRIORITY": (0x0024, b"1234"),
     "USE-CANDIDATE": (0x0025, b""), "ICE-CONTROLLED": (0x8029, bytes(8)), "ICE-CONTROLLING": (0x802A, bytes(8)), "one that may be ignored": (0xFFFF, b"x"),
@@ -4422,6 +4430,15 @@ def test_the_list_of_statuses_in_the_readme_is_complete():
     code = (ROOT / "p2pserver.py").read_text(encoding="utf-8")
     used = set(re.findall(r"status = ([45][0-9]{2})|, ([45][0-9]{2})[,)]", code))
     assert {status for pair_of in used for status in pair_of if status} <= set(re.findall("`([45][0-9]{2})`", README))
+
+
+def test_each_test_that_the_threat_model_names_is_there():
+    """In the folder that it names, or here."""
+    named = re.findall(r"`(test_\w+)`(?: \(`(\w+)/`\))?", (ROOT / "docs" / "SECURITY.md").read_text())
+    assert len(named) > 30
+    for name, folder in named:
+        files = (ROOT / folder).glob("test_*.py") if folder else [pathlib.Path(__file__)]
+        assert any(f"def {name}(" in file.read_text() for file in files), name
 
 
 def test_the_simulators_ask_for_requests_alone():
