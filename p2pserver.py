@@ -2133,10 +2133,10 @@ class Loop:
         while goes_on:
             sleep = 0.0 if self._calls else max(0.0, (self._tenth + 1) / 10 - time.monotonic())
             for key, _ in self._selector.select(sleep):
-                key.data()
+                self._do(key.data)
             for _ in range(len(self._calls)):       # what they call in turn waits for the next round
                 function, arguments = self._calls.popleft()
-                function(*arguments)
+                self._do(function, *arguments)
             now = time.monotonic()
             if now * 10 >= self._tenth + 1:
                 self._look_for_late(now)
@@ -2148,6 +2148,12 @@ class Loop:
             handler.close()
         for each in (self._selector, self._waker, self._wakened):
             each.close()
+
+    def _do(self, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except Exception:       # whatever it is, the others are to be served
+            log.exception("the server failed in one thing, and goes on")
 
     def _wake_up(self) -> None:
         self._wakened.recv(4096)
@@ -2329,7 +2335,11 @@ class Server(http.server.ThreadingHTTPServer):
                     self._is_paused = True
                     self.loop.remove(self.socket)
                 return
-            self.process_request(connection, client_address)
+            try:
+                self.process_request(connection, client_address)
+            except Exception:
+                self.handle_error(connection, client_address)
+                self.shutdown_request(connection)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection that was accepted."""
@@ -2362,6 +2372,13 @@ class Server(http.server.ThreadingHTTPServer):
         """Called ten times a second."""
         self.registry.expire_games()
         self.log_events()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection could not even be begun. That its client went away is no fault; anything else is ours."""
+        if isinstance(sys.exc_info()[1], OSError):
+            log.debug("a connection was lost", exc_info=True)
+        else:
+            log.exception("a connection failed")
 
     def fixed_fields(self) -> str:
         """The header fields that every answer has, made once a second for the sake of Date (RFC 9110 section 5.6.7)."""
