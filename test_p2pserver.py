@@ -2094,7 +2094,7 @@ def test_no_answer_is_lost_when_connections_are_woken_and_closed_while_they_begi
 
     def host_and_guest(i):
         client, chance = Api(api.server), random.Random(i)
-        for round in range(60):
+        for round in range(20):
             with Raw(api, poll(f"game {i}", WAIT_20, b"Connection: close", after=cursors[i])) as raw:
                 time.sleep(chance.random() * 0.002)
                 client.start_game(f"game {i}", peer=f"guest {round}")
@@ -2124,7 +2124,7 @@ def test_held_polls_use_up_no_threads(serve):
 def test_no_news_is_lost_between_a_poll_and_its_being_held(serve, hasty_threads):
     api = serve(max_guests=1000)
     api.register_game("castle")
-    seen, rounds = [], 200
+    seen, rounds = [], 60
 
     def host():
         cursor, client = None, Api(api.server)
