@@ -211,6 +211,9 @@ def measure_crowd(bench: Bench) -> Section:
     kernel = sample(lambda each: (each["kernel"]["Slab"] / 2 + each["kernel"]["KernelStack"] + each["kernel"]["PageTables"]) / GAMES)
     bench.figures["crowd served"] = min(each["served"] for each in found)
     bench.figures["crowd resident"] = sample(lambda each: each["waiting"] / 1e6).median
+    bench.figures["crowd idle"] = sample(lambda each: each["idle"]).median
+    bench.figures["crowd host"], bench.figures["crowd kernel"] = step("idle", "after").median, kernel.median
+    bench.figures["crowd start"] = sample(lambda each: 1000 * each["cpu_ms"] / GAMES).median
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     memory = table(("resident memory", "MB", "bytes for each host since the row above"), [
         ["idle, after the first answer", sample(lambda each: each["idle"] / 1e6).show(1), ""],
@@ -256,6 +259,7 @@ def measure_games(bench: Bench) -> Section:
     rates = {case: Sample(each.rate for each in loads) for case, loads in found.items()}
     base, turn, _ = rates.values()
     bench.figures["games time"] = ratios(base, turn).median
+    bench.figures["games poll"] = Sample(each.cpu for each in list(found.values())[1]).median
     rows = [[case, rates[case].show(), ratios(base, rates[case]).show(2), Sample(each.cpu for each in found[case]).show()] for case in cases]
     return Section(f"Polls with {GAMES:,} games", (
         f"Two p2pservers, one with 10 games and one with {GAMES:,}, `wrk -t1 -c{CONNECTIONS}` keep-alive for {bench.seconds} s in turn, {bench.often}. "
@@ -362,6 +366,33 @@ def measure_start(bench: Bench) -> Section:
     ), [table(("server", "ms to the first answer", "MB resident"), rows)])
 
 
+MACHINES = (256, 512, 1024, 4096)       # MB of memory
+SHARE = 0.6                             # of it for the server and its connections; the rest is the system's
+LOAD = 0.5                              # of one core, so that bursts find room
+POLL_EVERY, GUEST_EVERY = 25, 60        # seconds: --max-wait, and a guest for each host
+
+
+def capacity(figures: Dict[str, float]) -> Section:
+    """How many waiting hosts machines can hold, as the measurements let expect."""
+    host, kernel, idle = figures["crowd host"], figures["crowd kernel"], figures["crowd idle"]
+    work = figures["games poll"] / POLL_EVERY + figures["crowd start"] / GUEST_EVERY
+    by_processor = LOAD * 1e6 / work
+
+    def hundreds(count: float) -> str:
+        return f"{count // 100 * 100:,.0f}"
+
+    rows = []
+    for megabytes in MACHINES:
+        by_memory = (megabytes * 1e6 * SHARE - idle) / (host + kernel)
+        rows.append([f"1 core, {megabytes:,} MB", hundreds(by_memory), hundreds(by_processor), hundreds(min(by_memory, by_processor))])
+    return Section("What a machine can hold", (
+        f"Computed, not measured, from the figures above. By memory: {SHARE:.0%} of it less the {idle / 1e6:.1f} MB of the idle server, by {host:,.0f} bytes "
+        f"for each waiting host with its game, connection and guest, and {kernel:,.0f} of the kernel's. By processor: {LOAD:.0%} of one core like the measured "
+        f"one, where each host polls every {POLL_EVERY} s ({figures['games poll']:,.0f} µs) and gets a guest every {GUEST_EVERY} s "
+        f"({figures['crowd start']:,.0f} µs for the start and the host's answer). More cores do not help one process."
+    ), [table(("machine", "hosts by memory", "hosts by processor", "waiting hosts"), rows)])
+
+
 MEASUREMENTS: Dict[str, Callable[[Bench], Section]] = {
     "throughput": measure_throughput,
     "latency": measure_latency,
@@ -443,6 +474,8 @@ def main() -> int:
             except (Failure, OSError, subprocess.SubprocessError, ValueError, KeyError) as failure:
                 bench.errors.append(f"{name} ({measure.__doc__}): {failure or type(failure).__name__}")
                 bench.say(bench.errors[-1].partition("\n")[0])
+    if {"crowd host", "games poll"} <= bench.figures.keys():
+        sections.append(capacity(bench.figures))
     report = render(known, given.only, bench.figures, sections, bench.errors)
     print(report)
     if given.out:
