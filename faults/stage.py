@@ -15,8 +15,11 @@ import tempfile
 import time
 from typing import NamedTuple
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WAIT = 20       # seconds after which a thing that must happen counts as one that does not
+FEW_THREADS = 48        # more than the server has in any case, and far fewer than it has clients here
 HERE, THERE = ["203.0.113.1:5000"], ["203.0.113.2:6000"]
 
 # What is off for the tests, whose thousands of clients all have one address. A server that lacks a flag is not given it.
@@ -59,6 +62,11 @@ def wait_until(condition, seconds=WAIT):
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.01)
     return found
+
+
+def fails_today(reason):
+    """A fault that the server does not survive yet. Whoever mends it is told to take this mark away."""
+    return pytest.mark.xfail(reason=reason, strict=True)
 
 
 def open_files(number):

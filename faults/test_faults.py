@@ -16,6 +16,7 @@ import time
 import pytest
 from stage import (
     EARS,
+    FEW_THREADS,
     HERE,
     ROOT,
     THERE,
@@ -26,6 +27,7 @@ from stage import (
     Program,
     call,
     check_answer,
+    fails_today,
     free_port,
     many,
     open_files,
@@ -37,15 +39,7 @@ from stage import (
     wait_until,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these tests look at /proc")
-
-FEW_THREADS = 48        # more than the server has in any case, and far fewer than it has clients here
 LIST = request("GET", "/games")
-
-
-def fails_today(reason):
-    """A fault that the server does not survive yet. Whoever mends it is told to take this mark away."""
-    return pytest.mark.xfail(reason=reason, strict=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -170,15 +164,20 @@ def few_files():
 
 @contextlib.contextmanager
 def out_of_files(server):
-    """Clients that take all descriptors of a server that has 64, and want more."""
-    with many(server, 100) as connections:
-        wait_until(lambda: server.descriptors >= 60)
-        yield connections
+    """Clients that take all descriptors of a server that has 64, or as many as it gives them, and want more."""
+    def are_taken():
+        before = server.descriptors
+        time.sleep(0.2)
+        return server.descriptors == before > 30
+
+    with many(server, 100):
+        wait_until(are_taken)
+        yield
 
 
 def test_a_stock_server_spins_when_descriptors_have_run_out():
     with stock(preexec_fn=few_files) as server, out_of_files(server):
-        assert server.cpu_share() > 0.4
+        assert server.cpu_share() > 0.3
 
 
 def test_when_descriptors_have_run_out_the_server_rests_serves_those_it_has_and_goes_on_when_there_are_some():
@@ -187,10 +186,11 @@ def test_when_descriptors_have_run_out_the_server_rests_serves_those_it_has_and_
         descriptors = server.descriptors
         for _ in range(3):
             with out_of_files(server):
-                assert server.cpu_share() < 0.25
+                assert server.cpu_share() < 0.15
                 assert early.ask("GET", "/games").status == 200
             wait_until(server.answers)
-        left_no_trace(server, descriptors)
+        wait_until(lambda: server.descriptors <= descriptors)
+        assert "Traceback" not in server.err and server.err.count("\n") < 1000, "it says so, if at all, now and then"
 
 
 # The limit of threads does not bind root, so the server is somebody else, whose only process it is. What it could want to load later
@@ -339,8 +339,9 @@ def test_sigterm_under_full_load_cuts_off_no_request_answers_waiting_polls_and_e
                 assert (status, server.err) == (0, "")
                 assert {connection.answer().status for connection in waiting} == {200} and all(connection.is_closed() for connection in waiting)
             assert "partial" not in {outcome for _, _, outcome in load.outcomes}
-            # Who has one request under way on a connection in use is answered; where several are, "Connection: close" says which was the last.
-            assert not [each for each in load.outcomes if each[0] == "steady" and each[1] < signalled and each[2] == "nothing"]
+            # On a connection in use each request has its answer, or stands behind one whose answer said "Connection: close": only then is
+            # it certain that it was not accepted. A new connection may have been in the backlog still.
+            assert not [each for each in load.outcomes if each[0] != "new" and each[1] < signalled and each[2] == "nothing"]
     assert min(times) < 2, times        # the best of three, for the clients want the CPU as well
 
 
