@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import random
 import re
 import resource
 import signal
@@ -27,10 +28,10 @@ LIFTED = {"--rate": "0", "--burst": "100000", "--max-connections": "15000", "--m
 
 RUN = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import p2pserver; sys.exit(p2pserver.main(sys.argv[1:]))"
 
-# Ahead of a program: a thread that runs what comes by standard input, line by line.
+# Ahead of a program: a thread that runs what comes by standard input, line by line. What is imported for later may not be readable then.
 EARS = """
-import resource, sys, threading, time
-def listen(names={"resource": resource, "time": time}):
+import os, resource, sys, threading, time, traceback
+def listen(names={"os": os, "resource": resource, "time": time}):
     for line in sys.stdin:
         exec(line, names)
 threading.Thread(target=listen, daemon=True).start()
@@ -77,9 +78,12 @@ def open_files(number):
 
 
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port that is free, and that no client gets meanwhile: below those which Linux gives to clients."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
