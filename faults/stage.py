@@ -28,9 +28,14 @@ LIFTED = {"--rate": "0", "--burst": "100000", "--max-connections": "15000", "--m
 
 RUN = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import p2pserver; sys.exit(p2pserver.main(sys.argv[1:]))"
 
-# Ahead of a program: a thread that runs what comes by standard input, line by line. What is imported for later may not be readable then.
+# Ahead of a program: a thread that runs what comes by standard input, line by line. What writes a traceback is loaded now, for when it is
+# needed the process may be somebody who may not read it.
 EARS = """
-import os, resource, sys, threading, time, traceback
+import io, os, resource, sys, threading, time, tokenize, traceback
+try:
+    raise OSError
+except OSError:
+    traceback.print_exc(file=io.StringIO())
 def listen(names={"os": os, "resource": resource, "time": time}):
     for line in sys.stdin:
         exec(line, names)
