@@ -16,8 +16,6 @@ import tempfile
 import time
 from typing import NamedTuple
 
-import pytest
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WAIT = 20       # seconds after which a thing that must happen counts as one that does not
 FEW_THREADS = 48        # more than the server has in any case, and far fewer than it has clients here
@@ -68,11 +66,6 @@ def wait_until(condition, seconds=WAIT):
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.01)
     return found
-
-
-def fails_today(reason):
-    """A fault that the server does not survive yet. Whoever mends it is told to take this mark away."""
-    return pytest.mark.xfail(reason=reason, strict=True)
 
 
 def open_files(number):
@@ -166,11 +159,11 @@ class Program:
 class Listener(Program):
     """A program that prints at which URL it listens."""
 
-    def __init__(self, *arguments, port=None, **options):
+    def __init__(self, *arguments, port=None, is_up=None, **options):
         super().__init__(*arguments, **options)
         try:
             self.port = port or int(self.says(r"listens on http://[^ ]*:(\d+)/")[1])
-            assert wait_until(lambda: self.answers() or not self.is_alive) and self.is_alive, f"it ended at once:\n{self.err}"
+            assert wait_until(lambda: (is_up(self) if is_up else self.answers()) or not self.is_alive) and self.is_alive, f"it ended at once:\n{self.err}"
         except BaseException:
             self.__exit__()
             raise

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from fuzz import Fuzz, run
-from stage import Connection, Listener, check_answer, fails_today, request, serving
+from stage import Connection, Listener, check_answer, request, serving
 
 # As one would write it who trusts what comes.
 TRUSTING = """
@@ -51,7 +51,6 @@ def test_100_000_inputs_over_http_and_stun_break_nothing(memory):
     assert memory
 
 
-@fails_today("each of 32 threads has a part of the heap of its own, and garbage leaves holes in all of them: with --max-threads 1 there is no growth")
 def test_memory_is_flat_under_all_these_inputs(memory):
     """The first quarter is for warming up."""
     assert memory[-1] < 1.1 * memory[4] + 1, memory
