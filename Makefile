@@ -1,6 +1,7 @@
 # make test    the whole suite              make demo    server, hosts and guest together
 # make check   the linters                  make lab     hole punching through real NATs (root, Linux)
 # make bench   beside the frameworks        make memory  what games and guests weigh
+# make faults  what the server survives     make soak    ten minutes of everything at once
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,7 +10,7 @@ LINTERS = $(VENV)/.linters
 LAB = $(VENV)-lab/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check lab bench memory clean
+.PHONY: test demo check lab bench memory faults soak clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -51,6 +52,12 @@ bench:
 
 memory: $(READY)
 	$(BIN)/python bench/memory.py
+
+faults: $(READY)
+	$(BIN)/python -m pytest faults
+
+soak: $(READY)
+	$(BIN)/python faults/soak.py --minutes 10
 
 clean:
 	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache __pycache__ */__pycache__
