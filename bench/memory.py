@@ -1,7 +1,7 @@
-"""What games and guests weigh in the server's memory, and from that the worst case that its limits allow.
+"""What games and guests weigh in the server's memory, beside what they count against --max-memory.
 
-Prints bytes of resident memory (VmRSS, so Linux only) for each, measured by filling a registry in a process of its own.
-Takes the server's flags: python3 bench/memory.py --max-games 500 --max-guests 16 --max-body 4096
+Prints bytes of resident memory (VmRSS, so Linux only) for each, measured by filling a registry in a process of its own, and the
+resident memory that a registry full to --max-memory takes. Takes the server's flags: python3 bench/memory.py --max-memory 64
 """
 
 import gc
@@ -43,10 +43,10 @@ def addresses(case, i, size):
 
 
 def fill(case, what, size):
-    """Bytes that each of COUNT games or guests takes."""
-    registry = p2pserver.Registry(p2pserver.Settings(max_games=COUNT + 1, max_guests=COUNT))
+    """Bytes that each of COUNT games or guests takes, and what each counts."""
+    registry = p2pserver.Registry(p2pserver.Settings(max_games=COUNT + 1, max_games_per_client=COUNT + 1, max_guests=COUNT))
     registry.register_game("the game", "the host")
-    before = resident()
+    before, counted = resident(), registry.counts().stored
     for i in range(COUNT):
         if what == "guest":
             registry.start_game("the game", f"guest {i}", addresses(case, i, size))
@@ -54,22 +54,21 @@ def fill(case, what, size):
             info = p2pserver.check_info({"text": f"{i:08d}" + "x" * (0 if case == "small" else 1000)}, local=False)
             registry.register_game(f"game {i}", f"host {i}", info)
             registry.poll_game(f"game {i}", f"host {i}", addresses(case, i, size))
-    return (resident() - before) / COUNT
+    return (resident() - before) / COUNT, (registry.counts().stored - counted) / COUNT
 
 
 def main():
     settings = p2pserver.parse_settings(None, {})
     if CASE in os.environ:
-        print(fill(*os.environ[CASE].split(), settings.max_body))
+        print(*fill(*os.environ[CASE].split(), settings.max_body))
         return
     for case, meaning in CASES.items():
-        sizes = []
         for what in ("game", "guest"):
             environment = {**os.environ, CASE: f"{case} {what}"}
-            sizes.append(float(subprocess.run([sys.executable, *sys.argv], env=environment, stdout=subprocess.PIPE, check=True).stdout))
-            print(f"{sizes[-1]:12,.0f} bytes  a {what} {meaning}")
-        total = settings.max_games * (sizes[0] + settings.max_guests * sizes[1]) / 2 ** 20
-        print(f"{total:12,.0f} MiB    {settings.max_games} games with {settings.max_guests} guests each, all {case}\n")
+            printed = subprocess.run([sys.executable, *sys.argv], env=environment, stdout=subprocess.PIPE, check=True).stdout
+            size, counted = map(float, printed.split())
+            print(f"{size:10,.0f} bytes, counted as {counted:8,.0f}: a {what} {meaning}; {settings.max_memory} MB of them are "
+                  f"{settings.max_memory * size / counted:,.0f} MB resident")
 
 
 if __name__ == "__main__":
