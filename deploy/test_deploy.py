@@ -377,6 +377,13 @@ def test_metrics_are_not_for_who_comes_through_the_proxy(front, target, more):
     assert re.match(r"HTTP/1.1 (301|308|400|403|404) ", answer) and "p2pserver_games" not in answer
 
 
+def test_nginx_sends_who_comes_without_tls_to_https_with_the_same_method(tmp_path, certificate):
+    with fronted(nginx, tmp_path, certificate):
+        plain = re.search(r"listen (127\.0\.0\.1:\d+);", (tmp_path / "site.conf").read_text())[1]
+        answer = requests.post(f"http://{plain}/games/start?x=%20", json={}, allow_redirects=False, timeout=WAIT)
+        assert (answer.status_code, answer.headers["Location"]) == (308, "https://p2p.example.org/games/start?x=%20")
+
+
 # ---- whom limits count ----------------------------------------------------------------------------------------------
 
 FORGED = (
