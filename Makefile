@@ -2,15 +2,17 @@
 # make check   the linters                  make lab     hole punching through real NATs (root, Linux)
 # make bench   beside the frameworks        make memory  what games and guests weigh
 # make faults  what the server survives     make soak    ten minutes of everything at once
+# make deploy-test    what is in deploy/, with real nginx and Caddy (root, Linux, Debian's packages)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 LINTERS = $(VENV)/.linters
 LAB = $(VENV)-lab/.ready
+DEPLOY = $(VENV)-deploy/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check lab bench memory faults soak clean
+.PHONY: test demo check lab bench memory faults soak deploy-test clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -45,6 +47,17 @@ lab: $(LAB)
 $(LAB): requirements.txt lab/requirements.txt
 	$(PYTHON) -m venv $(VENV)-lab
 	$(VENV)-lab/bin/python -m pip install --quiet -r lab/requirements.txt
+	touch $@
+
+# nginx and systemd-analyze may be where only root looks. What is missing is installed, which takes root.
+deploy-test: $(DEPLOY)
+	@missing=; for program in nginx caddy curl openssl systemd-analyze; do PATH=$$PATH:/usr/sbin:/sbin command -v $$program >/dev/null || missing=yes; done; \
+	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light caddy curl openssl systemd; }
+	$(VENV)-deploy/bin/python -m pytest deploy
+
+$(DEPLOY): requirements.txt deploy/requirements.txt
+	$(PYTHON) -m venv $(VENV)-deploy
+	$(VENV)-deploy/bin/python -m pip install --quiet -r deploy/requirements.txt
 	touch $@
 
 bench:

@@ -1567,7 +1567,7 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
         return client
     with contextlib.suppress(OSError):
         for hop in reversed(told[0]):
-            client = client_of(hop)
+            client = client_of(hop)._replace(is_local=False)
             if client.address not in proxies:
                 break
         return client

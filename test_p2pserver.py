@@ -2727,7 +2727,8 @@ def test_who_comes_through_a_proxy_is_not_taken_for_a_user_of_this_machine(serve
     proxies = p2pserver.Networks("127.0.0.1")
     peer = p2pserver.client_of("127.0.0.1")
     assert peer.is_local and p2pserver.client_behind(peer, {}, proxies).is_local
-    for headers in ({"x-forwarded-for": "203.0.113.1"}, {"x-forwarded-for": "junk"}, {"x-forwarded-for": ""}, {"forwarded": "for=_hidden"}):
+    for headers in ({"x-forwarded-for": "203.0.113.1"}, {"x-forwarded-for": "junk"}, {"x-forwarded-for": ""}, {"forwarded": "for=_hidden"},
+                    {"x-forwarded-for": "127.0.0.1"}, {"x-forwarded-for": "127.0.0.2, 127.0.0.1"}, {"forwarded": "for=127.0.0.1"}):
         assert not p2pserver.client_behind(peer, headers, proxies).is_local
         assert not p2pserver.client_behind(peer, headers, p2pserver.Networks("")).is_local, "also behind a proxy that is not trusted"
 
