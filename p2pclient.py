@@ -1196,6 +1196,7 @@ def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> Conn
 # ---- games ----------------------------------------------------------------------------------------------------------
 
 FAILED_PAUSE = 2.0  # seconds before a host tries a server again that does not serve it
+RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
 WAIT = 25.0     # seconds for which servers are asked to hold a call until there is news
 
 
@@ -1308,7 +1309,7 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
             if pause >= deadline.left():
                 raise ConnectFailed("the host has published no address", "It is registered, but does not poll: it may just have crashed.")
             time.sleep(pause)
-            start = client.start_game(start.name, peer_id, own.candidates.published, min(WAIT, deadline.left()))
+            start = start_again(client, start.name, peer_id, own.candidates.published, min(WAIT, deadline.left()))
         connection = connect_or_explain(client, own, start)
         connection._owns_endpoint = endpoint is None
         return connection
@@ -1316,6 +1317,18 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
         if endpoint is None:
             own.close()
         raise
+
+
+def start_again(client: RendezvousClient, name: str, peer_id: str, addresses: Sequence[str], wait: float) -> Start:
+    """A start of a game that was there before. A server that was restarted may not have it yet: its host comes back within seconds."""
+    deadline = Deadline(RETURN_TIME)
+    while True:
+        try:
+            return client.start_game(name, peer_id, addresses, wait)
+        except RendezvousError as error:
+            if error.status != 404 or not deadline.left():
+                raise
+        time.sleep(0.5)
 
 
 def connect_or_explain(client: RendezvousClient, endpoint: Endpoint, start: Start) -> Connection:

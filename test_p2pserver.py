@@ -4181,6 +4181,21 @@ def test_a_hosted_game_lives_on_across_a_restart_of_the_server(start_server):
             game.accept(5)
 
 
+def test_a_guest_that_waits_is_not_lost_when_the_server_is_restarted(start_server):
+    """Its host comes back a moment later than itself."""
+    port = free_port()
+    first = start_server(port=port)
+    p2pclient.RendezvousClient(url_of(first)).register_game("castle", "ada")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(p2pclient.join_game, p2pclient.RendezvousClient(url_of(first)), "castle")
+        wait_until(lambda: first.registry.counts().waiting)
+        first.stop()
+        second = start_server(port=port)
+        wait_until(lambda: second.answered["start_game", 404])
+        with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(second)), "castle") as game, joining.result(WAIT):
+            assert game.accept(5)
+
+
 def test_a_host_does_not_hammer_a_server_that_is_sick(start_server, monkeypatch):
     port = free_port()
     first = start_server(port=port)
