@@ -192,6 +192,7 @@ MAX_NUMBER = 2 ** 53 - 1    # what every JSON reader holds exactly (RFC 8259 sec
 MAX_REQUEST_LINE = 8192     # bytes; RFC 9112 section 3 asks for 8000 at least
 MAX_HEAD = 32768        # bytes
 MAX_HEADER_FIELDS = 100
+MAX_FORWARDED = 2048        # characters of X-Forwarded-For and Forwarded that are looked into
 REQUEST_TIME = 10.0     # seconds for a request to arrive, from its first byte to its last
 SEND_TIME = 10.0        # seconds in which a client must read some of an answer
 COPIED = 65536          # bytes of a body up to which it is sent in one write with its head; longer ones are not copied
@@ -1291,9 +1292,9 @@ def list_games(server: Server, request: Request) -> Answer:
     """the listed games, oldest first"""
     body, tag = server.listing.get()
     headers = {"ETag": tag, "Cache-Control": "no-cache"}    # to be kept, but not used without asking again
-    # Weak comparison, as RFC 9110 section 13.1.2 asks; our own tags have no comma in them.
-    known = [candidate.strip().removeprefix("W/") for candidate in request.headers.get("if-none-match", "").split(",")]
-    return Answer(304, None, headers) if tag in known or "*" in known else Answer(200, body, headers)
+    # Weak comparison, as RFC 9110 section 13.1.2 asks. Quotes are part of a tag, so it is found in a list of others as it stands.
+    known = request.headers.get("if-none-match", "")
+    return Answer(304, None, headers) if tag in known or known == "*" else Answer(200, body, headers)
 
 
 def get_game(server: Server, request: Request) -> Answer:
@@ -1423,6 +1424,9 @@ def resolve(target: str) -> Tuple[Dict[str, Route], str]:
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
 FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")                                          # RFC 9110 section 5.1
 NOT_FIELD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")                                        # RFC 9110 section 5.5
+# Of Connection, those that matter; a long list must not cost time, so it is not split.
+CONNECTION_OPTIONS = re.compile(r"(?<![^,\s])(?:close|keep-alive)(?![^,\s])", re.IGNORECASE)
+EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
@@ -1476,8 +1480,8 @@ def parse_head(head: bytes) -> Head:
     length = body_length(method, headers)
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise Problem("only Expect: 100-continue is understood", 417)
-    connection = [item.strip().lower() for item in headers.get("connection", "").split(",")]
-    closes = "close" in connection or not is_new and "keep-alive" not in connection
+    options = CONNECTION_OPTIONS.findall(headers.get("connection", ""))
+    closes = "close" in map(str.lower, options) or not is_new and "keep-alive" not in map(str.lower, options)
     return Head(method, match[2].decode("ascii"), is_new, headers, length, closes, is_new and "expect" in headers)
 
 
@@ -1559,11 +1563,14 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
     What anybody else says of it is ignored, but for this: who speaks for others is not taken for a user of this machine. If proxies
     contradict each other, or tell of no address, the client is the proxy.
     """
-    if "x-forwarded-for" not in headers and "forwarded" not in headers:
+    fields = [headers[name] for name in ("x-forwarded-for", "forwarded") if name in headers]
+    if not fields:
         return peer
-    told = [hops for hops in (forwarded_for(headers), x_forwarded_for(headers)) if hops]
     client = peer._replace(is_local=False)
-    if peer.address not in proxies or not told or any(hops != told[0] for hops in told):
+    if peer.address not in proxies or len("".join(fields)) > MAX_FORWARDED:
+        return client
+    told = [hops for hops in (forwarded_for(headers), x_forwarded_for(headers)) if hops]
+    if not told or any(hops != told[0] for hops in told):
         return client
     with contextlib.suppress(OSError):
         for hop in reversed(told[0]):
@@ -1846,8 +1853,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def parse_head(self) -> bool:
         """Whether a whole head has come."""
-        while self.buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2: empty lines before the request line are ignored
-            del self.buffer[:2]
+        empty = EMPTY_LINES.match(self.buffer)     # RFC 9112 section 2.2: empty lines before the request line are ignored
+        if empty:
+            end = empty.end()
+            del empty, self.buffer[:end]    # while there is a match, its buffer cannot shrink
         if not self.buffer:
             return False
         end = find_head(self.buffer)
@@ -2165,7 +2174,8 @@ class Loop:
 
     def _look_later(self, handler: Handler) -> None:
         self._late.get(handler.tenth, set()).discard(handler)
-        handler.tenth = NEVER if handler.deadline == NEVER else int(handler.deadline * 10) + 1
+        # A deadline can be over already, where a connection comes back from the pool late: it is looked at with the next ones.
+        handler.tenth = NEVER if handler.deadline == NEVER else max(self._tenth, int(handler.deadline * 10)) + 1
         if handler.tenth != NEVER:
             self._late.setdefault(handler.tenth, set()).add(handler)
 

@@ -2267,6 +2267,30 @@ def test_time_for_a_request_runs_from_its_first_byte_however_many_follow(serve, 
         assert raw.answer().status == 408
 
 
+def test_a_request_whose_time_is_over_when_it_gets_its_turn_is_refused(serve, monkeypatch):
+    """It lies behind an answer that is read slowly: when that is sent, its deadline has passed."""
+    monkeypatch.setattr(p2pserver, "REQUEST_TIME", 0.3)
+    api = serve(max_guests=500)
+    api.register_game("castle")
+    for i in range(500):
+        api.server.registry.start_game("castle", f"guest {i}", ("x" * 500,) * 16)
+    with Raw(api) as raw:
+        raw.send(poll("castle") + b"GET /")
+        wait_until(lambda: any(handler.unsent for handler in api.server.loop.handlers))
+        time.sleep(0.5)
+        assert len(json.loads(raw.answer().body)["guests"]) == 500
+        assert raw.answer().status == 408 and raw.is_closed()
+
+
+@pytest.mark.parametrize("head", [b"Forwarded: " + b";" * 32000, b"X-Forwarded-For: " + b"," * 32000, b"Connection: " + b"," * 32000,
+                                  b"If-None-Match: " + b"," * 32000, b"\r\n" * 500 + b"X: x"], ids=lambda head: brief(head[:12]))
+def test_a_long_list_in_the_head_is_harmless(head, serve):
+    api = serve(trusted_proxies="127.0.0.1")
+    data = b"\r\n" * 500 + GET + END if head.startswith(b"\r\n") else GET + head + b"\r\n\r\n"
+    with Raw(api, data + GET + END) as raw:
+        assert [raw.answer().status for _ in range(2)] == [200, 200]
+
+
 def test_a_client_that_does_not_read_is_cut_off_and_stops_nobody(serve, monkeypatch):
     monkeypatch.setattr(p2pserver, "SEND_TIME", 0.3)
     api = serve(max_threads=1)
@@ -2715,6 +2739,7 @@ def test_answers_that_are_not_read_count_but_for_the_list_which_is_one_for_all(s
     "junk": ("10.0.0.1", {"x-forwarded-for": "198.51.100.1, junk"}, "10.0.0.1"),
     "unknown": ("10.0.0.1", {"forwarded": "for=unknown"}, "10.0.0.1"),
     "nothing": ("10.0.0.1", {"x-forwarded-for": ""}, "10.0.0.1"),
+    "more than anybody needs": ("10.0.0.1", {"x-forwarded-for": "1.1.1.1, " * 300 + "198.51.100.1"}, "10.0.0.1"),
     "Forwarded without for": ("10.0.0.1", {"forwarded": "proto=https"}, "10.0.0.1"),
 }))
 def test_who_asks_is_by(peer, headers, client):
