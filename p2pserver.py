@@ -1292,9 +1292,10 @@ def list_games(server: Server, request: Request) -> Answer:
     """the listed games, oldest first"""
     body, tag = server.listing.get()
     headers = {"ETag": tag, "Cache-Control": "no-cache"}    # to be kept, but not used without asking again
-    # Weak comparison, as RFC 9110 section 13.1.2 asks. Quotes are part of a tag, so it is found in a list of others as it stands.
+    # Weak comparison, as RFC 9110 section 13.1.2 asks.
     known = request.headers.get("if-none-match", "")
-    return Answer(304, None, headers) if tag in known or known == "*" else Answer(200, body, headers)
+    is_known = known == "*" or re.search(rf"(?:^|[,\s])(?:W/)?{tag}\s*(?:,|$)", known)
+    return Answer(304, None, headers) if is_known else Answer(200, body, headers)
 
 
 def get_game(server: Server, request: Request) -> Answer:
