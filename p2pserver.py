@@ -1176,9 +1176,9 @@ class Held(NamedTuple):
     let_go: Callable[[], None]
 
 
-# Answers are put together as text: what is packed is JSON already, and the commonest ones are written in no time.
-
 Outcome = Union[Answer, Held]
+
+# Answers are put together as text: what is packed is JSON already, and the commonest ones are written in no time.
 
 
 def session_text(session: Session) -> str:
@@ -1369,15 +1369,14 @@ class Route(NamedTuple):
 
 
 NAME, PEER_ID, ADDRESSES = Field(check_name), Field(check_peer_id), Field(check_addresses)
-INFO, LISTED = Field(check_info, required=False), Field(check_flag, required=False)
-CHANGES = {"peerId": PEER_ID, "name": Field(check_name, required=False), "info": INFO, "listed": LISTED}
-
-WAIT = Field(check_wait, required=False)
+INFO, LISTED, NEW_NAME = Field(check_info, required=False), Field(check_flag, required=False), Field(check_name, required=False)
+AFTER, REPLIES, WAIT = Field(check_cursor, required=False), Field(check_replies, required=False), Field(check_wait, required=False)
+CHANGES = {"peerId": PEER_ID, "name": NEW_NAME, "info": INFO, "listed": LISTED}
 
 ROUTES = (
     Route("POST", "/games/register", register_game, {"name": NAME, "peerId": PEER_ID, "info": INFO, "listed": LISTED}),
-    Route("POST", "/games/poll", poll_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES,
-                                             "after": Field(check_cursor, required=False), "replies": Field(check_replies, required=False), "wait": WAIT}),
+    Route("POST", "/games/poll", poll_game,
+          {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "after": AFTER, "replies": REPLIES, "wait": WAIT}),
     Route("POST", "/games/start", start_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "wait": WAIT}),
     Route("GET", "/games", list_games, takes_long=lambda server: server.listing.is_stale),
     Route("GET", "/games/<name>", get_game),
@@ -1389,9 +1388,10 @@ ROUTES = (
     Route("GET", "/", show_start_page),
 )
 
-ROUTES_AT: Dict[str, Dict[str, Route]] = {}
+ROUTES_AT: Dict[str, Dict[str, Route]] = {}     # by path and method
 for _route in ROUTES:
     ROUTES_AT.setdefault(_route.path, {})[_route.method] = _route
+GAME_ROUTES = ROUTES_AT.pop("/games/<name>")
 
 
 def allowed(methods: Iterable[str]) -> str:
@@ -1404,16 +1404,14 @@ ABSOLUTE_FORM = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)     # RFC 9112 s
 
 def resolve(target: str) -> Tuple[Dict[str, Route], str]:
     """The routes at a request target by method, and the game that it names. NotFound: there are none, or no game can have that name."""
-    if target in ROUTES_AT and target != "/games/<name>":
-        return ROUTES_AT[target], ""
     path = (target if target.startswith("/") else ABSOLUTE_FORM.sub("", target)).partition("?")[0] or "/"
-    if path in ROUTES_AT and path != "/games/<name>":
+    if path in ROUTES_AT:
         return ROUTES_AT[path], ""
     prefix, _, quoted = path.rpartition("/")
     if prefix != "/games":
         raise NotFound("there is nothing here; GET / lists what there is")
     try:
-        return ROUTES_AT["/games/<name>"], check_name(urllib.parse.unquote(quoted, errors="strict"))
+        return GAME_ROUTES, check_name(urllib.parse.unquote(quoted, errors="strict"))
     except UnicodeDecodeError:
         raise NotFound("no game can have this name: it must be UTF-8") from None
     except ValueError as fault:
