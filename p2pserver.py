@@ -1644,6 +1644,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.held: Optional[Held] = None
         self.held_until = 0.0
         self.is_away = False                # whether a thread of the pool works at the answer
+        self.has_hung_up = False
         self.close_connection = False       # when all is sent
         self.cut_at = 0.0                   # when a connection that was refused is cut at the latest
         self.is_closed = False
@@ -1677,17 +1678,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.is_away = True
             self.server.pool.submit(self.shake_hands)
             return True
-        if self.held:
-            return self.receive_held()
-        if self.unsent and not self.flush():
-            return True
-        if not self.close_connection:
+        if self.held:       # its client can only hang up, or send the next request early
+            self.receive()
+        elif (not self.unsent or self.flush()) and not self.close_connection:
             try:
                 if self.buffer and self.parse_request() or self.receive() and self.parse_request():
                     self.dispatch()
             except Problem as problem:
                 self.refuse(problem)
-        return True
+        return not self.has_hung_up
 
     def on_late(self) -> bool:
         """The deadline is over."""
@@ -1713,18 +1712,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.take(outcome)
         return True
 
-    def on_shaken(self, waits_for: int) -> bool:
+    def on_shaken(self, waits_for: int, error: Optional[OSError] = None) -> bool:
         """A thread of the pool has done what could be done of the handshake; it goes on when one of these events of selectors comes."""
+        if error:
+            raise error
         self.is_away = False
         self.shakes_on = waits_for
-        if waits_for:
-            return True
-        self.is_shaking = False
-        return self.on_ready()
-
-    def on_lost(self, error: OSError) -> bool:
-        """The handshake has failed."""
-        raise error
+        self.is_shaking = bool(waits_for)
+        return self.is_shaking or self.on_ready()
 
     def on_refused(self, problem: Problem) -> bool:
         """There are too many connections. Under TLS that cannot be said before the handshake, which would be work."""
@@ -1790,16 +1785,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def shake_hands(self) -> None:
         """In a thread of the pool, for it is a millisecond's work: as much of the handshake as can be done without waiting."""
         import ssl
-        happened: Tuple[Any, ...] = (self.on_shaken, 0)
+        outcome: Tuple[Any, ...] = (0,)
         try:
             self.connection.do_handshake()
         except ssl.SSLWantReadError:
-            happened = self.on_shaken, selectors.EVENT_READ
+            outcome = (selectors.EVENT_READ,)
         except ssl.SSLWantWriteError:
-            happened = self.on_shaken, selectors.EVENT_WRITE
+            outcome = (selectors.EVENT_WRITE,)
         except (OSError, ValueError) as error:      # ValueError: it was closed meanwhile
-            happened = self.on_lost, OSError(*error.args)
-        self.server.loop.call(self.serve, *happened)
+            outcome = 0, OSError(*error.args)
+        self.server.loop.call(self.serve, self.on_shaken, *outcome)
 
     def end_tls(self) -> None:
         """Tell the client that nothing is missing (RFC 8446 section 6.1)."""
@@ -1814,7 +1809,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return not self.buffer and not self.has_head
 
     def receive(self) -> bool:
-        """Take what has come; False if that is nothing. At the end of it all close_connection is set."""
+        """Take what has come; False if that is nothing, or the client has hung up."""
         try:
             data = self.connection.recv(65536)
         except self.server.not_now:
@@ -1822,7 +1817,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not data:
             if not self.held and not self.is_between_requests:
                 raise Problem("the request ended early")
-            self.close_connection = True
+            self.has_hung_up = True
             return False
         if self.is_between_requests:
             self.began = time.monotonic()
@@ -1831,16 +1826,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.loop.call(self.serve, self.on_ready)        # nothing more need come for it
         return True
 
-    def receive_held(self) -> bool:
-        """While a request is held its client can only hang up, or send the next one early. False if it has hung up."""
-        closes, self.close_connection = self.close_connection, False
-        self.receive()
-        gone, self.close_connection = self.close_connection, closes
-        return not gone
-
     def parse_request(self) -> bool:
         """Whether a whole request has come; it is then in head and body. Problem: it is none."""
-        if not self.has_head and not self.parse_head():
+        if not self.has_head and not self.next_head():
             return False
         length = self.head.length
         if len(self.buffer) < length:
@@ -1850,8 +1838,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.has_head = False
         return True
 
-    def parse_head(self) -> bool:
-        """Whether a whole head has come."""
+    def next_head(self) -> bool:
+        """Whether a whole head has come; it is then in head. Problem: it is none, or announces too much."""
         empty = EMPTY_LINES.match(self.buffer)     # RFC 9112 section 2.2: empty lines before the request line are ignored
         if empty:
             end = empty.end()
