@@ -672,7 +672,7 @@ class Registry:
         With wake, and without news or while there is room, the poll is held: resume_poll() gives the answer. A host has one hold: an
         earlier one is resumed. NotFound, Forbidden; Full: no memory for what is new.
         """
-        seal = self._seal(peer_id)
+        seal, replies = self._seal(peer_id), replies or {}
         with self._turn() as now:
             game = self._owned(name, seal)
             self._host_alive(game, now)
@@ -680,13 +680,11 @@ class Registry:
             self._replace(game)
             if addresses != game.addresses:
                 self._host_moved(game, addresses)
-            gone = self._reply(game, replies or {})
+            gone = self._reply(game, replies)
             # A cursor ahead of ours was given out by an earlier run whose clock was ahead: it says nothing about these guests.
             since = after if after is not None and after <= self._cursor else -1
             polled = self._polled(game, since, gone)
-            if wake is None or polled.guests or gone:
-                return polled
-            return Polled(*polled[:4], self._hold(game, since, wake))
+            return polled if wake is None or polled.guests or gone else polled._replace(hold=self._hold(game, since, wake))
 
     def resume_poll(self, hold: Hold) -> Polled:
         """The answer to a poll that was held, at whatever time. NotFound: the game is gone."""
@@ -724,9 +722,7 @@ class Registry:
                 self._store(weight(addresses) - weight(guest.addresses))
                 self._guest_moved(guest, addresses)
             started = self._started(guest)
-            if wake is None or started.session.addresses:
-                return started
-            return Started(*started[:3], self._hold(guest, 0, wake))
+            return started if wake is None or started.session.addresses else started._replace(hold=self._hold(guest, 0, wake))
 
     def resume_start(self, hold: Hold) -> Started:
         """The answer to a start that was held, at whatever time. NotFound: the game is gone."""
@@ -758,13 +754,13 @@ class Registry:
     def update_game(self, name: str, peer_id: str, new_name: Optional[str] = None, info: Optional[bytes] = None,
                     listed: Optional[bool] = None) -> GameView:
         """Rename or describe a game, which keeps its guests. NotFound; Forbidden; Conflict: the new name is taken."""
-        seal = self._seal(peer_id)
+        seal, new_name = self._seal(peer_id), new_name or name
         with self._turn():
             game = self._owned(name, seal)
-            if new_name is not None and new_name != name and new_name in self._games:
+            if new_name != name and new_name in self._games:
                 raise Conflict(f"the name {new_name!r} is taken")
-            self._store(weight((new_name or name, info or game.info)) - weight((name, game.info)))
-            if new_name is not None and new_name != name:
+            self._store(weight((new_name, info or game.info)) - weight((name, game.info)))
+            if new_name != name:
                 self._games[new_name] = self._games.pop(name)
                 game.name = new_name
                 self.listing += 1
@@ -833,22 +829,21 @@ class Registry:
             raise Full("memory", "the server's memory for games is full")
         self._stored += growth
 
-    def _growth(self, game: Game, addresses: Addresses, replies: Optional[Mapping[str, Addresses]]) -> int:
+    def _growth(self, game: Game, addresses: Addresses, replies: Mapping[str, Addresses]) -> int:
         """Bytes that a poll adds to what is stored."""
         growth = 0 if addresses == game.addresses else weight(addresses) - weight(game.addresses)
         if replies:
-            for guest in game.guests.values():
-                if guest.session_id in replies:
-                    growth += weight(replies[guest.session_id]) - weight(guest.reply or ())
+            growth += sum(weight(replies[guest.session_id]) - weight(guest.reply or ())
+                          for guest in game.guests.values() if guest.session_id in replies)
         return growth
 
     def _describe(self, game: Game, info: Optional[bytes], listed: Optional[bool]) -> None:
         if info is not None:
             game.info = info
-        if (info, listed) != (None, None):
-            self.listing += 1
         if listed is not None:
             game.listed = listed
+        if info is not None or listed is not None:
+            self.listing += 1
 
     def _host_alive(self, game: Game, now: float) -> None:
         self._game_queue[game] = now + self._settings.game_ttl
@@ -915,9 +910,7 @@ class Registry:
 
     def _reply(self, game: Game, replies: Mapping[str, Addresses]) -> List[str]:
         """Give single guests addresses of their own; returns the sessions that are gone."""
-        if not replies:
-            return []
-        sessions = {guest.session_id: guest for guest in game.guests.values()}
+        sessions = {guest.session_id: guest for guest in game.guests.values()} if replies else {}
         for session_id in replies.keys() & sessions.keys():
             guest = sessions[session_id]
             if guest.reply != replies[session_id]:
