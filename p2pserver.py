@@ -605,8 +605,8 @@ class Registry:
     """All games and guests, behind one lock. It knows no network: names in, values out, Problems raised.
 
     Another store can stand in its place with the same methods. They are called from many threads, take what validation
-    lets through, and return values that nobody changes afterwards. Each raises NotFound, Forbidden or Conflict where the
-    protocol says so, and then has changed nothing.
+    lets through, and return values that nobody changes afterwards. Each raises NotFound, Forbidden, Conflict or Full where the
+    protocol says so, and then has changed nothing, but that who owns a game or session is alive.
 
     settings: game_ttl, guest_ttl (seconds), max_games, max_games_per_client, max_guests, max_waiting, max_memory.
     clock: seconds that never go back.
@@ -717,10 +717,10 @@ class Registry:
                 self.listing += 1
                 self.events.append(Event("start_game", name, f"guests: {len(game.guests)}"))
             self._guest_alive(guest, now)
-            self._replace(guest)
             if addresses != guest.addresses:
                 self._store(weight(addresses) - weight(guest.addresses))
                 self._guest_moved(guest, addresses)
+            self._replace(guest)
             started = self._started(guest)
             return started if wake is None or started.session.addresses else started._replace(hold=self._hold(guest, 0, wake))
 

@@ -2655,6 +2655,16 @@ def test_a_change_for_which_there_is_no_memory_is_not_made_by_halves(clock):
     assert registry.counts().games == 1 and registry.start_game("castle", GUEST, ()).session.session_id
 
 
+def test_a_start_for_which_there_is_no_memory_leaves_the_one_that_is_held(clock, bells):
+    registry = Registry(Settings(max_memory=1), clock)
+    registry.register_game("castle", HOST)
+    assert registry.start_game("castle", GUEST, ONE, wake=bells[0]).hold
+    registry.reserved = MEGABYTE
+    with pytest.raises(Full):
+        registry.start_game("castle", GUEST, ("x" * 500,), wake=bells[1])
+    assert bells[0].rung == 0 and registry.counts().waiting == 1
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_stored_is_counted_and_nothing_remains_when_all_is_gone(seed, clock):
     """A thousand operations at random: what they hold, as Python counts it, is never much more than what the registry says."""
