@@ -1558,19 +1558,20 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
     fields = [headers[name] for name in ("x-forwarded-for", "forwarded") if name in headers]
     if not fields:
         return peer
-    client = peer._replace(is_local=False)
+    proxy = client = peer._replace(is_local=False)
     if peer.address not in proxies or len("".join(fields)) > MAX_FORWARDED:
-        return client
+        return proxy
     told = [hops for hops in (forwarded_for(headers), x_forwarded_for(headers)) if hops]
-    if not told or any(hops != told[0] for hops in told):
-        return client
-    with contextlib.suppress(OSError):
-        for hop in reversed(told[0]):
+    if told[1:] and told[0] != told[1]:
+        return proxy
+    for hop in reversed(told[0] if told else []):
+        try:
             client = client_of(hop)._replace(is_local=False)
-            if client.address not in proxies:
-                break
-        return client
-    return peer._replace(is_local=False)
+        except OSError:
+            return proxy
+        if client.address not in proxies:
+            break
+    return client
 
 
 def x_forwarded_for(headers: Mapping[str, str]) -> List[str]:
@@ -1861,10 +1862,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = client_behind(self.peer, self.head.headers, self.server.proxies)
         self.take(self.outcome_of(self.call_endpoint))
 
-    def outcome_of(self, call: Callable[[], Optional[Outcome]]) -> Optional[Outcome]:
+    def outcome_of(self, function: Callable[..., Optional[Outcome]], *arguments: Any) -> Optional[Outcome]:
         """What a call gives, or the answer that stands for its failure."""
         try:
-            return call()
+            return function(*arguments)
         except Problem as problem:
             if problem.limit:
                 self.server.refused[problem.limit] += 1
@@ -1905,14 +1906,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         loop = self.server.loop
         request = Request(name, fields, headers, self.client, functools.partial(loop.call, self.serve, self.on_news, self.requests))
         if route.takes_long and route.takes_long(self.server):
-            self.server.pool.submit(functools.partial(self.work, functools.partial(route.endpoint, self.server, request)))
+            self.server.pool.submit(functools.partial(self.work, route.endpoint, request))
             self.is_away = True
             return None
         return route.endpoint(self.server, request)
 
-    def work(self, call: Callable[[], Outcome]) -> None:
+    def work(self, endpoint: Callable[[Server, Request], Outcome], request: Request) -> None:
         """In a thread of the pool: call an endpoint and hand to the loop what comes of it."""
-        self.server.loop.call(self.serve, self.on_outcome, self.outcome_of(call))
+        self.server.loop.call(self.serve, self.on_outcome, self.outcome_of(endpoint, self.server, request))
 
     def resume(self) -> None:
         """Answer what is held."""
@@ -1930,37 +1931,42 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_answer(self, answer: Answer) -> None:
         """Write an answer: head and body at once."""
-        status, body, headers = answer.status, bytes_of(answer.body), answer.headers
         if self.server.stopping:
             self.close_connection = True
-        text = STATUS_LINES[status] + self.server.fixed_fields()
+        body = bytes_of(answer.body)
+        head = self.head_of(answer, len(body))
+        self.answer_size = 0 if body is answer.body else len(body)      # the list is one for all that read it
+        if self.head.method == "HEAD":
+            self.write(head)
+        elif len(body) <= COPIED:
+            self.write(head + body)
+        else:
+            self.write(head, body)
+        self.server.answered[self.operation, answer.status] += 1
+        if self.server.settings.access_log:
+            # Without the query, which is none of this server's and could hold anything.
+            log.info("%s", Access(self.client.address, self.head.method, self.head.target.partition("?")[0], answer.status, len(body)))
+        if self.buffer:     # the next request has come with this one; it is served when others have had their turn
+            self.began = time.monotonic()
+            self.server.loop.call(self.serve, self.on_ready)
+
+    def head_of(self, answer: Answer, length: int) -> bytes:
+        """The head of an answer whose body has that many bytes."""
+        headers = answer.headers
+        text = STATUS_LINES[answer.status] + self.server.fixed_fields()
         for name, value in headers.items():
             text += f"{name}: {value}\r\n"
         if "Cache-Control" not in headers:
             text += "Cache-Control: no-store\r\n"
-        if status in (429, 503) and "Retry-After" not in headers:
+        if answer.status in (429, 503) and "Retry-After" not in headers:
             text += f"Retry-After: {RETRY_AFTER}\r\n"
         if answer.body is not None:
-            text += f"Content-Type: {answer.media_type}\r\nContent-Length: {len(body)}\r\n"
+            text += f"Content-Type: {answer.media_type}\r\nContent-Length: {length}\r\n"
         if self.close_connection:
             text += "Connection: close\r\n"
         elif not self.head.is_new:
             text += "Connection: keep-alive\r\n"
-        head = (text + "\r\n").encode("latin-1")
-        self.answer_size = 0 if body is answer.body else len(body)      # the list is one for all that read it
-        if self.head.method == "HEAD":
-            self.write(head)
-        elif len(body) < COPIED:
-            self.write(head + body)
-        else:
-            self.write(head, body)
-        self.server.answered[self.operation, status] += 1
-        if self.server.settings.access_log:
-            # Without the query, which is none of this server's and could hold anything.
-            log.info("%s", Access(self.client.address, self.head.method, self.head.target.partition("?")[0], status, len(body)))
-        if self.buffer:     # the next request has come with this one; it is served when others have had their turn
-            self.began = time.monotonic()
-            self.server.loop.call(self.serve, self.on_ready)
+        return (text + "\r\n").encode("latin-1")
 
     def write(self, *data: bytes) -> None:
         """Send what the client takes at once; the rest waits in unsent."""
