@@ -198,7 +198,7 @@ SEND_TIME = 10.0        # seconds in which a client must read some of an answer
 COPIED = 65536          # bytes of a body up to which it is sent in one write with its head; longer ones are not copied
 LOG_LINES = 10000       # that wait to be written at the most
 LINGER_TIME = 2.0       # seconds that a refused request may go on arriving before its connection is cut
-CROWDED = 5             # times as long between two polls is advised where one could not be held
+CROWDED = 5             # times as long between two polls is advised to who wished to be held and could not be
 ACCEPTED_AT_ONCE = 64   # connections, before those that there are have their turn
 THREAD_IDLE = 10.0      # seconds after which a thread that has nothing to do ends
 RETRY_AFTER = 10        # seconds, where a full server or game may have room again
@@ -1185,10 +1185,10 @@ def game_text(game: GameView) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def lease_text(ttl: float, poll_after: float) -> str:
+def lease_text(ttl: float, poll_after: float, crowded: bool = False) -> str:
     """The members that tell how long one is remembered and when to ask again, in seconds: 60 rather than 60.0, which some clients do not
     take for a whole number."""
-    expires_in, poll_in = (int(value) if value == int(value) else value for value in (ttl, poll_after))
+    expires_in, poll_in = (int(value) if value == int(value) else value for value in (ttl, poll_after * (CROWDED if crowded else 1)))
     return f'"expiresIn":{expires_in},"pollAfter":{poll_in}'
 
 
@@ -1215,41 +1215,41 @@ def register_game(server: Server, request: Request) -> Answer:
 
 def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
-    fields, wait = request.fields, wished_wait(server, request)
+    fields, registry, wait = request.fields, server.registry, wished_wait(server, request)
 
-    def answer(polled: Polled, applied: int) -> Answer:
-        # Who could not be held is told to come less often, and so is who was held twice at once: two hosts would chase each other.
-        poll_after = server.settings.poll_after * (CROWDED if wait and not applied else 1)
+    def answer(polled: Polled, crowded: bool) -> Answer:
         guests = ",".join([f"{{{session_text(guest)}}}" for guest in polled.guests])
         gone = "" if fields["replies"] is None else f',"gone":{to_json(polled.gone)}'
-        body = (f'{{"name":{to_json(polled.name)},"guests":[{guests}],"cursor":{polled.cursor},'
-                f'{lease_text(server.settings.game_ttl, poll_after)}{gone}}}')
-        return Answer(200, body, applied_wait(applied))
+        lease = lease_text(server.settings.game_ttl, server.settings.poll_after, crowded)
+        body = f'{{"name":{to_json(polled.name)},"guests":[{guests}],"cursor":{polled.cursor},{lease}{gone}}}'
+        return Answer(200, body, applied_wait(0 if crowded else wait))
 
-    registry, wake = server.registry, request.wake if wait else None
-    polled = registry.poll_game(fields["name"], fields["peerId"], fields["addresses"], fields["after"], fields["replies"], wake)
-    hold = polled.hold
-    if hold:
-        return Held(wait, lambda: answer(registry.resume_poll(hold), 0 if hold.replaced else wait), lambda: registry.let_go(hold))
-    return answer(polled, wait if polled.guests or polled.gone else 0)
+    polled = registry.poll_game(fields["name"], fields["peerId"], fields["addresses"], fields["after"], fields["replies"],
+                                request.wake if wait else None)
+    if polled.hold:
+        return held(registry, wait, polled.hold, registry.resume_poll, answer)
+    return answer(polled, crowded=bool(wait and not polled.guests and not polled.gone))
 
 
 def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
-    fields, wait = request.fields, wished_wait(server, request)
+    fields, registry, wait = request.fields, server.registry, wished_wait(server, request)
 
-    def answer(started: Started, applied: int) -> Answer:
-        poll_after = server.settings.poll_after * (CROWDED if wait and not applied else 1)
-        body = (f'{{"name":{to_json(started.name)},{session_text(started.session)},"cursor":{started.cursor},'
-                f'{lease_text(server.settings.guest_ttl, poll_after)}}}')
-        return Answer(200 if started.session.addresses else 202, body, applied_wait(applied))
+    def answer(started: Started, crowded: bool) -> Answer:
+        lease = lease_text(server.settings.guest_ttl, server.settings.poll_after, crowded)
+        body = f'{{"name":{to_json(started.name)},{session_text(started.session)},"cursor":{started.cursor},{lease}}}'
+        return Answer(200 if started.session.addresses else 202, body, applied_wait(0 if crowded else wait))
 
-    registry, wake = server.registry, request.wake if wait else None
-    started = registry.start_game(fields["name"], fields["peerId"], fields["addresses"], wake)
-    hold = started.hold
-    if hold:
-        return Held(wait, lambda: answer(registry.resume_start(hold), 0 if hold.replaced else wait), lambda: registry.let_go(hold))
-    return answer(started, wait if started.session.addresses else 0)
+    started = registry.start_game(fields["name"], fields["peerId"], fields["addresses"], request.wake if wait else None)
+    if started.hold:
+        return held(registry, wait, started.hold, registry.resume_start, answer)
+    return answer(started, crowded=bool(wait and not started.session.addresses))
+
+
+def held(registry: Registry, wait: int, hold: Hold, resume: Callable[[Hold], Any], answer: Callable[[Any, bool], Answer]) -> Held:
+    """A poll or start that answer() puts into words when it is resumed. Who asked twice at once counts as crowded: two hosts with one
+    peerId would chase each other."""
+    return Held(wait, lambda: answer(resume(hold), hold.replaced), lambda: registry.let_go(hold))
 
 
 def applied_wait(seconds: int) -> Dict[str, str]:
