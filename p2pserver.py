@@ -2424,7 +2424,8 @@ class LogThread(logging.Handler):
                 self._stream.flush()
                 if self._lost:
                     lost, self._lost = self._lost, 0
-                    self._stream.write(f"{lost} lines of the log were lost\n")
+                    notice = logging.makeLogRecord({"levelname": "WARNING", "msg": f"{lost} lines of the log were lost"})
+                    self._stream.write(self.format(notice) + "\n")
             except (OSError, ValueError):       # the disk is full, or nobody reads any more
                 self._lost += 1
 

@@ -3114,6 +3114,19 @@ def test_a_log_whose_disk_is_full_goes_on_when_there_is_room_again(log_thread):
     wait_until(lambda: stream.lines == ["kept\n", "1 lines of the log were lost\n"])
 
 
+def test_a_log_in_json_says_in_json_what_was_lost(log_thread):
+    stream = Stuck(OSError(errno.ENOSPC, "No space left on device"))
+    stream.freed.set()
+    writer = log_thread(stream)
+    writer.setFormatter(p2pserver.JsonFormatter())
+    writer.handle(record("lost"))
+    wait_until(lambda: writer._lost)
+    stream.error = None
+    writer.handle(record("kept"))
+    wait_until(lambda: len(stream.lines) == 2)
+    assert json.loads(stream.lines[1])["message"] == "1 lines of the log were lost"
+
+
 # ---- start and stop -------------------------------------------------------------------------------------------------
 
 def test_stop_answers_the_requests_in_progress_and_health_with_503(clock):
