@@ -1669,9 +1669,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.is_away:
             return True
         if self.is_shaking:
-            self.is_away = True
-            self.server.pool.submit(self.shake_hands)
-            return True
+            return self.begin_to_shake()
         if self.held:       # its client can only hang up, or send the next request early
             self.receive()
         elif (not self.unsent or self.flush()) and not self.close_connection:
@@ -1775,6 +1773,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.shutdown_request(self.connection)
 
     # TLS.
+
+    def begin_to_shake(self) -> bool:
+        """Have a thread of the pool shake hands; False if there is none to be had."""
+        try:
+            self.server.pool.submit(self.shake_hands)
+        except Full as problem:
+            self.server.refused[problem.limit] += 1
+            return False
+        self.is_away = True
+        return True
 
     def shake_hands(self) -> None:
         """In a thread of the pool, for it is a millisecond's work: as much of the handshake as can be done without waiting."""

@@ -2921,6 +2921,21 @@ def test_what_is_no_tls_is_closed_and_the_server_stays_up(secure, junk):
         assert tls.answer().status == 200
 
 
+def test_a_handshake_for_which_no_thread_is_to_be_had_is_counted_as_refused(secure, monkeypatch, caplog):
+    api = secure()
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with Raw(api) as raw:
+            assert raw.is_closed()
+    assert api.server.refused["threads"] == 1 and not [record for record in caplog.records if record.exc_info]
+    with Tls(api, GET + END) as tls:
+        assert tls.answer().status == 200
+
+
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_old_tls_is_refused(secure):
     api = secure()
