@@ -1730,7 +1730,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Have the loop watch for what can happen next; False if that is nothing."""
         if not self.reserve(len(self.buffer) + (self.answer_size if self.unsent else 0)):
             self.server.refused["memory"] += 1
-            if self.held or self.unsent:
+            if self.held or self.unsent or self.is_away:    # an answer is to come before this refusal could
                 return False
             self.refuse(Full("memory", "the server's memory for requests is full"))
         if self.is_away:
