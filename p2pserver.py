@@ -454,7 +454,7 @@ def plain_int(text: str) -> int:
 
 def plain_float(text: str) -> float:
     number = float(text)
-    if number in (float("inf"), float("-inf")):
+    if math.isinf(number):
         raise ValueError("a number is too large")
     return number
 
@@ -504,7 +504,7 @@ class Game:
         self.owner = owner                              # the seal of its host's peerId
         self.info = info                                # packed
         self.listed = True
-        self.addresses: Addresses = ()            # what the host offers to every guest
+        self.addresses: Addresses = ()                  # what the host offers to every guest
         self.offered = 0                                # version of addresses
         self.guests: Dict[bytes, Guest] = {}            # by the seal of their peerId, in the order they came
         self.changed = version                          # when a guest last came or moved
@@ -522,7 +522,7 @@ class Guest:
         self.session_id, self.session_key = session_id, session_key
         self.addresses: Addresses = ()
         self.changed = 0                                # version of addresses
-        self.reply: Optional[Addresses] = None    # what the host offers this guest in place of the game's addresses
+        self.reply: Optional[Addresses] = None          # what the host offers this guest in place of the game's addresses
         self.replied = 0                                # version of reply
         self.hold: Optional[Hold] = None                # its start, if that is held
 
