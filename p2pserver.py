@@ -2147,8 +2147,8 @@ class Loop:
 
     def close(self) -> None:
         for handler in list(self.handlers):
-            handler.serve(handler.on_late)
-            handler.close()
+            self._do(handler.serve, handler.on_late)
+            self._do(handler.close)
         for each in (self._selector, self._waker, self._wakened):
             each.close()
 
@@ -2179,7 +2179,7 @@ class Loop:
             for handler in self._late.pop(self._tenth, ()):
                 handler.tenth = NEVER
                 if handler.deadline <= now:
-                    handler.serve(handler.on_late)
+                    self._do(handler.serve, handler.on_late)
                 else:
                     self._look_later(handler)
 
