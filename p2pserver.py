@@ -204,6 +204,7 @@ THREAD_IDLE = 10.0      # seconds after which a thread that has nothing to do en
 RETRY_AFTER = 10        # seconds, where a full server or game may have room again
 FORBIDDEN_COST = 10     # requests that a wrong peerId counts as, so that guessing is slow
 SURPLUS = 100           # connections beyond a limit that are told so; what is beyond that is closed without a word
+MEMORY_SHARE = 8        # of --max-memory, the part that may wait in the connections of one client
 GAME_WEIGHT, GUEST_WEIGHT = 1000, 900    # bytes that one takes beside its texts (bench/memory.py measures it)
 
 
@@ -838,11 +839,12 @@ class Registry:
         return growth
 
     def _describe(self, game: Game, info: Optional[bytes], listed: Optional[bool]) -> None:
+        before = game.info, game.listed
         if info is not None:
             game.info = info
         if listed is not None:
             game.listed = listed
-        if info is not None or listed is not None:
+        if before != (game.info, game.listed):
             self.listing += 1
 
     def _host_alive(self, game: Game, now: float) -> None:
@@ -1257,11 +1259,13 @@ def applied_wait(seconds: int) -> Dict[str, str]:
 
 
 class Listing:
-    """The body of GET /games and its ETag, made anew only after a change, and by one thread at a time."""
+    """The body of GET /games and its ETag, made anew only after a change, by one thread at a time, and in a fifth of the time at the most:
+    whoever changes the list again and again makes those who want it wait, and nobody else."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._making = threading.Lock()
+        self._rests_until = 0.0
         self._made = (-1, b"", "")      # the registry's listing it was made of, body, tag
 
     @property
@@ -1275,9 +1279,12 @@ class Listing:
         if self.is_stale:
             with self._making:
                 if self.is_stale:
+                    time.sleep(max(0.0, self._rests_until - time.monotonic()))
+                    began = time.monotonic()
                     version = self._registry.listing    # read first: a change while it is made has it made again
                     body = ('{"games":[' + ",".join(map(game_text, self._registry.list_games())) + "]}").encode("utf-8")
                     self._made = version, body, '"' + hashlib.blake2b(body, digest_size=12).hexdigest() + '"'
+                    self._rests_until = time.monotonic() + 4 * (time.monotonic() - began)
         return self._made[1:]
 
 
@@ -1434,6 +1441,9 @@ class Head(NamedTuple):
     length: int = 0
     closes: bool = True
     expects: bool = False
+
+
+NO_HEAD = Head()
 
 
 def find_head(buffer: bytearray) -> int:
@@ -1628,7 +1638,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.shakes_on = selectors.EVENT_READ   # what it waits for
         self.peer = self.client = client_of(client_address[0])      # the other end, and who asks through it
         self.buffer = bytearray()           # what has come and is not served yet
-        self.head = Head()                  # of the request that is served, or whose body is to come
+        self.head = NO_HEAD                 # of the request that is served, or whose body is to come
         self.has_head = False               # whether a body is to come
         self.body = b""
         self.began = time.monotonic()       # when the request in the buffer began to come, or the handshake
@@ -1642,8 +1652,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = False       # when all is sent
         self.cut_at = 0.0                   # when a connection that was refused is cut at the latest
         self.is_closed = False
-        self.answer_size = 0                # bytes of the answer that are this connection's alone
-        self.reserved = 0                   # bytes of the server's memory that it takes
+        self.answer_body = b""              # of the answer that is sent
+        self.shares_body = False            # with other connections
+        self.counted: Tuple[int, Optional[bytes]] = (0, None)       # what Server.count_bytes() was told last
         # For the loop: for which events it is watched, when it is late, and in which tenth of a second that is looked at.
         self.watched, self.deadline, self.tenth = 0, NEVER, NEVER
 
@@ -1728,11 +1739,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def wait(self) -> bool:
         """Have the loop watch for what can happen next; False if that is nothing."""
-        if not self.reserve(len(self.buffer) + (self.answer_size if self.unsent else 0)):
-            self.server.refused["memory"] += 1
+        problem = self.count_bytes()
+        if problem:
+            self.server.refused[problem.limit] += 1
             if self.held or self.unsent or self.is_away:    # an answer is to come before this refusal could
                 return False
-            self.refuse(Full("memory", "the server's memory for requests is full"))
+            self.refuse(problem)
         if self.is_away:
             events, deadline = 0, NEVER
         elif self.is_shaking:
@@ -1747,6 +1759,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return False
         elif self.is_between_requests:
             events, deadline = selectors.EVENT_READ, time.monotonic() + self.server.settings.idle_timeout
+            self.head, self.answer_body = NO_HEAD, b""      # thousands may be idle
             if self.server.stopping:
                 return False
         else:
@@ -1754,18 +1767,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.loop.watch(self, events, deadline)
         return True
 
-    def reserve(self, size: int) -> bool:
-        """Count the bytes that wait here, to come whole or to be sent; whether the server has the memory for them."""
-        registry, growth = self.server.registry, size - self.reserved
-        if growth:
-            registry.reserved, self.reserved = registry.reserved + growth, size
-        return growth <= 0 or registry.counts().stored + registry.reserved <= self.server.settings.max_memory * 1_000_000
+    def count_bytes(self) -> Optional[Problem]:
+        """Have the server count what waits here, to come whole or to be sent; the problem, if there is no memory for it."""
+        body = self.answer_body if self.unsent else b""
+        return self.server.count_bytes(self, len(self.buffer) + len(body), body if body and self.shares_body else None)
 
     def close(self) -> None:
         if self.is_closed:
             return
         self.is_closed = True
-        self.reserve(0)
+        self.server.count_bytes(self, 0, None)
         self.end_tls()
         if self.held:
             self.held.let_go()
@@ -1869,6 +1880,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.head.closes
         self.client = client_behind(self.peer, self.head.headers, self.server.proxies)
         self.take(self.outcome_of(self.call_endpoint))
+        self.body = b""
 
     def outcome_of(self, function: Callable[..., Optional[Outcome]], *arguments: Any) -> Optional[Outcome]:
         """What a call gives, or the answer that stands for its failure."""
@@ -1888,6 +1900,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send the answer, or hold the request."""
         if isinstance(outcome, Held):
             self.held, self.held_until = outcome, time.monotonic() + outcome.seconds
+            # What the answer and the log need of it; thousands may be held.
+            self.head = self.head._replace(headers={}, target=self.head.target[:200])
         elif outcome:
             self.send_answer(outcome)
 
@@ -1943,7 +1957,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         body = bytes_of(answer.body)
         head = self.head_of(answer, len(body))
-        self.answer_size = 0 if body is answer.body else len(body)      # the list is one for all that read it
+        self.answer_body, self.shares_body = body, body is answer.body      # the list is one for all that read it
         if self.head.method == "HEAD":
             self.write(head)
         elif len(body) <= COPIED:
@@ -1999,7 +2013,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.operation = "none"
         if not self.has_head:       # then head is that of the request before
             line = REQUEST_LINE.match(self.buffer)
-            self.head = Head(line[1].decode("ascii"), line[2].decode("ascii")) if line else Head()
+            self.head = Head(line[1].decode("ascii"), line[2].decode("ascii")) if line else NO_HEAD
         self.buffer.clear()
         self.close_connection, self.cut_at = True, time.monotonic() + LINGER_TIME
         self.send_answer(problem_answer(problem))
@@ -2225,6 +2239,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.answered: collections.Counter[Tuple[str, int]] = collections.Counter()     # by operation and status
         self.refused: collections.Counter[str] = collections.Counter()      # by the limit that was reached
         self._places: collections.Counter[bytes] = collections.Counter()    # how many connections each place has
+        self._waiting: collections.Counter[bytes] = collections.Counter()   # how many bytes wait in them
+        self._sharers: collections.Counter[int] = collections.Counter()     # how many connections send the same bytes, by their id()
         self._ends_at = NEVER
         self._is_paused = False     # there was no descriptor for a connection
         self._cors = (f"Access-Control-Allow-Origin: {settings.cors_origin}\r\n"
@@ -2372,6 +2388,37 @@ class Server(http.server.ThreadingHTTPServer):
         if not self._places[handler.peer.place]:
             del self._places[handler.peer.place]
 
+    def count_bytes(self, handler: Handler, size: int, shared: Optional[bytes]) -> Optional[Problem]:
+        """Count what waits in a connection, to come whole or to be sent: all of it for its client, but what connections share once for all
+        memory. The problem, if there is no memory for it."""
+        place, (old_size, old_shared) = handler.peer.place, handler.counted
+        if size == old_size and shared is old_shared:
+            return None
+        handler.counted = size, shared
+        self.registry.reserved += size - len(shared or b"") + self._share(shared, 1) - (old_size - len(old_shared or b"")) + self._share(old_shared, -1)
+        self._waiting[place] += size - old_size
+        if not self._waiting[place]:
+            del self._waiting[place]
+        limit = self.settings.max_memory * 1_000_000
+        if size <= old_size:
+            return None
+        if self._waiting[place] > limit // MEMORY_SHARE and handler.peer.address not in self.proxies:
+            return TooMany("memory_per_client", "too much waits in the connections from your address")
+        if self.registry.counts().stored + self.registry.reserved > limit:
+            return Full("memory", "the server's memory for requests is full")
+        return None
+
+    def _share(self, shared: Optional[bytes], change: int) -> int:
+        """By how many bytes memory grows when one connection more, or less, sends these."""
+        if shared is None:
+            return 0
+        before = self._sharers[id(shared)]
+        self._sharers[id(shared)] += change
+        if before + change == 0:
+            del self._sharers[id(shared)]
+            return -len(shared)
+        return 0 if before else len(shared)
+
     def service_actions(self) -> None:
         """Called ten times a second."""
         self.registry.expire_games()
@@ -2419,11 +2466,12 @@ class LogThread(logging.Handler):
         except queue.Full:
             self._lost += 1
 
-    def end(self, patience: float = 0.5) -> None:
-        """Write what there is, within patience (seconds)."""
+    def end(self, patience: float = 0.5) -> bool:
+        """Write what there is, within patience (seconds); whether that was enough."""
         with contextlib.suppress(queue.Full):
             self._records.put_nowait(None)
             self._thread.join(patience)
+        return not self._thread.is_alive()
 
     def _write(self) -> None:
         for record in iter(self._records.get, None):
@@ -2539,6 +2587,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     writer.setFormatter(JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[writer])
     allow_many_files()
+    sys.setswitchinterval(0.001)    # seconds; while a thread of the pool is at work, the others would wait five times as long for their turn
     try:
         server = open_server(settings)
     except CannotStart as reason:
@@ -2553,7 +2602,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
             time.sleep(3600)
     except KeyboardInterrupt:
         server.stop()
-        writer.end()
+        if not writer.end():
+            os._exit(0)     # Python's own end would wait for the stream that this thread still writes to
     return 0
 
 

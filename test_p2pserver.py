@@ -2699,7 +2699,7 @@ def test_what_is_stored_is_counted_and_nothing_remains_when_all_is_gone(seed, cl
 
 
 def test_requests_that_do_not_come_whole_count_until_they_are_gone(serve):
-    api = serve(max_memory=1, max_body=300_000)
+    api = serve(max_memory=1, max_body=300_000, trusted_proxies="127.0.0.1")
     half = b"POST /games/poll HTTP/1.1\r\nHost: h\r\nContent-Length: 300000\r\n\r\n" + b" " * 280_000
     with contextlib.ExitStack() as stack:
         raws = [stack.enter_context(Raw(api, half)) for _ in range(3)]
@@ -2713,20 +2713,90 @@ def test_requests_that_do_not_come_whole_count_until_they_are_gone(serve):
     wait_until(lambda: api.server.registry.reserved == 0)
 
 
-def test_answers_that_are_not_read_count_but_for_the_list_which_is_one_for_all(serve):
-    api = serve()
-    for i in range(500):
-        api.register_game(f"game {i}", info={"text": "x" * 1000})
+def test_one_client_has_a_share_of_the_memory_for_what_waits(serve):
+    api = serve(max_memory=1)
+    half = b"POST /games/poll HTTP/1.1\r\nHost: h\r\nContent-Length: 16000\r\n\r\n" + b" " * 15_000
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(Raw(api, half)) for _ in range(8)]
+        wait_until(lambda: api.server.registry.reserved == 8 * 15_000)
+        assert ask(api, "127.0.0.1", half).status == 429 and refused(api, "memory_per_client") == 1
+        with Raw(api, half, "127.0.0.2") as other:
+            assert is_silent(other) and all(is_silent(raw, 0) for raw in raws)
+    wait_until(lambda: not api.server._waiting and not api.server.registry.reserved)
+
+
+class Deaf(Raw):
+    """A client that asks for much and does not read it; bytes that the server counts for all of them."""
+
+    def __init__(self, api, data, source=None):
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        if source:
+            self.socket.bind((source, 0))
+        self.socket.connect(("127.0.0.1", api.port))
+        self.stream = self.socket.makefile("rb")
+        before = sum(bool(handler.unsent) for handler in api.server.loop.handlers)
+        self.socket.sendall(data)
+        wait_until(lambda: sum(bool(handler.unsent) for handler in api.server.loop.handlers) > before)
+
+
+def test_lists_that_are_not_read_count_once_for_each_version(serve):
+    api = serve(max_memory=1000, max_body=10_000_000, max_games_per_client=10_000)
+    for i in range(9000):
+        api.server.registry.register_game(f"game {i}", HOST, b'{"text":"' + b"x" * 900 + b'"}')
+    size, data = len(api.list_games().content), b"GET /games HTTP/1.1\r\nHost: h\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for lists, client in ((1, 1), (1, 2), (2, 3)):
+            if client == 3:
+                assert api.register_game("one more").ok
+            stack.enter_context(Deaf(api, data, f"127.0.0.{client}"))
+            wait_until(lambda lists=lists: lists * size <= api.server.registry.reserved < (lists + 0.1) * size)
+    wait_until(lambda: api.server.registry.reserved == 0 and not api.server._sharers)
+
+
+def test_answers_that_are_not_read_count(serve):
+    api = serve(max_guests=500)
     api.register_game("castle")
-    for i in range(64):
-        api.start_game("castle", f"guest {i}", ["x" * 500] * 16)
-    with Raw(api, (b"GET /games HTTP/1.1\r\nHost: h\r\n\r\n") * 60) as deaf:
-        wait_until(lambda: any(handler.unsent for handler in api.server.loop.handlers))
-        assert api.server.registry.reserved < 10_000
-        deaf.socket.shutdown(socket.SHUT_RDWR)
-    with Raw(api, poll("castle") * 40):
-        wait_until(lambda: api.server.registry.reserved > 300_000)
+    for i in range(500):
+        api.server.registry.start_game("castle", f"guest {i}", ("x" * 500,) * 16)
+    with Deaf(api, poll("castle") + GET):
+        assert 4_000_000 < api.server.registry.reserved < 5_000_000
     wait_until(lambda: api.server.registry.reserved == 0)
+
+
+def test_what_an_idle_connection_sent_is_forgotten(serve):
+    api = serve()
+    api.register_game("castle")
+    long = b"\r\n".join(b"X-%d: %s" % (i, b"v" * 300) for i in range(90))
+    with Raw(api, poll("castle", long)) as idle, Raw(api, poll("castle", long + b"\r\n" + WAIT_20)) as held:
+        assert idle.answer().status == 200
+        wait_until(lambda: holding(api) == 1)
+        for handler in list(api.server.loop.handlers):
+            assert sum(map(sys.getsizeof, reachable([handler.head, handler.body, handler.buffer, handler.answer_body]))) < 3000
+        api.start_game("castle")
+        assert held.answer().status == 200
+
+
+def test_a_list_that_changes_all_the_time_takes_a_fifth_of_the_time_at_the_most(clock):
+    """A registry that takes its time to list stands for one with many games."""
+    class Slow(Registry):
+        def list_games(self):
+            time.sleep(0.05)
+            return super().list_games()
+
+    registry = Slow(Settings(), clock)
+    listing, began = p2pserver.Listing(registry), time.monotonic()
+    for i in range(4):
+        registry.register_game(f"game {i}", HOST)
+        assert f"game {i}".encode() in listing.get()[0], "it is never old"
+    assert time.monotonic() - began > 4 * 0.05 + 3 * 0.2
+
+
+@pytest.mark.parametrize("change", [{}, {"listed": True}, {"info": {"map": "castle"}}], ids=str)
+def test_a_description_that_changes_nothing_does_not_change_the_list(change, api, name):
+    api.register_game(name, info={"map": "castle"})
+    before = api.server.registry.listing
+    assert api.update_game(name, **change).ok and api.server.registry.listing == before
 
 
 # ---- proxies --------------------------------------------------------------------------------------------------------
@@ -3116,6 +3186,23 @@ def test_a_log_that_nobody_reads_keeps_nobody_waiting_and_says_what_was_lost(log
     lost = int(next(line for line in stream.lines if "lost" in line).split()[0])
     wait_until(lambda: len(stream.lines) == 100 - lost + 1)
     assert stream.lines[0] == "line 0\n" and 85 <= lost <= 90
+
+
+def test_a_log_that_nobody_reads_does_not_keep_the_process_from_its_end():
+    reader, writer = os.pipe()
+    with contextlib.closing(os.fdopen(reader)), os.fdopen(writer, "w") as stuck:
+        process = subprocess.Popen([sys.executable, SERVER, "--port", "0", "--no-stun", "--access-log"], env=variables(P2P_HOST="127.0.0.1"),
+                                   stdout=subprocess.PIPE, stderr=stuck, text=True)
+        try:
+            process.port = int(re.search(r":(\d+)/", process.stdout.readline())[1])
+            for _ in range(8):
+                with Raw(process, (b"GET /" + b"x" * 1000 + b" HTTP/1.1\r\nHost: h\r\n\r\n") * 20) as raw:
+                    assert [raw.answer().status for _ in range(20)] == [404] * 20      # two pipes full of log lines
+            process.terminate()
+            assert process.wait(WAIT) == 0
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def test_a_log_whose_disk_is_full_goes_on_when_there_is_room_again(log_thread):
