@@ -137,6 +137,9 @@ class Option(NamedTuple):
         return value
 
 
+UNKNOWN = "unknown"     # stands for the address of a client of which its proxies tell nothing, or not the same
+
+
 class Networks:
     """Addresses and networks with commas between, as "192.0.2.1, 2001:db8::/32"; ValueError if the text is anything else."""
 
@@ -147,7 +150,7 @@ class Networks:
             raise ValueError("must be IP addresses and networks with commas between") from None
 
     def __contains__(self, address: str) -> bool:
-        return any(ipaddress.ip_address(address) in network for network in self._networks)
+        return address != UNKNOWN and any(ipaddress.ip_address(address) in network for network in self._networks)
 
 
 OPTIONS = (
@@ -167,6 +170,7 @@ OPTIONS = (
     Option("max_connections", 20000, "connections at once", 1, 10_000_000),
     Option("max_connections_per_client", 256, "connections at once of one client address", 1, 10_000_000),
     Option("max_memory", 256, "megabytes of games, guests and unfinished requests", 1, 1_000_000),
+    Option("max_guests_per_client", 16, "guests of one game at once that come from one client address", 1, 100_000),
     Option("max_wait", 25, "seconds for which a poll or start is held at the most", 0, 3600),
     Option("max_waiting", 20000, "polls and starts held at once; beyond that they are answered without waiting", 0, 10_000_000),
     Option("max_threads", 8, "threads for what takes long; connections that wait need none", 1, 10_000),
@@ -516,10 +520,10 @@ class Game:
 class Guest:
     """One guest's session with one game."""
 
-    __slots__ = ("game", "seal", "session_id", "session_key", "addresses", "changed", "reply", "replied", "hold")
+    __slots__ = ("game", "seal", "place", "session_id", "session_key", "addresses", "changed", "reply", "replied", "hold")
 
-    def __init__(self, game: Game, seal: bytes, session_id: str, session_key: str) -> None:
-        self.game, self.seal = game, seal
+    def __init__(self, game: Game, seal: bytes, place: bytes, session_id: str, session_key: str) -> None:
+        self.game, self.seal, self.place = game, seal, place
         self.session_id, self.session_key = session_id, session_key
         self.addresses: Addresses = ()
         self.changed = 0                                # version of addresses
@@ -609,7 +613,7 @@ class Registry:
     lets through, and return values that nobody changes afterwards. Each raises NotFound, Forbidden, Conflict or Full where the
     protocol says so, and then has changed nothing, but that who owns a game or session is alive.
 
-    settings: game_ttl, guest_ttl (seconds), max_games, max_games_per_client, max_guests, max_waiting, max_memory.
+    settings: game_ttl, guest_ttl (seconds), max_games, max_games_per_client, max_guests, max_guests_per_client, max_waiting, max_memory.
     clock: seconds that never go back.
     new_id: a new unguessable string at each call.
     cursor: the first version. The server passes microseconds since 1970, which is more than an earlier run can have reached,
@@ -698,10 +702,11 @@ class Registry:
             self._host_alive(game, now)
             return self._polled(game, hold.since, [])
 
-    def start_game(self, name: str, peer_id: str, addresses: Addresses, wake: Optional[Wake] = None) -> Started:
+    def start_game(self, name: str, peer_id: str, addresses: Addresses, wake: Optional[Wake] = None, place: bytes = b"") -> Started:
         """Join a game as a guest, or say that one is still there. With wake, and while there is room, it is held until the host has addresses.
 
-        NotFound; Conflict: the host's own game; Full: there are max_guests, or no memory for it.
+        place stands for the client's address. NotFound; Conflict: the host's own game; Full: there are max_guests, or no memory for it.
+        TooMany: max_guests_per_client come from the place.
         """
         seal = self._seal(peer_id)
         with self._turn() as now:
@@ -712,8 +717,10 @@ class Registry:
             if guest is None:
                 if len(game.guests) >= self._settings.max_guests:
                     raise Full("guests", f"the game has {len(game.guests)} guests, which is all this server takes")
+                if sum(each.place == place for each in game.guests.values()) >= self._settings.max_guests_per_client:
+                    raise TooMany("guests_per_client", "the game has as many guests from your address as it may have")
                 self._store(GUEST_WEIGHT + weight(addresses), is_new=True)
-                guest = game.guests[seal] = Guest(game, seal, self._new_id(), self._new_id())
+                guest = game.guests[seal] = Guest(game, seal, place, self._new_id(), self._new_id())
                 self._guest_moved(guest, addresses)
                 self.listing += 1
                 self.events.append(Event("start_game", name, f"guests: {len(game.guests)}"))
@@ -1057,7 +1064,7 @@ class Buckets:
             return 0.0
         now, index = self._clock(), hash(place) % BUCKETS
         full_at = max(self._full_at[index], now) + self._interval
-        if full_at > now + self._depth:
+        if full_at > now + self._depth + 1e-6:      # sums of fractions are not exact
             return full_at - now - self._depth
         self._full_at[index] = full_at
         return 0.0
@@ -1242,7 +1249,7 @@ def start_game(server: Server, request: Request) -> Outcome:
         body = f'{{"name":{to_json(started.name)},{session_text(started.session)},"cursor":{started.cursor},{lease}}}'
         return Answer(200 if started.session.addresses else 202, body, applied_wait(0 if crowded else wait))
 
-    started = registry.start_game(fields["name"], fields["peerId"], fields["addresses"], request.wake if wait else None)
+    started = registry.start_game(fields["name"], fields["peerId"], fields["addresses"], request.wake if wait else None, request.client.place)
     if started.hold:
         return held(registry, wait, started.hold, registry.resume_start, answer)
     return answer(started, crowded=bool(wait and not started.session.addresses))
@@ -1562,36 +1569,43 @@ def client_of(host: str) -> Client:
 def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -> Client:
     """Who asks, where the connection comes from peer: if that is one of the proxies, the last address that they tell of and is none of theirs.
 
-    What anybody else says of it is ignored, but for this: who speaks for others is not taken for a user of this machine. If proxies
-    contradict each other, or tell of no address, the client is the proxy.
+    What anybody else says of it is ignored, but for this: who speaks for others is not taken for a user of this machine. All of whom proxies
+    tell nothing, or contradict each other, are one client.
     """
-    fields = [headers[name] for name in ("x-forwarded-for", "forwarded") if name in headers]
-    if not fields:
+    if "x-forwarded-for" not in headers and "forwarded" not in headers:
         return peer
-    proxy = client = peer._replace(is_local=False)
-    if peer.address not in proxies or len("".join(fields)) > MAX_FORWARDED:
-        return proxy
+    if peer.address not in proxies:
+        return peer._replace(is_local=False)
     told = [hops for hops in (forwarded_for(headers), x_forwarded_for(headers)) if hops]
+    client = unknown = Client(UNKNOWN, UNKNOWN.encode("ascii"), False)
     if told[1:] and told[0] != told[1]:
-        return proxy
+        return unknown
     for hop in reversed(told[0] if told else []):
         try:
             client = client_of(hop)._replace(is_local=False)
         except OSError:
-            return proxy
+            return unknown
         if client.address not in proxies:
             break
     return client
 
 
 def x_forwarded_for(headers: Mapping[str, str]) -> List[str]:
-    return [host_of(hop) for hop in headers["x-forwarded-for"].split(",")] if "x-forwarded-for" in headers else []
+    return [host_of(hop) for hop in last_hops(headers, "x-forwarded-for")]
 
 
 def forwarded_for(headers: Mapping[str, str]) -> List[str]:
     """RFC 7239 section 4."""
-    pairs = [pair.strip().partition("=") for hop in headers.get("forwarded", "").split(",") for pair in hop.split(";")]
+    pairs = [pair.strip().partition("=") for hop in last_hops(headers, "forwarded") for pair in hop.split(";")]
     return [host_of(value) for name, _, value in pairs if name.lower() == "for"]
+
+
+def last_hops(headers: Mapping[str, str], name: str) -> List[str]:
+    """The members of such a field; of a long one the last, for these are the proxies'."""
+    text = headers.get(name, "")
+    if len(text) > MAX_FORWARDED:
+        text = text[-MAX_FORWARDED:].partition(",")[2]
+    return text.split(",") if text else []
 
 
 def host_of(hop: str) -> str:
@@ -1635,13 +1649,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection = server.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         self.connection, self.server = connection, server
         self.is_shaking = bool(server.tls)  # whether the handshake of TLS is still to be done
-        self.shakes_on = selectors.EVENT_READ   # what it waits for
+        self.reads_on = selectors.EVENT_READ    # the event after which more can be read, or the handshake goes on: TLS may have to write first
         self.peer = self.client = client_of(client_address[0])      # the other end, and who asks through it
         self.buffer = bytearray()           # what has come and is not served yet
         self.head = NO_HEAD                 # of the request that is served, or whose body is to come
         self.has_head = False               # whether a body is to come
         self.body = b""
-        self.began = time.monotonic()       # when the request in the buffer began to come, or the handshake
+        self.began = self.moved = time.monotonic()      # when the request in the buffer began to come, or the handshake; when a byte last came or went
+        self.paused_until = 0.0             # it has asked too much, and is not served before
         self.requests = 0                   # how many have come; the number of the one that is served
         self.operation = "none"             # the name of its endpoint
         self.unsent: collections.deque[Union[bytes, memoryview]] = collections.deque()    # the rest of an answer that the client has not read yet
@@ -1677,7 +1692,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def on_ready(self) -> bool:
         """Something has come, or can be sent; or may, for it does no harm to look."""
-        if self.is_away:
+        if self.is_away or self.paused_until:
             return True
         if self.is_shaking:
             return self.begin_to_shake()
@@ -1693,6 +1708,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def on_late(self) -> bool:
         """The deadline is over."""
+        if self.paused_until:
+            self.paused_until = 0.0
+            return self.on_ready()
         if self.held:
             self.resume()
         elif self.is_shaking or self.unsent or self.close_connection or self.is_between_requests or self.is_away:
@@ -1720,7 +1738,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if error:
             raise error
         self.is_away = False
-        self.shakes_on = waits_for
+        self.reads_on = waits_for
         self.is_shaking = bool(waits_for)
         return self.is_shaking or self.on_ready()
 
@@ -1735,35 +1753,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.held:
             self.resume()
             return True
-        return not self.is_shaking and self.on_ready()
+        return not self.is_shaking and not self.paused_until and self.on_ready()
 
     def wait(self) -> bool:
         """Have the loop watch for what can happen next; False if that is nothing."""
-        problem = self.count_bytes()
+        problem = None if self.is_away else self.count_bytes()
         if problem:
             self.server.refused[problem.limit] += 1
-            if self.held or self.unsent or self.is_away:    # an answer is to come before this refusal could
+            if self.held or self.unsent or self.close_connection:   # an answer is to come before this refusal could, or was the last
                 return False
             self.refuse(problem)
+            self.count_bytes()
         if self.is_away:
             events, deadline = 0, NEVER
         elif self.is_shaking:
-            events, deadline = self.shakes_on, self.began + REQUEST_TIME
+            events, deadline = self.reads_on, self.began + REQUEST_TIME
         elif self.held:     # its client can hang up, or send the next request early, which then waits
-            events, deadline = 0 if self.buffer else selectors.EVENT_READ, self.held_until
+            events, deadline = 0 if self.buffer else self.reads_on, self.held_until
         elif self.unsent:
-            events, deadline = selectors.EVENT_WRITE, time.monotonic() + SEND_TIME
+            events, deadline = selectors.EVENT_WRITE, self.moved + SEND_TIME
         elif self.close_connection:
             events, deadline = selectors.EVENT_READ, self.cut_at
             if not self.lingers():
                 return False
+        elif self.paused_until:
+            events, deadline = 0, self.paused_until
         elif self.is_between_requests:
-            events, deadline = selectors.EVENT_READ, time.monotonic() + self.server.settings.idle_timeout
+            events, deadline = self.reads_on, self.moved + self.server.settings.idle_timeout
             self.head, self.answer_body = NO_HEAD, b""      # thousands may be idle
             if self.server.stopping:
                 return False
         else:
-            events, deadline = selectors.EVENT_READ, self.began + REQUEST_TIME
+            events, deadline = self.reads_on, self.began + REQUEST_TIME
         self.server.loop.watch(self, events, deadline)
         return True
 
@@ -1805,7 +1826,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             outcome = (selectors.EVENT_READ,)
         except ssl.SSLWantWriteError:
             outcome = (selectors.EVENT_WRITE,)
-        except (OSError, ValueError) as error:      # ValueError: it was closed meanwhile
+        except (OSError, ValueError, AttributeError) as error:      # it may have been closed meanwhile
             outcome = 0, OSError(*error.args)
         self.server.loop.call(self.serve, self.on_shaken, *outcome)
 
@@ -1823,17 +1844,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self) -> bool:
         """Take what has come; False if that is nothing, or the client has hung up."""
+        self.reads_on = selectors.EVENT_READ
         try:
             data = self.connection.recv(65536)
-        except self.server.not_now:
+        except self.server.not_now as error:
+            if isinstance(error, self.server.not_before_writing):
+                self.reads_on = selectors.EVENT_WRITE
             return False
         if not data:
             if not self.held and not self.is_between_requests:
                 raise Problem("the request ended early")
             self.has_hung_up = True
             return False
+        self.moved = time.monotonic()
         if self.is_between_requests:
-            self.began = time.monotonic()
+            self.began = self.moved
         self.buffer += data
         if self.server.tls and self.connection.pending():
             self.server.loop.call(self.serve, self.on_ready)        # nothing more need come for it
@@ -1907,9 +1932,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def call_endpoint(self) -> Optional[Outcome]:
         """Find the route, check the fields, and call its endpoint; None if a thread of the pool does that."""
-        pause = self.server.buckets.take(self.client.place)
+        pause = math.ceil(self.server.buckets.take(self.client.place))
         if pause:
-            raise TooMany("rate", "too many requests come from your address", Retry_After=str(math.ceil(pause)))
+            self.paused_until = time.monotonic() + pause    # or its next requests would cost time, too
+            raise TooMany("rate", "too many requests come from your address", Retry_After=str(pause))
         method, target, headers = self.head.method, self.head.target, self.head.headers
         if method == "OPTIONS" and target == "*":
             return self.options({route.method for route in ROUTES})
@@ -2000,6 +2026,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             while self.unsent:
                 sent = self.connection.send(self.unsent[0])
+                self.moved = time.monotonic()
                 if sent == len(self.unsent[0]):
                     self.unsent.popleft()
                 else:
@@ -2230,7 +2257,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = False
         # With TLS what is not there yet has names of its own.
         self.not_now: Tuple[Any, ...] = (BlockingIOError,)
+        self.not_before_writing: Tuple[Any, ...] = ()
         self.tls: Any = None
+        self.certificate_is_old = False
         self.load_certificate()
         self.proxies = Networks(settings.trusted_proxies)
         self.buckets = Buckets(settings.rate, settings.burst)
@@ -2246,7 +2275,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._cors = (f"Access-Control-Allow-Origin: {settings.cors_origin}\r\n"
                       "Access-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n") if settings.cors_origin else ""
         self._fixed_fields = (0, "")        # the second they were made in, and the fields
-        self._serving = threading.Thread(target=self.serve_forever, name="serve", daemon=True)
+        self._is_serving, self._has_served = False, threading.Event()
         host = settings.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         address: Any
         try:
@@ -2268,6 +2297,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)
         self.loop.add(self.socket, self.accept_connections)
 
+    def renew_certificate(self) -> None:
+        """Load the certificate anew, if that was asked for. One that is no good is not used, and the old one stays."""
+        if self.certificate_is_old:
+            self.certificate_is_old = False
+            try:
+                self.load_certificate()
+                log.info("the certificate was loaded anew")
+            except CannotStart as reason:
+                log.error("%s; the old one stays in use", reason)
+
     def load_certificate(self) -> None:
         """Have new connections use what --tls-cert and --tls-key hold now. CannotStart: they are no good, and nothing has changed."""
         if not self.settings.tls_cert:
@@ -2281,7 +2320,8 @@ class Server(http.server.ThreadingHTTPServer):
             context.load_cert_chain(self.settings.tls_cert, self.settings.tls_key or None, password="")
         except (OSError, ValueError) as error:
             raise CannotStart(f"the certificate cannot be used: {error}; look at --tls-cert and --tls-key") from None
-        self.not_now = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        self.not_now, self.not_before_writing = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError), (ssl.SSLWantWriteError,)
         self.tls = context
 
     def server_bind(self) -> None:
@@ -2303,16 +2343,17 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve in threads of its own, and return."""
-        self._serving.start()
+        self._is_serving = True
+        threading.Thread(target=self.serve_forever, name="serve", daemon=True).start()
         if self.stun:
             self.stun.start()
 
     def stop(self, grace: float = 0.6) -> None:
         """Accept no more, let the requests that have come be answered within grace (seconds), and close."""
         self.stopping = True
-        if self._serving.is_alive():
+        if self._is_serving:
             self.loop.call(self._begin_to_stop, grace)
-            self._serving.join()
+            self._has_served.wait()
         if self.stun:
             self.stun.stop()
         self.loop.close()
@@ -2324,10 +2365,18 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         """Serve in this thread until another calls stop()."""
-        self.loop.run(self._every_tenth)
+        self._is_serving = True
+        try:
+            self.loop.run(self._every_tenth)
+        finally:
+            self._is_serving = False
+            self._has_served.set()
 
     def _every_tenth(self) -> bool:
-        self.service_actions()
+        try:
+            self.service_actions()
+        except Exception:       # those who are connected are to be served all the same
+            log.exception("what is due ten times a second failed")
         if self._is_paused:
             self._is_paused = False
             self.loop.add(self.socket, self.accept_connections)
@@ -2335,7 +2384,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _begin_to_stop(self, grace: float) -> None:
         self._ends_at = time.monotonic() + grace
-        self.accept_connections()       # who has connected, and perhaps asked, is still served
+        for _ in range(self.request_queue_size // ACCEPTED_AT_ONCE + 1):     # who has connected, and perhaps asked, is still served
+            self.accept_connections()
         if not self._is_paused:
             self.loop.remove(self.socket)
         self._is_paused = False
@@ -2367,8 +2417,12 @@ class Server(http.server.ThreadingHTTPServer):
         place, settings = handler.peer.place, self.settings
         self.loop.handlers.add(handler)
         self._places[place] += 1
-        # Proxies speak for many.
-        mine = 0 if handler.peer.address in self.proxies else self._places[place] - settings.max_connections_per_client
+        is_proxy = handler.peer.address in self.proxies     # it speaks for many
+        if handler.is_shaking and not is_proxy and self.buckets.take(place):    # a handshake counts as a request, and is more work
+            self.refused["rate"] += 1
+            handler.close()
+            return
+        mine = 0 if is_proxy else self._places[place] - settings.max_connections_per_client
         all_others = len(self.loop.handlers) - settings.max_connections
         if mine <= 0 and all_others <= 0:
             handler.serve(handler.on_ready)
@@ -2468,9 +2522,10 @@ class LogThread(logging.Handler):
 
     def end(self, patience: float = 0.5) -> bool:
         """Write what there is, within patience (seconds); whether that was enough."""
+        deadline = time.monotonic() + patience
         with contextlib.suppress(queue.Full):
-            self._records.put_nowait(None)
-            self._thread.join(patience)
+            self._records.put(None, timeout=patience)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
         return not self._thread.is_alive()
 
     def _write(self) -> None:
@@ -2560,13 +2615,9 @@ def stop_on_signal() -> None:
 
 
 def renew_on_signal(server: Server) -> None:
-    """Make SIGHUP load a renewed certificate. Connections that there are go on; one that is no good is not used, and the old one stays."""
+    """Make SIGHUP have a renewed certificate loaded. Where there is none, it ends the process, as it does by itself."""
     def renew(number: int, frame: Any) -> None:
-        try:
-            server.load_certificate()
-            log.info("the certificate was loaded anew")
-        except CannotStart as reason:
-            log.error("%s; the old one stays in use", reason)
+        server.certificate_is_old = True
 
     if server.tls and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, renew)
@@ -2577,7 +2628,8 @@ def allow_many_files() -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):     # ImportError: there is no such limit here
         import resource
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        # Where the limit is endless, as on macOS, the system may not allow that much all the same.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 10240, hard))
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -2599,7 +2651,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         server.start()
         say(f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it")
         while True:
-            time.sleep(3600)
+            time.sleep(0.5)     # a signal that another thread has taken is acted upon when this one wakes
+            server.renew_certificate()
     except KeyboardInterrupt:
         server.stop()
         if not writer.end():
