@@ -1237,7 +1237,7 @@ def poll_game(server: Server, request: Request) -> Outcome:
                                 request.wake if wait else None)
     if polled.hold:
         return held(registry, wait, polled.hold, registry.resume_poll, answer)
-    return answer(polled, crowded=bool(wait and not polled.guests and not polled.gone))
+    return answer(polled, is_crowded(server, wait, bool(polled.guests or polled.gone)))
 
 
 def start_game(server: Server, request: Request) -> Outcome:
@@ -1252,13 +1252,21 @@ def start_game(server: Server, request: Request) -> Outcome:
     started = registry.start_game(fields["name"], fields["peerId"], fields["addresses"], request.wake if wait else None, request.client.place)
     if started.hold:
         return held(registry, wait, started.hold, registry.resume_start, answer)
-    return answer(started, crowded=bool(wait and not started.session.addresses))
+    return answer(started, is_crowded(server, wait, bool(started.session.addresses)))
 
 
 def held(registry: Registry, wait: int, hold: Hold, resume: Callable[[Hold], Any], answer: Callable[[Any, bool], Answer]) -> Held:
     """A poll or start that answer() puts into words when it is resumed. Who asked twice at once counts as crowded: two hosts with one
     peerId would chase each other."""
     return Held(wait, lambda: answer(resume(hold), hold.replaced), lambda: registry.let_go(hold))
+
+
+def is_crowded(server: Server, wait: int, is_news: bool) -> bool:
+    """Whether a poll or start that is not held wished to be, and had no place."""
+    crowded = wait > 0 and not is_news
+    if crowded:
+        server.refused["waiting"] += 1
+    return crowded
 
 
 def applied_wait(seconds: int) -> Dict[str, str]:
@@ -2230,6 +2238,7 @@ class CannotStart(Exception):
 
 
 class CannotListen(CannotStart):
+    """An address is in use, not this machine's, or not permitted."""
 
     def __init__(self, protocol: str, host: str, port: int, error: OSError) -> None:
         where = f"{protocol} port {port}" + (f" of {host}" if host else "")

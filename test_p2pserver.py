@@ -2057,6 +2057,7 @@ def test_where_no_more_can_be_held_the_answer_comes_at_once_and_asks_for_patienc
         wait_until(lambda: holding(api) == 1)
         answer = api.poll_game("island", wait=20)
         assert answer.status_code == 200 and answer.json()["pollAfter"] > 2 and "Preference-Applied" not in answer.headers
+        assert api.server.refused["waiting"] == 1
 
 
 def test_after_a_poll_that_was_held_to_its_deadline_the_connection_goes_on(serve):
