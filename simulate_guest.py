@@ -8,6 +8,7 @@
 import argparse
 import json
 import random
+import signal
 import statistics
 import sys
 import time
@@ -114,6 +115,7 @@ def join(name, options):
 def main():
     options = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell starts what runs in its background with SIGINT ignored
     try:
         chosen = choose(options, p2pclient.RendezvousClient(options.server, patience=PATIENCE))
         results = [join(name, options) for name in chosen]
