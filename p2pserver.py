@@ -1655,7 +1655,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if server.tls:
             connection = server.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-        self.connection, self.server = connection, server
+        self.connection, self.client_address, self.server = connection, client_address, server
         self.is_shaking = bool(server.tls)  # whether the handshake of TLS is still to be done
         self.reads_on = selectors.EVENT_READ    # the event after which more can be read, or the handshake goes on: TLS may have to write first
         self.peer = self.client = client_of(client_address[0])      # the other end, and who asks through it

@@ -2280,7 +2280,7 @@ def test_a_request_whose_time_is_over_when_it_gets_its_turn_is_refused(serve, mo
         api.server.registry.start_game("castle", f"guest {i}", ("x" * 500,) * 16)
     with Raw(api) as raw:
         raw.send(poll("castle") + b"GET /")
-        wait_until(lambda: any(handler.unsent for handler in api.server.loop.handlers))
+        wait_until(lambda: deaf_ports(api))
         time.sleep(0.5)
         assert len(json.loads(raw.answer().body)["guests"]) == 500
         assert raw.answer().status == 408 and raw.is_closed()
@@ -2765,6 +2765,11 @@ def test_one_client_has_a_share_of_the_memory_for_what_waits(serve):
     wait_until(lambda: not api.server._waiting and not api.server.registry.reserved)
 
 
+def deaf_ports(api):
+    """The ports of the clients for whom a part of an answer waits."""
+    return [handler.client_address[1] for handler in list(api.server.loop.handlers) if handler.unsent]
+
+
 class Deaf(Raw):
     """A client that asks for much and does not read it; bytes that the server counts for all of them."""
 
@@ -2775,9 +2780,8 @@ class Deaf(Raw):
             self.socket.bind((source, 0))
         self.socket.connect(("127.0.0.1", api.port))
         self.stream = self.socket.makefile("rb")
-        before = sum(bool(handler.unsent) for handler in api.server.loop.handlers)
         self.socket.sendall(data)
-        wait_until(lambda: sum(bool(handler.unsent) for handler in api.server.loop.handlers) > before)
+        wait_until(lambda: self.socket.getsockname()[1] in deaf_ports(api))
 
 
 def test_lists_that_are_not_read_count_once_for_each_version(serve):
