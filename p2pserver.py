@@ -1960,7 +1960,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 check_media_type(headers)
             fields = validate(parse_body(self.body) if self.body else bearer(headers), route.fields, self.client.is_local)
         loop = self.server.loop
-        request = Request(name, fields, headers, self.client, functools.partial(loop.call, self.serve, self.on_news, self.requests))
+        request = Request(name, fields, headers, self.client, functools.partial(loop.tell, self.serve, self.on_news, self.requests))
         if route.takes_long and route.takes_long(self.server):
             self.server.pool.submit(functools.partial(self.work, route.endpoint, request))
             self.is_away = True
@@ -2134,7 +2134,7 @@ class Pool:
 
 class Loop:
     """The turns of the one thread that serves all connections: it sleeps until something happens to one of them, a deadline passes,
-    or another thread calls. All but call() is for that thread alone, and so needs no lock."""
+    or another thread calls. All but call() and tell() is for that thread alone, and so needs no lock."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -2160,6 +2160,14 @@ class Loop:
         if threading.get_ident() != self._thread:
             with contextlib.suppress(OSError):      # BlockingIOError among them: so many bytes wake it as well
                 self._waker.send(b".")
+
+    def tell(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Have the thread call a function: at once, if this is it. So a host has its guest's addresses before the guest has its, and knows the
+        guest when the first datagram comes. For any thread."""
+        if threading.get_ident() == self._thread:
+            self._do(function, *arguments)
+        else:
+            self.call(function, *arguments)
 
     def watch(self, handler: Handler, events: int, deadline: float) -> None:
         """Tell a connection when one of the events of selectors is there, or when it is late."""

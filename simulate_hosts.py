@@ -148,7 +148,7 @@ def main():
     for thread in closing:
         thread.join()
     if games:
-        print(f"{len(games)} games are deleted", flush=True)
+        print(f"{len(games)} games are no longer on offer", flush=True)
     return status
 
 

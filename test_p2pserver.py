@@ -1929,6 +1929,18 @@ def test_a_held_poll_is_answered_at_once_when_a_guest_comes(serve):
         assert answer.headers["preference-applied"] == "wait=20"
 
 
+def test_a_host_is_told_of_a_guest_before_the_guest_of_the_host(serve):
+    """Else the first datagram of the guest would come to a host that does not know it yet."""
+    api = serve()
+    api.register_game("castle")
+    api.poll_game("castle")
+    for i in range(50):
+        with Raw(api, poll("castle", WAIT_20, after=api.server.registry._cursor)) as host:
+            wait_until(lambda: holding(api) == 1)
+            assert api.start_game("castle", f"guest {i}").json()["addresses"] and not is_silent(host, 0)
+            assert host.answer().status == 200
+
+
 def test_only_the_host_whose_guest_came_is_answered(serve):
     api = serve()
     for name in ("castle", "island"):
@@ -4546,7 +4558,7 @@ def test_hosts_and_guests_find_each_other_again_after_a_restart_of_the_server(st
 def test_hosts_end_after_their_time(start_server, program):
     url = url_of(start_server())
     status, text = program("simulate_hosts.py", "--server", url, "--duration", "0.5").end()
-    assert status == 0 and "3 games are deleted" in text and p2pclient.RendezvousClient(url).list_games() == []
+    assert status == 0 and "3 games are no longer on offer" in text and p2pclient.RendezvousClient(url).list_games() == []
 
 
 def test_hosts_choose_another_name_where_one_is_taken(start_server, program):
