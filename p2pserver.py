@@ -1942,7 +1942,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Find the route, check the fields, and call its endpoint; None if a thread of the pool does that."""
         pause = math.ceil(self.server.buckets.take(self.client.place))
         if pause:
-            self.paused_until = time.monotonic() + pause    # or its next requests would cost time, too
+            if self.peer.address not in self.server.proxies:    # a proxy's connection is for others as well
+                self.paused_until = time.monotonic() + min(pause, RETRY_AFTER)      # or its next requests would cost time, too
             raise TooMany("rate", "too many requests come from your address", Retry_After=str(pause))
         method, target, headers = self.head.method, self.head.target, self.head.headers
         if method == "OPTIONS" and target == "*":

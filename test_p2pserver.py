@@ -2885,6 +2885,15 @@ def test_who_asks_is_by(peer, headers, client):
     assert (found.address, found.place) == (client, b"unknown" if client == "unknown" else place(client))
 
 
+def test_a_client_over_its_rate_does_not_stop_others_on_the_connection_of_their_proxy(serve, clock):
+    api = serve(trusted_proxies="127.0.0.1")
+    limited(api, clock, 0.001, 10)
+    with Raw(api) as proxy:
+        for client, status in [*[(b"203.0.113.1", 200)] * 10, *[(b"203.0.113.1", 429)] * 3, (b"203.0.113.2", 200)]:
+            proxy.send(GET + b"X-Forwarded-For: " + client + b"\r\n\r\n")
+            assert proxy.answer().status == status
+
+
 def test_who_comes_through_a_proxy_is_not_taken_for_a_user_of_this_machine(serve):
     proxies = p2pserver.Networks("127.0.0.1")
     peer = p2pserver.client_of("127.0.0.1")
