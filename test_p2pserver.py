@@ -22,6 +22,7 @@ import random
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -3119,7 +3120,7 @@ def test_sighup_loads_the_certificate_anew_and_says_so(certificate):
         with Tls(process, GET + END) as tls:
             return tls.socket.getpeercert(binary_form=True)
 
-    with running("--port", "0", "--tls-cert", str(certificate)) as process:
+    with running("--port", "0", "--rate", "0", "--tls-cert", str(certificate)) as process:
         for text, expected in ((CERTIFICATES[1], 1), ("junk", 1), (CERTIFICATES[0], 0)):
             certificate.write_text(text)
             process.send_signal(signal.SIGHUP)
@@ -4622,13 +4623,14 @@ def without_chance(text):
     return re.sub('"cursor":[0-9]{9,}', '"cursor":0', re.sub("[0-9a-f]{32}", "0", text)).strip()
 
 
-def test_every_curl_example_prints_what_the_readme_says(start_server):
-    server = start_server(poll_after=2.0)
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_every_curl_example_prints_what_the_readme_says(serve):
+    port = serve().port
     examples = [example for block in re.findall("```console\n(.*?)```", README, re.DOTALL) for example in block.split("\n\n")]
     assert len(examples) > 9
     for example in examples:
         command, _, output = example.strip().partition("\n")
-        arguments = shlex.split(command[2:].replace("localhost:8000", f"127.0.0.1:{server.server_port}"))
+        arguments = shlex.split(command[2:].replace("localhost:8000", f"127.0.0.1:{port}"))
         found = subprocess.run([arguments[0], "-s", *arguments[1:]], capture_output=True, text=True, timeout=10).stdout
         assert without_chance(found) == without_chance(output), command
 
