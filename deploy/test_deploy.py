@@ -27,6 +27,7 @@ import urllib.parse
 import pytest
 import requests
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 import p2pclient
 import p2pserver
@@ -479,6 +480,24 @@ def test_what_might_have_been_done_is_not_sent_twice(proxy, tmp_path, certificat
         listener.settimeout(0.5)
         with pytest.raises(socket.timeout):
             listener.accept()
+
+
+# ---- Prometheus -----------------------------------------------------------------------------------------------------
+
+def test_prometheus_own_parser_reads_the_metrics(tmp_path):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with server_on(port, tmp_path), requests.Session() as session:
+        session.trust_env = False
+        game = {"name": "castle", "peerId": HOST}
+        assert [session.post(f"{url}/games/register", json=game, timeout=WAIT).status_code for _ in range(2)] == [201, 200]
+        families = {family.name: family for family in text_string_to_metric_families(session.get(f"{url}/metrics", timeout=WAIT).text)}
+    kinds = {name: family.type for name, family in families.items()}
+    assert (kinds["p2pserver_games"], kinds["p2pserver_requests"]) == ("gauge", "counter"), "the parser takes _total off"
+    assert all(name.startswith("p2pserver_") and kind in ("gauge", "counter") and families[name].documentation for name, kind in kinds.items())
+    samples = {(sample.name, *sample.labels.values()): sample.value for family in families.values() for sample in family.samples}
+    assert (samples["p2pserver_games",], samples["p2pserver_guests",]) == (1, 0) and samples["p2pserver_stored_bytes",] > 0
+    assert (samples["p2pserver_requests_total", "register_game", "201"], samples["p2pserver_requests_total", "register_game", "200"]) == (1, 1)
 
 
 # ---- systemd --------------------------------------------------------------------------------------------------------
