@@ -1,0 +1,1131 @@
+"""The tests of p2pclient and of the simulators: its parts first, then the whole with real servers and processes. Traffic goes to loopback only.
+
+The sections follow the client's.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import hmac
+import json
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import p2pclient
+import p2pserver
+from test_p2pserver import ROOT, WAIT, no_thread_stays, wait_until  # noqa: F401
+
+
+@pytest.fixture
+def start_server():
+    """Starts servers on loopback, and stops them after the test."""
+    servers = []
+
+    def start(**values):
+        server = p2pserver.open_server(p2pserver.Settings(**{"host": "127.0.0.1", "port": 0, "poll_after": 0.1, **values}))
+        server.start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def url_of(server):
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+# ---- STUN -----------------------------------------------------------------------------------------------------------
+
+KEY = "VOkJxbRl1RmTxUk/WvJxBt"      # the password of RFC 5769's sections 2.1 to 2.3
+RFC5769 = {name: bytes.fromhex(text) for name, text in {
+    "request": """000100582112a442b7e7a701bc34d686fa87dfae802200105354554e207465737420636c69656e74002400046e0001ff80290008932ff9b151263b36
+                  000600096576746a3a68367659202020000800149aeaa70cbfd8cb56781ef2b5b2d3f249c1b571a280280004e57a3bcf""",
+    "response over IPv4": """0101003c2112a442b7e7a701bc34d686fa87dfae8022000b7465737420766563746f7220002000080001a147e112a643
+                             000800142b91f599fd9e90c38c7489f92af9ba53f06be7d780280004c07d4c96""",
+    "response over IPv6": """010100482112a442b7e7a701bc34d686fa87dfae8022000b7465737420766563746f7220002000140002a1470113a9faa5d3f179bc25f4b5bed2b9d9
+                             00080014a382954e4be67bf11784c97c8292c275bfe3ed4180280004c8fb0b4c""",
+    "request with long-term key": """000100602112a44278ad3433c6ad72c029da412e00060012e3839ee38388e383aae38383e382afe382b900000015001c662f2f3439396b393534
+                                     64364f4c33346f4c394653547679363473410014000b6578616d706c652e6f72670000080014f67024656dd64a3e02b8e0712e85c9a28ca89666""",
+}.items()}
+
+
+@pytest.mark.parametrize("name", ["request", "response over IPv4", "response over IPv6"])
+def test_a_vector_of_rfc_5769_is_authentic_with_its_key_alone(name):
+    message = p2pclient.decode(RFC5769[name])
+    assert message.fingerprint
+    assert p2pclient.authentic(message, KEY)
+    assert not p2pclient.authentic(message, KEY + "x")
+
+
+def test_the_long_term_vector_of_rfc_5769_has_the_integrity_that_its_key_gives():
+    message = p2pclient.decode(RFC5769["request with long-term key"])
+    key = hashlib.md5("マトリックス:example.org:TheMatrIX".encode()).digest()
+    assert message.attributes[p2pclient.USERNAME].decode() == "マトリックス"
+    assert message.attributes[p2pclient.MESSAGE_INTEGRITY] == hmac.new(key, message.signed, "sha1").digest()
+
+
+@pytest.mark.parametrize("name, address", [("response over IPv4", ("192.0.2.1", 32853)),
+                                           ("response over IPv6", ("2001:db8:1234:5678:11:2233:4455:6677", 32853))])
+def test_the_mapped_address_of_a_vector_is_that_of_rfc_5769(name, address):
+    assert p2pclient.mapped_address(p2pclient.decode(RFC5769[name])) == address
+
+
+@pytest.mark.parametrize("address", [("192.0.2.1", 1), ("2001:db8::1", 65535)])
+def test_an_address_survives_packing(address):
+    transaction = bytes(range(12))
+    assert p2pclient.unpack_address(p2pclient.pack_address(address, transaction), transaction) == address
+
+
+def test_every_flipped_bit_of_a_check_is_noticed():
+    check = p2pclient.encode(p2pclient.REQUEST, bytes(12), [(p2pclient.USERNAME, b"session")], "key")
+    for bit in range(8 * len(check)):
+        flipped = bytearray(check)
+        flipped[bit // 8] ^= 1 << bit % 8
+        message = p2pclient.decode(bytes(flipped))
+        assert message is None or not message.fingerprint or not p2pclient.authentic(message, "key"), bit
+
+
+@pytest.mark.parametrize("junk", [b"", b"\0" * 19, b"hello, world, this is a game", RFC5769["request"][:-4], RFC5769["request"] + b"\0\0\0\0",
+                                  b"\x40" + RFC5769["request"][1:], RFC5769["request"][:4] + b"\0\0\0\0" + RFC5769["request"][8:],
+                                  struct.pack(">HHI12sHH", 1, 4, 0x2112A442, b"", 6, 9)],
+                         ids=["empty", "short", "text", "cut", "longer", "first bits", "cookie", "overrun"])
+def test_what_is_not_stun_decodes_to_nothing(junk):
+    assert p2pclient.decode(junk) is None
+
+
+def test_what_follows_the_integrity_is_not_taken():
+    inner = p2pclient.encode(p2pclient.REQUEST, bytes(12), [(p2pclient.USERNAME, b"session")], "key")[:-8]
+    added = inner + p2pclient.attribute(p2pclient.USE_CANDIDATE, b"")
+    longer = p2pclient.head(p2pclient.REQUEST, len(added) - 20 + 8, bytes(12)) + added[20:]
+    message = p2pclient.decode(longer + p2pclient.attribute(p2pclient.FINGERPRINT, p2pclient.fingerprint(longer)))
+    assert p2pclient.authentic(message, "key") and p2pclient.USE_CANDIDATE not in message.attributes
+
+
+# ---- candidates -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, address", [
+    ("203.0.113.7:4000", ("203.0.113.7", 4000)), ("[2001:db8::1]:4000", ("2001:db8::1", 4000)), ("[::ffff:203.0.113.7]:4000", ("203.0.113.7", 4000)),
+    ("224.0.0.1:4000", None), ("[ff02::1]:4000", None), ("255.255.255.255:4000", None), ("0.0.0.0:4000", None), ("[::]:4000", None),
+    ("203.0.113.7:00102499", None), ("[fe80::1%eth0]:4000", None), ("[fe80::1%\0]:4000", None), ("203.0.113.7:1023", None),
+    ("203.0.113.7:65536", None), ("203.0.113.7:", None), ("203.0.113.7", None), ("host:4000", None), ({"nat": "x"}, None),
+])
+def test_a_candidate_is_an_address_that_anybody_may_be_sent_to_or_none(text, address):
+    assert p2pclient.parse_candidate(text) == address
+
+
+def test_a_socket_has_its_own_addresses_and_loopback_only_on_request():
+    with contextlib.closing(p2pclient.open_socket()) as sock:
+        port = sock.getsockname()[1]
+        assert f"127.0.0.1:{port}" in p2pclient.gather_addresses(sock, loopback=True)
+        assert not any(map(p2pclient.is_loopback, p2pclient.gather_addresses(sock)))
+
+
+def test_the_server_reflexive_address_is_gathered_from_the_server(start_server):
+    server = start_server()
+    with contextlib.closing(p2pclient.open_socket()) as sock:
+        found = p2pclient.gather_candidates(sock, [("127.0.0.1", server.stun.port)], loopback=True)
+        assert found.mapped == ("127.0.0.1", sock.getsockname()[1]) and found.nat == "none"
+
+
+def test_without_an_answer_gathering_ends_and_says_so(monkeypatch):
+    monkeypatch.setattr(p2pclient, "STUN_PATIENCE", 0.2)
+    with contextlib.closing(p2pclient.open_socket()) as sock, contextlib.closing(p2pclient.open_socket()) as silent:
+        found = p2pclient.gather_candidates(sock, [("127.0.0.1", silent.getsockname()[1])])
+        assert found.mapped is None and found.nat == "no answer"
+
+
+def test_a_question_that_was_lost_is_asked_again():
+    """The first datagram is left unanswered."""
+    with contextlib.closing(p2pclient.open_socket()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lossy:
+        lossy.bind(("127.0.0.1", 0))
+        lossy.settimeout(5)
+
+        def answer_the_second():
+            first, _ = lossy.recvfrom(2048)
+            second, source = lossy.recvfrom(2048)
+            assert first == second
+            lossy.sendto(p2pserver.stun_answer(second, source), source)
+
+        thread = threading.Thread(target=answer_the_second)
+        thread.start()
+        assert p2pclient.ask_stun(sock, [lossy.getsockname()]) == {lossy.getsockname(): ("127.0.0.1", sock.getsockname()[1])}
+        thread.join()
+
+
+def test_an_answer_from_another_address_than_was_asked_does_not_count(monkeypatch):
+    monkeypatch.setattr(p2pclient, "STUN_PATIENCE", 0.3)
+    with contextlib.closing(p2pclient.open_socket()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked, \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        asked.bind(("127.0.0.1", 0))
+        asked.settimeout(5)
+        other.bind(("127.0.0.1", 0))
+
+        def answer_from_elsewhere():
+            request, source = asked.recvfrom(2048)
+            other.sendto(p2pserver.stun_answer(request, source), source)
+
+        thread = threading.Thread(target=answer_from_elsewhere)
+        thread.start()
+        assert p2pclient.ask_stun(sock, [asked.getsockname()]) == {}
+        thread.join()
+
+
+STUN_A, STUN_B = ("203.0.113.1", 3478), ("203.0.113.2", 3478)
+OWN = "192.168.0.2:5000"
+
+
+@pytest.mark.parametrize("seen, nat", [
+    ({}, "no answer"),
+    ({STUN_A: ("192.168.0.2", 5000)}, "none"),
+    ({STUN_A: ("198.51.100.1", 6000)}, "unknown"),
+    ({STUN_A: ("198.51.100.1", 6000), STUN_B: ("198.51.100.1", 6000)}, "endpoint-independent"),
+    ({STUN_A: ("198.51.100.1", 6000), STUN_B: ("198.51.100.1", 6001)}, "symmetric"),
+    ({STUN_A: ("198.51.100.1", 6000), STUN_B: ("2001:db8::2", 5000)}, "unknown"),
+])
+def test_the_kind_of_the_nat_follows_from_what_the_servers_saw(seen, nat):
+    assert p2pclient.candidates_from([OWN], seen, asked=True).nat == nat
+
+
+def test_a_symmetric_nat_is_told_to_the_peer_and_no_other_is():
+    symmetric = p2pclient.candidates_from([OWN], {STUN_A: ("198.51.100.1", 6000), STUN_B: ("198.51.100.1", 6001)}, asked=True)
+    assert {"nat": "symmetric"} in symmetric.published
+    assert p2pclient.candidates_from([OWN], {STUN_A: ("198.51.100.1", 6000)}, asked=True).published == [OWN, "198.51.100.1:6000"]
+
+
+def test_there_are_at_most_eight_candidates():
+    assert len(p2pclient.candidates_from([f"192.168.0.{i}:5000" for i in range(20)], {}, asked=False).addresses) == 8
+
+
+# ---- sessions -------------------------------------------------------------------------------------------------------
+# Two sessions and a network between them that is a function: who hears what one sends, and from where it seems to come.
+
+GUEST_AT, HOST_AT, STRANGER = ("198.51.100.1", 5000), ("203.0.113.1", 6000), ("192.0.2.99", 7000)
+
+
+class Wire:
+    """A guest's and a host's session on one clock. way(source, destination) is what becomes of a datagram: (source, destination), or None: lost."""
+
+    def __init__(self, way=lambda source, destination: (source, destination), guest_knows=(HOST_AT,), host_knows=(GUEST_AT,), key="key"):
+        self.now, self.way = 1000.0, way
+        self.sessions = {GUEST_AT: p2pclient.Session("session", "key", True, self.now), HOST_AT: p2pclient.Session("session", key, False, self.now)}
+        self.guest, self.host = self.sessions[GUEST_AT], self.sessions[HOST_AT]
+        self.guest.add(map(p2pclient.text_of, guest_knows))
+        self.host.add(map(p2pclient.text_of, host_knows))
+        self.sent = []      # (time, source, destination, datagram)
+
+    def send(self, source, sendings):
+        for datagram, destination in sendings:
+            self.sent.append((self.now, source, destination, datagram))
+            passage = self.way(source, destination)
+            if passage and passage[1] in self.sessions:
+                self.deliver(datagram, *passage)
+
+    def deliver(self, datagram, source, destination):
+        message = p2pclient.decode(datagram)
+        self.send(destination, self.sessions[destination].receive(message, source, self.now) if message else [])
+
+    def run(self, seconds, step=0.01):
+        end = self.now + seconds
+        while self.now < end:
+            for address, session in self.sessions.items():
+                if session.due <= self.now:
+                    self.send(address, session.tick(self.now))
+            self.now += step
+
+    def checks(self, source):
+        return [(when, destination) for when, sender, destination, datagram in self.sent
+                if sender == source and p2pclient.decode(datagram).kind == p2pclient.REQUEST]
+
+
+def test_a_guest_and_a_host_find_each_other():
+    wire = Wire()
+    wire.run(0.3)
+    assert (wire.guest.selected, wire.host.selected) == (HOST_AT, GUEST_AT)
+    assert (wire.guest.local, wire.host.local) == (GUEST_AT, HOST_AT)
+
+
+@pytest.mark.parametrize("deaf", [GUEST_AT, HOST_AT])
+def test_what_works_in_one_direction_alone_does_not_connect(deaf):
+    wire = Wire(way=lambda source, destination: None if destination == deaf else (source, destination))
+    wire.run(20)
+    assert wire.guest.selected is wire.host.selected is None
+    assert wire.guest.over == wire.host.over == p2pclient.NO_WAY
+
+
+def test_a_host_is_not_connected_before_the_guest_has_nominated():
+    wire = Wire()
+    wire.guest._encode = lambda kind, transaction, nominate=False: p2pclient.Session._encode(wire.guest, kind, transaction, nominate=False)
+    wire.run(5)
+    assert wire.guest.selected == HOST_AT and wire.host.selected is None and GUEST_AT in wire.host.heard
+
+
+def test_a_host_that_nominates_is_not_followed():
+    wire = Wire(guest_knows=())
+    wire.host._encode = lambda kind, transaction, nominate=False: p2pclient.encode(
+        kind, transaction, [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLED, bytes(8)), (p2pclient.USE_CANDIDATE, b"")], "key")
+    wire.way = lambda source, destination: (source, destination) if source == HOST_AT else None
+    wire.run(1)
+    assert wire.guest.selected is None
+
+
+def test_an_address_that_nobody_listed_is_learnt_from_an_authentic_check():
+    """The guest's router is symmetric: the host hears it from elsewhere than it was told."""
+    elsewhere = ("198.51.100.1", 9999)
+
+    def way(source, destination):
+        if source == GUEST_AT:
+            return elsewhere, destination
+        return (source, GUEST_AT) if destination == elsewhere else None
+
+    wire = Wire(way)
+    wire.run(0.3)
+    assert (wire.guest.selected, wire.host.selected) == (HOST_AT, elsewhere)
+
+
+def test_with_another_key_nothing_is_learnt():
+    wire = Wire(key="another key", guest_knows=(HOST_AT,), host_knows=())
+    wire.run(20)
+    assert wire.host.remotes == [] and not wire.host.heard and not wire.guest.heard
+
+
+def test_checks_keep_fifty_milliseconds_apart_and_end_at_a_hundred():
+    wire = Wire(way=lambda source, destination: None)
+    wire.run(20, step=0.001)
+    times = [when for when, _ in wire.checks(GUEST_AT)]
+    assert len(times) == p2pclient.MAX_CHECKS == 100
+    assert min(later - earlier for earlier, later in zip(times, times[1:])) > 0.0499
+    assert times[-1] - times[0] <= p2pclient.CHECK_TIME == 15
+    assert wire.guest.over == p2pclient.NO_WAY
+
+
+def test_checks_keep_apart_also_when_the_peer_sends_many_of_its_own():
+    wire = Wire(guest_knows=(), host_knows=())
+    for i in range(50):
+        check = p2pclient.encode(p2pclient.REQUEST, bytes([i]) * 12, [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLING, bytes(8))], "key")
+        wire.deliver(check, ("192.0.2.99", 2000 + i), HOST_AT)
+    wire.run(20, step=0.001)
+    times = [when for when, _ in wire.checks(HOST_AT)]
+    assert min(later - earlier for earlier, later in zip(times, times[1:])) > 0.0499
+    assert len(times) <= 100 and len({destination for _, destination in wire.checks(HOST_AT)}) <= p2pclient.MAX_CANDIDATES
+
+
+def test_every_address_has_its_turn():
+    many = [("203.0.113.1", 6000 + i) for i in range(8)]
+    wire = Wire(way=lambda source, destination: None, guest_knows=many)
+    wire.run(0.39)
+    assert [destination for _, destination in wire.checks(GUEST_AT)] == many
+
+
+def test_a_peer_has_at_most_eight_addresses_and_none_that_is_forbidden():
+    wire = Wire(guest_knows=[("224.0.0.1", 6000), ("203.0.113.1", 80), *(("203.0.113.1", 6000 + i) for i in range(20))])
+    assert wire.guest.remotes == [("203.0.113.1", 6000 + i) for i in range(8)]
+
+
+def test_an_address_from_which_the_peer_is_heard_takes_the_place_of_a_silent_one():
+    wire = Wire(host_knows=[("192.0.2.1", 2000 + i) for i in range(8)])
+    wire.run(1)
+    assert wire.host.selected == GUEST_AT and len(wire.host.remotes) == 8
+
+
+def test_a_replayed_check_gets_no_answer_and_changes_nothing():
+    wire = Wire()
+    wire.run(1)
+    _, _, _, check = next(sent for sent in wire.sent if sent[1] == GUEST_AT)
+    before = (wire.host.selected, list(wire.host.remotes), set(wire.host.heard))
+    assert wire.host.receive(p2pclient.decode(check), STRANGER, wire.now) == []
+    assert (wire.host.selected, wire.host.remotes, wire.host.heard) == before
+
+
+def test_an_answer_from_an_address_that_has_made_room_for_another_is_ignored():
+    wire = Wire(guest_knows=[("203.0.113.1", 6000 + i) for i in range(8)], way=lambda source, destination: None)
+    wire.run(1)
+    address = wire.guest.remotes[-1]
+    check = next(datagram for _, source, destination, datagram in wire.sent if (source, destination) == (GUEST_AT, address))
+    hosts = [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLED, bytes(8))]
+    wire.deliver(p2pclient.encode(p2pclient.REQUEST, bytes(12), hosts, "key"), STRANGER, GUEST_AT)
+    assert address not in wire.guest.remotes
+    transaction = p2pclient.decode(check).transaction
+    answer = p2pclient.encode(p2pclient.SUCCESS, transaction, [(p2pclient.XOR_MAPPED_ADDRESS, p2pclient.pack_address(GUEST_AT, transaction))], "key")
+    wire.deliver(answer, address, GUEST_AT)
+    wire.run(1)
+    assert wire.guest.selected is None
+
+
+def test_a_copy_of_an_answer_from_elsewhere_does_not_spoil_the_true_one():
+    wire = Wire()
+
+    def way(source, destination):
+        if source == HOST_AT:
+            wire.deliver(wire.sent[-1][3], STRANGER, GUEST_AT)
+        return source, destination
+
+    wire.way = way
+    wire.run(1)
+    assert wire.guest.selected == HOST_AT
+
+
+def test_the_same_check_twice_from_its_own_address_is_answered_twice():
+    wire = Wire(guest_knows=(), host_knows=())
+    check = p2pclient.encode(p2pclient.REQUEST, bytes(12), [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLING, bytes(8))], "key")
+    answers = [wire.host.receive(p2pclient.decode(check), GUEST_AT, wire.now)[0][0] for _ in range(2)]
+    assert answers[0] == answers[1] and p2pclient.decode(answers[0]).kind == p2pclient.SUCCESS
+
+
+def test_a_check_that_is_sent_back_to_its_sender_is_ignored():
+    wire = Wire()
+    wire.run(1)
+    for _, source, _, datagram in wire.sent:
+        assert wire.sessions[source].receive(p2pclient.decode(datagram), STRANGER, wire.now) == []
+    assert STRANGER not in wire.guest.heard | wire.host.heard
+
+
+def test_an_answer_from_elsewhere_than_the_check_went_proves_nothing():
+    wire = Wire(way=lambda source, destination: (("203.0.113.1", 6001), GUEST_AT) if source == HOST_AT else (source, destination), host_knows=())
+    wire.run(2)
+    assert wire.guest.selected is None
+
+
+def test_in_the_first_moments_a_guest_prefers_what_the_host_wants_more():
+    """Both addresses lead to the host; the first datagrams to the more wanted one are lost."""
+    wanted, other = HOST_AT, ("203.0.113.9", 6000)
+    wire = Wire(guest_knows=(wanted, other), host_knows=())
+
+    def way(source, destination):
+        if source == GUEST_AT:
+            return (source, HOST_AT) if destination == other or wire.now > 1000.2 else None
+        return (wanted if wire.sent[-2][2] == wanted else other, destination)
+
+    wire.way = way
+    wire.run(0.12)
+    assert wire.guest.selected == other
+    wire.run(0.3)
+    assert wire.guest.selected == wanted
+
+
+def test_later_a_guest_stays_with_what_works():
+    wanted, other = HOST_AT, ("203.0.113.9", 6000)
+    wire = Wire(guest_knows=(wanted, other), host_knows=())
+
+    def way(source, destination):
+        if source == GUEST_AT:
+            return (source, HOST_AT) if destination == other or wire.now > 1001 else None
+        return (wanted if wire.sent[-2][2] == wanted else other, destination)
+
+    wire.way = way
+    wire.run(5)
+    assert wire.guest.selected == other
+
+
+def test_consent_is_asked_for_about_every_five_seconds():
+    wire = Wire()
+    wire.run(1)
+    wire.sent.clear()
+    wire.run(60)
+    assert 9 <= len(wire.checks(GUEST_AT)) <= 16 and 9 <= len(wire.checks(HOST_AT)) <= 16
+    assert not wire.guest.over and not wire.host.over
+
+
+def test_a_peer_that_is_silent_for_thirty_seconds_is_lost():
+    wire = Wire()
+    wire.run(1)
+    wire.way = lambda source, destination: None
+    wire.run(23)
+    assert not wire.guest.over
+    wire.run(12)
+    assert re.search("silent for 3[0-2] seconds", wire.guest.over) and re.search("silent for 3[0-2] seconds", wire.host.over)
+
+
+def test_the_host_follows_a_guest_whose_address_has_changed():
+    moved = ("198.51.100.1", 5555)
+    wire = Wire()
+    wire.run(1)
+
+    def way(source, destination):
+        if source == GUEST_AT:
+            return moved, destination
+        return (source, GUEST_AT) if destination == moved else None
+
+    wire.way = way
+    wire.run(10)
+    assert wire.host.selected == moved and not wire.guest.over
+
+
+def test_a_good_bye_ends_the_other_side_at_once():
+    wire = Wire()
+    wire.run(1)
+    wire.send(GUEST_AT, wire.guest.goodbye())
+    assert wire.host.over == "the other player has left"
+
+
+def test_a_good_bye_that_was_forged_ends_nothing():
+    wire = Wire()
+    wire.run(1)
+    forged = p2pclient.encode(p2pclient.INDICATION, bytes(12), [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLING, bytes(8))], "a guess")
+    wire.deliver(forged, GUEST_AT, HOST_AT)
+    assert not wire.host.over
+
+
+def test_random_loss_of_every_third_datagram_keeps_nobody_apart():
+    chance = random.Random(5)
+    for _ in range(100):
+        wire = Wire(way=lambda source, destination: (source, destination) if chance.random() > 0.33 else None)
+        wire.run(10)
+        assert (wire.guest.selected, wire.host.selected) == (HOST_AT, GUEST_AT)
+
+
+# ---- connections ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def endpoint():
+    """Makes endpoints on loopback, and closes them after the test."""
+    made = []
+
+    def make(**values):
+        made.append(p2pclient.Endpoint(loopback=True, **values))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def pair(host, guest, session_id="session", key="key"):
+    """Connect two endpoints as a server would have them do; the host's and the guest's connection."""
+    host.expect(p2pclient.Guest(session_id, key, guest.candidates.addresses[:1]))
+    connection = guest.connect(p2pclient.Start("game", session_id, key, host.candidates.addresses[:1], 1, 60, 2))
+    return host.accept(5), connection
+
+
+def test_datagrams_go_both_ways(endpoint):
+    hosts, guests = pair(endpoint(), endpoint())
+    guests.send(b"hello")
+    assert hosts.recv(5) == b"hello"
+    hosts.send(b"")
+    assert guests.recv(5) == b""
+    assert hosts.remote_address == guests.local_address and guests.remote_address == hosts.local_address and 0 < guests.rtt < 5
+
+
+def test_a_host_has_many_guests_on_one_socket(endpoint):
+    host = endpoint()
+    pairs = [pair(host, endpoint(), f"session {i}", f"key {i}") for i in range(8)]
+    for i, (_, guests) in enumerate(pairs):
+        guests.send(b"from %d" % i)
+    for i, (hosts, guests) in enumerate(pairs):
+        assert hosts.recv(5) == b"from %d" % i
+        hosts.send(b"to %d" % i)
+        assert guests.recv(5) == b"to %d" % i
+
+
+def test_recv_waits_and_then_times_out(endpoint):
+    _, guests = pair(endpoint(), endpoint())
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        guests.recv(0.2)
+    assert time.monotonic() - began >= 0.2
+
+
+def test_recv_is_woken_by_a_datagram_and_by_the_end(endpoint):
+    hosts, guests = pair(endpoint(), endpoint())
+    got = []
+
+    def receive():
+        got.append(guests.recv())
+        try:
+            guests.recv()
+        except p2pclient.PeerLost as end:
+            got.append(str(end))
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    thread.join(0.1)
+    assert thread.is_alive() and not got
+    hosts.send(b"now")
+    wait_until(lambda: got == [b"now"])
+    hosts.close()
+    thread.join(5)
+    assert got == [b"now", "the other player has left"]
+
+
+def test_what_came_before_the_end_can_still_be_read(endpoint):
+    hosts, guests = pair(endpoint(), endpoint())
+    guests.send(b"last words")
+    guests.close()
+    assert hosts.recv(5) == b"last words"
+    with pytest.raises(p2pclient.PeerLost, match="the other player has left"):
+        hosts.recv(5)
+
+
+def test_after_the_end_nothing_can_be_sent(endpoint):
+    hosts, guests = pair(endpoint(), endpoint())
+    guests.close()
+    with pytest.raises(p2pclient.PeerLost, match="closed"):
+        guests.send(b"x")
+    with pytest.raises(p2pclient.PeerLost):
+        hosts.recv(5)
+    with pytest.raises(p2pclient.PeerLost):
+        hosts.send(b"x")
+
+
+@pytest.mark.parametrize("datagram", [bytes(1201), p2pclient.encode(p2pclient.REQUEST, bytes(12))], ids=["too long", "STUN"])
+def test_a_datagram_that_could_not_arrive_is_refused(endpoint, datagram):
+    hosts, guests = pair(endpoint(), endpoint())
+    with pytest.raises(ValueError):
+        guests.send(datagram)
+
+
+def test_datagrams_from_a_stranger_are_dropped(endpoint):
+    hosts, guests = pair(endpoint(), endpoint())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.sendto(b"from a stranger", p2pclient.parse_candidate(guests.remote_address))
+        stranger.sendto(p2pclient.encode(p2pclient.REQUEST, bytes(12), [(p2pclient.USERNAME, b"session")], "a guess"),
+                        p2pclient.parse_candidate(guests.remote_address))
+        guests.send(b"from the guest")
+        assert hosts.recv(5) == b"from the guest"
+        stranger.settimeout(0.2)
+        with pytest.raises(socket.timeout):
+            stranger.recv(2048)
+
+
+def test_a_guest_that_left_may_come_back_in_the_same_session(endpoint):
+    host = endpoint()
+    hosts, guests = pair(host, endpoint())
+    guests.close()
+    with pytest.raises(p2pclient.PeerLost):
+        hosts.recv(5)
+    hosts, guests = pair(host, endpoint())
+    guests.send(b"again")
+    assert hosts.recv(5) == b"again"
+
+
+def test_a_closed_endpoint_ends_its_connections_and_who_waits_for_more(endpoint):
+    host = endpoint()
+    hosts, guests = pair(host, endpoint())
+    waiting = threading.Thread(target=lambda: pytest.raises(p2pclient.PeerLost, host.accept))
+    waiting.start()
+    host.close()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    with pytest.raises(p2pclient.PeerLost):
+        guests.recv(5)
+
+
+def test_nothing_can_be_begun_on_a_closed_endpoint(endpoint):
+    closed = endpoint()
+    closed.close()
+    with pytest.raises(p2pclient.ConnectFailed, match="the endpoint is closed"):
+        closed.connect(p2pclient.Start("game", "session", "key", ["127.0.0.1:5000"], 1, 60, 2))
+
+
+def test_an_endpoint_works_beside_a_thousand_open_files(endpoint):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("no more than a thousand files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.enter_context(open(__file__))
+        hosts, guests = pair(endpoint(), endpoint())
+        guests.send(b"hello")
+        assert hosts.recv(5) == b"hello"
+        hosts.close()
+        guests.close()
+
+
+def test_loopback_addresses_can_be_left_out(endpoint):
+    own = endpoint()
+    assert any(map(p2pclient.is_loopback, own.candidates.addresses)) and own.leave_loopback()
+    assert not any(map(p2pclient.is_loopback, own.candidates.addresses)) and not own.leave_loopback()
+
+
+def test_loopback_candidates_of_a_peer_are_not_tried_unless_the_server_is_on_loopback(monkeypatch):
+    monkeypatch.setattr(p2pclient, "CHECK_TIME", 0.3)
+    with contextlib.closing(p2pclient.Endpoint(loopback=False)) as guest, contextlib.closing(p2pclient.open_socket()) as service:
+        service.setblocking(False)
+        with pytest.raises(p2pclient.ConnectFailed, match="no usable address"):
+            guest.connect(p2pclient.Start("game", "session", "key", [f"127.0.0.1:{service.getsockname()[1]}"], 1, 60, 2))
+        with pytest.raises(BlockingIOError):
+            service.recv(2048)
+
+
+@pytest.mark.parametrize("own, published, words", [
+    ("no answer", [], "no UDP datagram comes back to you"),
+    ("symmetric", [{"nat": "symmetric"}], "both routers give each destination another port"),
+    ("symmetric", [], "your router gives each destination another port"),
+    ("none", [{"nat": "symmetric"}], "the host's router gives each destination another port"),
+    ("none", [], "the host never answered"),
+])
+def test_a_failure_is_explained_from_what_was_seen(own, published, words):
+    session = p2pclient.Session("session", "key", True, 0.0)
+    session.over = p2pclient.NO_WAY
+    assert words in str(p2pclient.why_not(session, p2pclient.Candidates([], nat=own), published))
+
+
+# ---- the server's calls ---------------------------------------------------------------------------------------------
+
+def test_each_call_gives_what_the_server_says(start_server):
+    client = p2pclient.RendezvousClient(url_of(start_server()))
+    assert client.register_game("castle", "ada", info={"map": "x"}) == p2pclient.Registration("castle", True, 60, 0.1)
+    assert client.register_game("castle", "ada").created is False
+    start = client.start_game("castle", "ben", ["198.51.100.9:5000"])
+    assert start.addresses == []
+    poll = client.poll_game("castle", "ada", ["203.0.113.7:4000"], replies={start.session_id: ["203.0.113.7:4001"], "gone": []})
+    assert poll.guests == [p2pclient.Guest(start.session_id, start.session_key, ["198.51.100.9:5000"])] and poll.gone == ["gone"]
+    assert client.poll_game("castle", "ada", ["203.0.113.7:4000"], after=poll.cursor).guests == []
+    assert client.start_game("castle", "ben", ["198.51.100.9:5000"]).addresses == ["203.0.113.7:4001"]
+    game = p2pclient.GameInfo("castle", {"map": "x"}, 1, True)
+    assert client.list_games() == [game] and client.get_game("castle") == game
+    assert client.update_game("castle", "ada", new_name="a/b".replace("/", " & "), info={}) == p2pclient.GameInfo("a & b", {}, 1, True)
+    client.delete_game("a & b", "ada")
+    assert client.list_games() == []
+
+
+def test_a_refusal_tells_status_detail_and_the_faults_by_field(start_server):
+    client = p2pclient.RendezvousClient(url_of(start_server()))
+    with pytest.raises(p2pclient.RendezvousError) as caught:
+        client.register_game("", "")
+    assert caught.value.status == 400 and set(caught.value.errors) == {"name", "peerId"} and "name must be" in caught.value.detail
+
+
+def test_secrets_are_not_in_what_results_look_like():
+    guest, start = p2pclient.Guest("id", "hidden", []), p2pclient.Start("game", "id", "hidden", [], 1, 60, 2)
+    assert "hidden" not in repr(guest) + repr(start)
+
+
+@pytest.mark.parametrize("url", ["ftp://example.net", "http://", "http://:8000"])
+def test_what_is_no_url_of_a_server_is_refused(url):
+    with pytest.raises(ValueError):
+        p2pclient.RendezvousClient(url)
+
+
+def free_port():
+    """A port that is free for TCP and UDP."""
+    while True:
+        with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            tcp.bind(("127.0.0.1", 0))
+            with contextlib.suppress(OSError):
+                udp.bind(tcp.getsockname())
+                return tcp.getsockname()[1]
+
+
+def test_a_call_waits_for_a_server_that_is_not_up_yet(start_server):
+    port = free_port()
+    client = p2pclient.RendezvousClient(f"http://127.0.0.1:{port}")
+    games = []
+    thread = threading.Thread(target=lambda: games.append(client.list_games()))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    start_server(port=port)
+    thread.join(10)
+    assert games == [[]]
+
+
+def test_a_call_gives_up_when_its_patience_ends():
+    client = p2pclient.RendezvousClient(f"http://127.0.0.1:{free_port()}", patience=0.3)
+    with pytest.raises(p2pclient.RendezvousError, match="cannot reach .*: Connection refused") as caught:
+        client.list_games()
+    assert caught.value.status == 0
+
+
+def test_503_is_repeated_after_as_long_as_the_server_says(start_server, monkeypatch):
+    monkeypatch.setattr(p2pserver, "RETRY_AFTER", 2)
+    server = start_server(max_games=1)
+    host, other = p2pclient.RendezvousClient(url_of(server)), p2pclient.RendezvousClient(url_of(server), patience=30)
+    host.register_game("first", "ada")
+    began, results = time.monotonic(), []
+    thread = threading.Thread(target=lambda: results.append(other.register_game("second", "ben")))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    host.delete_game("first", "ada")
+    thread.join(20)
+    assert results[0].created and time.monotonic() - began >= p2pserver.RETRY_AFTER
+
+
+def test_503_beyond_patience_is_raised_at_once(start_server):
+    client = p2pclient.RendezvousClient(url_of(start_server(max_games=1)), patience=5)
+    client.register_game("first", "ada")
+    began = time.monotonic()
+    with pytest.raises(p2pclient.RendezvousError) as caught:
+        client.register_game("second", "ben")
+    assert caught.value.status == 503 and time.monotonic() - began < 5
+
+
+def test_a_game_that_the_server_has_forgotten_is_registered_again(start_server):
+    port = free_port()
+    first = start_server(port=port)
+    client = p2pclient.RendezvousClient(url_of(first))
+    client.register_game("castle", "ada", info={"map": "x"}, listed=False)
+    first.stop()
+    start_server(port=port)
+    assert client.poll_game("castle", "ada", [], after=5).guests == []
+    assert client.get_game("castle").info == {"map": "x"} and client.list_games() == []
+
+
+def test_a_name_that_the_server_writes_otherwise_is_registered_again_too(start_server):
+    port = free_port()
+    first = start_server(port=port)
+    client = p2pclient.RendezvousClient(url_of(first))
+    assert client.register_game("Zoe\u0308", "ada").name == "Zo\u00eb"
+    first.stop()
+    start_server(port=port)
+    assert client.poll_game("Zoe\u0308", "ada", []).guests == [] and client.poll_game("Zo\u00eb", "ada", []).guests == []
+
+
+class Constant:
+    """A server that gives one answer to everything, and counts how often."""
+
+    def __init__(self, answer):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url, self.answer, self.count = f"http://127.0.0.1:{self.listener.getsockname()[1]}", answer, 0
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                with client:
+                    client.recv(65536)
+                    client.sendall(b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}" % self.answer)
+                    self.count += 1
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join()
+
+
+@pytest.mark.parametrize("call", [lambda client: client.list_games(), lambda client: client.get_game("x"), lambda client: client.register_game("x", "y"),
+                                  lambda client: client.poll_game("x", "y", []), lambda client: client.start_game("x", "y", [])])
+def test_an_answer_of_another_kind_of_server_is_an_error_of_ours(call):
+    with Constant(b"200 OK") as server, pytest.raises(p2pclient.RendezvousError, match="no rendezvous server"):
+        call(p2pclient.RendezvousClient(server.url))
+
+
+def test_a_game_that_was_never_ours_is_not_registered_by_a_poll(start_server):
+    client = p2pclient.RendezvousClient(url_of(start_server()))
+    with pytest.raises(p2pclient.RendezvousError) as caught:
+        client.poll_game("castle", "ada", [])
+    assert caught.value.status == 404
+
+
+class AnswerEater:
+    """A relay to a server that passes the first request on, but eats its answer and cuts the connection."""
+
+    def __init__(self, port):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url, self.port = f"http://127.0.0.1:{self.listener.getsockname()[1]}", port
+        self.eaten = b""
+        self.listener.settimeout(1)     # seconds after which it ends, for nobody calls a third time if all went well at the second
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        with self.listener, contextlib.suppress(socket.timeout):
+            for eat in (True, False, False):
+                client, _ = self.listener.accept()
+                with client, socket.create_connection(("127.0.0.1", self.port)) as server:
+                    request = b""
+                    while b"}" not in request:      # head and body may come apart
+                        request += client.recv(65536)
+                    server.sendall(request)
+                    answer = server.recv(65536)
+                    if eat:
+                        self.eaten = answer
+                    else:
+                        client.sendall(answer)
+
+
+@pytest.mark.parametrize("call", [
+    lambda client: client.delete_game("castle", "ada"),
+    lambda client: client.update_game("castle", "ada", new_name="fortress"),
+    lambda client: client.register_game("castle", "ada"),
+    lambda client: client.start_game("castle", "ben", []),
+], ids=["delete", "rename", "register", "start"])
+def test_a_call_whose_answer_was_lost_is_repeated_without_harm(start_server, call):
+    server = start_server()
+    client = p2pclient.RendezvousClient(url_of(server))
+    client.register_game("castle", "ada")
+    relay = AnswerEater(server.server_port)
+    call(p2pclient.RendezvousClient(relay.url))
+    assert b"HTTP/1.1 20" in relay.eaten
+
+
+# ---- games ----------------------------------------------------------------------------------------------------------
+
+def test_a_hosted_game_is_joined(start_server):
+    url = url_of(start_server())
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle") as game, p2pclient.join_game(p2pclient.RendezvousClient(url), "castle") as guest:
+        guest.send(b"hello")
+        assert game.accept(5).recv(5) == b"hello"
+    assert p2pclient.RendezvousClient(url).list_games() == []
+
+
+def test_a_hosted_game_can_be_renamed_and_described(start_server):
+    url = url_of(start_server())
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle") as game:
+        game.update("fortress", info={"players": 1})
+        with p2pclient.join_game(p2pclient.RendezvousClient(url), "fortress"):
+            game.accept(5)
+            assert p2pclient.RendezvousClient(url).get_game("fortress").info == {"players": 1}
+
+
+def test_a_hosted_game_lives_on_across_a_restart_of_the_server(start_server):
+    port, lines = free_port(), []
+    first = start_server(port=port)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first), patience=0.1), "castle", report=lines.append) as game:
+        first.stop()
+        wait_until(lambda: any("trying again" in line for line in lines))
+        second = start_server(port=port)
+        wait_until(lambda: "the server is back" in lines)
+        with p2pclient.join_game(p2pclient.RendezvousClient(url_of(second)), "castle"):
+            game.accept(5)
+
+
+def test_a_guest_that_waits_is_not_lost_when_the_server_is_restarted(start_server):
+    """Its host comes back a moment later than itself."""
+    port = free_port()
+    first = start_server(port=port)
+    p2pclient.RendezvousClient(url_of(first)).register_game("castle", "ada")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(p2pclient.join_game, p2pclient.RendezvousClient(url_of(first)), "castle")
+        wait_until(lambda: first.registry.counts().waiting)
+        first.stop()
+        second = start_server(port=port)
+        wait_until(lambda: second.answered["start_game", 404])
+        with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(second)), "castle") as game, joining.result(WAIT):
+            assert game.accept(5)
+
+
+def test_a_host_does_not_hammer_a_server_that_is_sick(start_server, monkeypatch):
+    port = free_port()
+    first = start_server(port=port)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first), patience=0.1), "castle") as game:
+        first.stop()
+        with Constant(b"502 Bad Gateway") as sick:
+            game._client.base_url = sick.url
+            wait_until(lambda: sick.count)
+            game._closed.wait(1)
+            assert sick.count <= 2
+
+
+def test_a_taken_name_is_told_at_once(start_server):
+    url = url_of(start_server())
+    p2pclient.RendezvousClient(url).register_game("castle", "ada")
+    with pytest.raises(p2pclient.RendezvousError) as caught:
+        p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle")
+    assert caught.value.status == 409
+
+
+def test_a_game_that_another_host_has_taken_over_is_given_up(start_server):
+    port, lines = free_port(), []
+    first = start_server(port=port)
+    game = p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first), patience=0.1), "castle", report=lines.append)
+    first.stop()
+    wait_until(lambda: any("trying again" in line for line in lines))
+    second = p2pserver.open_server(p2pserver.Settings(host="127.0.0.1", port=port))
+    second.registry.register_game("castle", "somebody else")
+    second.start()
+    with pytest.raises(p2pclient.PeerLost):
+        game.accept(10)
+    assert any("the game is lost" in line for line in lines)
+    game.close()
+    second.stop()
+
+
+def test_a_host_that_publishes_nothing_is_named_as_the_reason(start_server):
+    url = url_of(start_server())
+    p2pclient.RendezvousClient(url).register_game("castle", "ada")
+    with pytest.raises(p2pclient.ConnectFailed, match="published no address"):
+        p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", timeout=0.3)
+
+
+def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):
+    monkeypatch.setattr(p2pclient, "CHECK_TIME", 0.5)
+    server = start_server()
+    host = p2pclient.RendezvousClient(url_of(server))
+    host.register_game("castle", "ada")
+    host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"])
+    threading.Timer(0.2, host.delete_game, ("castle", "ada")).start()
+    with pytest.raises(p2pclient.ConnectFailed, match="the host is gone"):
+        p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle")
+
+
+def test_the_doctor_finds_all_well(start_server):
+    lines = []
+    assert p2pclient.check_server(url_of(start_server()), report=lines.append)
+    assert [line.split()[:2] for line in lines] == [["ok", "HTTP:"], ["ok", "STUN:"], ["ok", "NAT:"], ["ok", "CONNECTION:"]]
+
+
+def test_the_doctor_says_what_is_wrong_without_a_server():
+    lines = []
+    assert not p2pclient.check_server(f"http://127.0.0.1:{free_port()}", report=lines.append)
+    assert len(lines) == 1 and lines[0].startswith("FAILED  HTTP: cannot reach")
+
+
+def test_the_doctor_says_what_is_wrong_without_stun(start_server, monkeypatch):
+    monkeypatch.setattr(p2pclient, "STUN_PATIENCE", 0.2)
+    lines = []
+    assert not p2pclient.check_server(url_of(start_server(no_stun=True)), report=lines.append)
+    assert lines[1].startswith("FAILED  STUN: no answer") and lines[3].startswith("ok      CONNECTION")
+
+
+# ---- simulators -----------------------------------------------------------------------------------------------------
+
+class Process:
+    """A program of ours; its lines as they come."""
+
+    def __init__(self, *arguments, **environment):
+        self.lines = []
+        self.process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                        encoding="utf-8", env={"PATH": "", "PYTHONUTF8": "1", **environment})
+        self.reader = threading.Thread(target=lambda: self.lines.extend(iter(self.process.stdout.readline, "")), daemon=True)
+        self.reader.start()
+
+    def has(self, pattern, count=1):
+        return wait_until(lambda: len(re.findall(pattern, "".join(self.lines))) >= count)
+
+    def end(self, number=None, seconds=30):
+        """The exit status and all that was printed."""
+        if number:
+            self.process.send_signal(number)
+        status = self.process.wait(seconds)
+        self.reader.join(5)
+        self.process.stdout.close()
+        text = "".join(self.lines)
+        assert "Traceback" not in text, text
+        return status, text
+
+
+@pytest.fixture
+def program():
+    started = []
+
+    def start(*arguments, **environment):
+        started.append(Process(*arguments, **environment))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.process.kill()
+            each.process.wait()
+        each.process.stdout.close()
+
+
+def test_hosts_and_guest_find_each_other_and_talk(start_server, program):
+    url = url_of(start_server())
+    hosts = program("simulate_hosts.py", "--server", url, "--info", '{"map": "castle"}')
+    hosts.has("3 games are on offer")
+    hosts.has("registered; candidates 127.0.0.1:[0-9]+", 3)
+    status, text = program("simulate_guest.py", "--server", url, "--all", "--messages", "2").end()
+    assert status == 0 and text.count('{"map": "castle"}') == 3
+    assert re.search("connected to 3 of 3 games, 6 of 6 messages came back, median round trip [0-9.]+ ms", text)
+    hosts.has("the other player has left; 2 messages echoed", 3)
+    status, _ = hosts.end(signal.SIGINT)
+    assert status == 0 and p2pclient.RendezvousClient(url).list_games() == []
+
+
+def test_a_guest_joins_the_game_that_it_is_told(start_server, program):
+    url = url_of(start_server())
+    hosts = program("simulate_hosts.py", "--server", url, "--hosts", "2", "--name", "Ärger", "--once")
+    hosts.has("2 games are on offer")
+    status, text = program("simulate_guest.py", "--server", url, "--game", "Ärger 2").end()
+    assert status == 0 and "joining Ärger 2" in text and "connected to 1 of 1 games, 5 of 5" in text
+    wait_until(lambda: [game.name for game in p2pclient.RendezvousClient(url).list_games()] == ["Ärger 1"])
+
+
+def test_hosts_and_guests_find_each_other_again_after_a_restart_of_the_server(start_server, program):
+    port = free_port()
+    first = start_server(port=port)
+    hosts = program("simulate_hosts.py", "--server", url_of(first))
+    hosts.has("3 games are on offer")
+    first.stop()
+    second = start_server(port=port)
+    wait_until(lambda: len(p2pclient.RendezvousClient(url_of(second)).list_games()) == 3)
+    assert program("simulate_guest.py", "--server", url_of(second), "--all").end()[0] == 0
+    assert hosts.end(signal.SIGTERM)[0] == 0
+
+
+def test_hosts_end_after_their_time(start_server, program):
+    url = url_of(start_server())
+    status, text = program("simulate_hosts.py", "--server", url, "--duration", "0.5").end()
+    assert status == 0 and "3 games are no longer on offer" in text and p2pclient.RendezvousClient(url).list_games() == []
+
+
+def test_hosts_choose_another_name_where_one_is_taken(start_server, program):
+    url = url_of(start_server())
+    p2pclient.RendezvousClient(url).register_game("castle 1", "ada")
+    _, text = program("simulate_hosts.py", "--server", url, "--hosts", "1", "--name", "castle", "--duration", "0.2").end()
+    assert "[castle 1] this name is taken" in text and "[castle 2] registered" in text
+
+
+@pytest.mark.parametrize("path", ["simulate_hosts.py", "simulate_guest.py"])
+def test_without_a_server_there_is_one_clear_line(program, path):
+    status, text = program(path, "--server", f"http://127.0.0.1:{free_port()}").end()
+    assert status == 1 and text.count("\n") == 1 and "Connection refused" in text
+
+
+@pytest.mark.parametrize("arguments", [
+    ("simulate_guest.py", "--nonsense"), ("simulate_guest.py", "--server", "ftp://x"), ("simulate_guest.py", "--messages", "0"),
+    ("simulate_guest.py", "--all", "--game", "x"), ("simulate_guest.py", "--stun", "x:y"), ("simulate_hosts.py", "--hosts", "0"),
+    ("simulate_hosts.py", "--info", "[]"), ("simulate_hosts.py", "--info", "{"), ("simulate_hosts.py", "--server", "ftp://x"), ("p2pclient.py",),
+    ("p2pclient.py", "check", "--server", "ftp://x"),
+])
+def test_bad_usage_is_status_2(program, arguments):
+    assert program(*arguments).end()[0] == 2
+
+
+def test_a_guest_without_games_says_so(start_server, program):
+    status, text = program("simulate_guest.py", "--server", url_of(start_server())).end()
+    assert status == 1 and "there are no games" in text
+
+
+def test_a_guest_of_a_game_that_has_vanished_says_so(start_server, program):
+    status, text = program("simulate_guest.py", "--server", url_of(start_server()), "--game", "castle").end()
+    assert status == 1 and "not connected: there is no game 'castle'" in text
+
+
+def test_hostile_names_and_infos_are_printed_harmlessly(start_server, program):
+    url = url_of(start_server())
+    p2pclient.RendezvousClient(url).register_game("\u202eevil", "ada", info={"map": "\x1b[2J\n\u2028"})
+    guest = program("simulate_guest.py", "--server", url)
+    guest.has("joining")
+    status, text = guest.end(signal.SIGINT)
+    assert status == 1 and "\\u202eevil" in text and not re.search("[\x1b\u202e\u2028]", text)
+
+
+def test_the_simulators_ask_for_requests_alone():
+    for program in ("simulate_hosts.py", "simulate_guest.py"):
+        metadata = re.search("# /// script\n(.*?)# ///", (ROOT / program).read_text(), re.DOTALL)[1]
+        assert json.loads(re.search("dependencies = (.*)", metadata)[1]) == ["requests"]
+
+
+# ---- README ---------------------------------------------------------------------------------------------------------
+
+def test_the_example_of_a_game_works(start_server, program):
+    server = start_server()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search("```python\n(.*?)```", readme, re.DOTALL)[1].replace("http://localhost:8000", url_of(server))
+    assert code.strip().count("\n") <= 30
+    code += "import sys, time\nif sys.argv[1:]:\n    print(guest('castle'))\nelse:\n    host('castle')\n"
+    program("-c", code)
+    wait_until(server.registry.list_games)
+    assert program("-c", code, "as guest").end() == (0, "b'hello Ada'\n")
