@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+SERVER = pathlib.Path(os.environ.get("P2P_SERVER_FILE") or ROOT / "p2pserver.py").resolve()     # so that one server can be tested beside another
 WAIT = 20       # seconds after which a thing that must happen counts as one that does not
 FEW_THREADS = 48        # more than the server has in any case, and far fewer than it has clients here
 HERE, THERE = ["203.0.113.1:5000"], ["203.0.113.2:6000"]
@@ -24,7 +26,7 @@ HERE, THERE = ["203.0.113.1:5000"], ["203.0.113.2:6000"]
 # What is off for the tests, whose thousands of clients all have one address. A server that lacks a flag is not given it.
 LIFTED = {"--rate": "0", "--burst": "100000", "--max-connections": "15000", "--max-connections-per-client": "15000", "--max-games-per-client": "100000"}
 
-RUN = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import p2pserver; sys.exit(p2pserver.main(sys.argv[1:]))"
+RUN = f"import importlib, sys; sys.path.insert(0, {str(SERVER.parent)!r}); sys.exit(importlib.import_module({SERVER.stem!r}).main(sys.argv[1:]))"
 
 # Ahead of a program: a thread that runs what comes by standard input, line by line. What writes a traceback is loaded now, for when it is
 # needed the process may be somebody who may not read it.
@@ -193,7 +195,7 @@ class Listener(Program):
 
 @functools.cache
 def known_flags():
-    return set(re.findall(r"--[a-z-]+", subprocess.run([sys.executable, ROOT / "p2pserver.py", "--help"], capture_output=True, text=True).stdout))
+    return set(re.findall(r"--[a-z-]+", subprocess.run([sys.executable, SERVER, "--help"], capture_output=True, text=True).stdout))
 
 
 def serving(*flags, before="", **options):
@@ -201,7 +203,7 @@ def serving(*flags, before="", **options):
     if before:
         options["stdin"] = subprocess.PIPE
     lifted = [word for flag, value in LIFTED.items() if flag in known_flags() and flag not in flags for word in (flag, value)]
-    program = ["-c", f"{before}\n{RUN}"] if before else [ROOT / "p2pserver.py"]
+    program = ["-c", f"{before}\n{RUN}"] if before else [SERVER]
     where = [] if "--port" in flags else ["--port", "0"]
     return Listener(*program, "--host", "127.0.0.1", *where, *lifted, *flags, **options)
 
@@ -285,12 +287,14 @@ def poll(name, peer="host", **headers):
 class Connection:
     """A connection on which a test says each byte itself, and that can end it in any manner."""
 
-    def __init__(self, server, data=b"", receive_buffer=0):
+    def __init__(self, server, data=b"", receive_buffer=0, source=""):
         self.socket = socket.socket()
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.settimeout(WAIT)
         try:
+            if source:      # another address of this machine, which is another client
+                self.socket.bind((source, 0))
             self.socket.connect(("127.0.0.1", server.port))
             self.buffer = bytearray()
             self.send = self.socket.sendall
@@ -370,3 +374,22 @@ def many(server, count, data=b"", receive_buffer=0):
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.reset()
+
+
+def tls_status(server, patience=WAIT):
+    """The status that a client of HTTPS gets; 0 for none."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", server.port), patience) as plain, context.wrap_socket(plain) as sock:
+        sock.sendall(request("GET", "/healthz", Connection="close"))
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        return int(answer[9:12] or 0)
+    return 0
+
+
+def listening(flags, **options):
+    """A server with TLS, which answers nobody else."""
+    port = free_port()
+    server = serving("--port", port, *flags, port=port, is_up=lambda server: tls_status(server) == 200, **options)
+    assert server.threads <= FEW_THREADS
+    return server

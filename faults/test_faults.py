@@ -6,10 +6,8 @@ import pathlib
 import re
 import resource
 import select
-import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -30,7 +28,7 @@ from stage import (
     call,
     check_answer,
     free_port,
-    known_flags,
+    listening,
     many,
     open_files,
     poll,
@@ -38,6 +36,7 @@ from stage import (
     request,
     serving,
     stock,
+    tls_status,
     wait_until,
 )
 
@@ -239,36 +238,6 @@ def test_when_no_thread_can_be_started_the_server_answers_ordinary_requests_and_
         assert wait_until(lambda: (answer := call(server, "GET", "/games")).status == 200 and answer).json["games"][-1]["name"] == "late 19"
         assert server.is_alive and "Traceback" not in server.err
         assert server.stop()[0] == 0
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """Flags for a server with a certificate of its own making."""
-    if "--tls-cert" not in known_flags() or not shutil.which("openssl"):
-        pytest.skip("there is no TLS, or no openssl to make a certificate")
-    cert, key = (str(tmp_path_factory.mktemp("tls") / name) for name in ("cert.pem", "key.pem"))
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-                    "-keyout", key, "-out", cert], check=True, capture_output=True)
-    return "--tls-cert", cert, "--tls-key", key
-
-
-def tls_status(server, patience=WAIT):
-    """The status that a client of HTTPS gets; 0 for none."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", server.port), patience) as plain, context.wrap_socket(plain) as sock:
-        sock.sendall(request("GET", "/healthz", Connection="close"))
-        answer = b"".join(iter(lambda: sock.recv(65536), b""))
-        return int(answer[9:12] or 0)
-    return 0
-
-
-def listening(flags, **options):
-    """A server with TLS, which answers nobody else."""
-    port = free_port()
-    server = serving("--port", port, *flags, port=port, is_up=lambda server: tls_status(server) == 200, **options)
-    assert server.threads <= FEW_THREADS
-    return server
 
 
 def test_when_no_thread_can_be_started_tls_recovers(certificate):
