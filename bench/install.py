@@ -8,40 +8,65 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
-from servers import HERE, NGINX, TOOLS, VENV_PYTHON, Failure
+from servers import BASELINE, BASELINE_COMMIT, BASELINE_P2PSERVER, HERE, NGINX, TOOLS, VENV_PYTHON, Failure, Server
 
 PROGRAMS = {"wrk": "wrk", "node": "nodejs", "npm": "npm"}      # each with the package of Debian that has it
 LIMIT = 900.0       # seconds that one step may take
 
 
-def install() -> None:
-    """Failure: something is missing and could not be installed."""
-    packages = [package for program, package in PROGRAMS.items() if not shutil.which(program)]
+def install(chosen: Sequence[Server]) -> Dict[str, str]:
+    """Install what these servers need. The servers that a run can do without and that are missing: by key, why.
+
+    Failure: something else is missing and could not be installed.
+    """
+    keys = {server.key for server in chosen}
+    programs = PROGRAMS if "express" in keys else ("wrk",)
+    packages = [PROGRAMS[program] for program in programs if not shutil.which(program)]
     if importlib.util.find_spec("ensurepip") is None:
         packages.append("python3-venv")
     if packages:
         apt_get("install", "-y", "-q", "--no-install-recommends", *packages)
-    install_venv()
-    install_express()
-    if not NGINX.exists():
-        try:
-            install_nginx()
-        except Failure as failure:      # it is the one row that is not compared with
-            print(f"no nginx, so no ceiling: {failure}", file=sys.stderr)
+    install_venv(peers=any(server.packages for server in chosen if server.key not in ("express", "nginx")))
+    if "express" in keys:
+        install_express()
+    missing = {}
+    for key, prepare in ((f"p2pserver-{BASELINE}", install_baseline), ("nginx", install_nginx)):
+        if key in keys:
+            try:
+                prepare()
+            except Failure as failure:
+                missing[key] = str(failure)
+    return missing
 
 
-def install_venv() -> None:
-    """A venv on the Python that runs this, with requirements.txt. It is made anew when either has changed."""
+def install_venv(peers: bool) -> None:
+    """A venv on the Python that runs this, with requirements.txt if there are peers. It is made anew when either has changed."""
     requirements = HERE / "requirements.txt"
-    wanted = f"{sys.version}\n{requirements.read_text()}"
+    bare, full = f"{sys.version}\n", f"{sys.version}\n{requirements.read_text()}"
     ready = HERE / ".venv" / "ready"
-    if ready.exists() and ready.read_text() == wanted:
+    if ready.exists() and ready.read_text() in ((full,) if peers else (bare, full)):
         return
     run(sys.executable, "-m", "venv", "--clear", str(HERE / ".venv"))
-    run(str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(requirements))
-    ready.write_text(wanted)
+    if peers:
+        run(str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(requirements))
+    ready.write_text(full if peers else bare)
+
+
+def install_baseline() -> None:
+    """The p2pserver of the release that is compared with, from git's history, each time anew. Failure: it is not there."""
+    command = ["git", "show", f"{BASELINE_COMMIT}:p2pserver.py"]
+    try:
+        done = subprocess.run(command, cwd=HERE.parent, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Failure(f"git could not be asked for p2pserver {BASELINE}: {error}") from None
+    if done.returncode:
+        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["git does not say why"])[0]
+        raise Failure(f"p2pserver {BASELINE} is commit {BASELINE_COMMIT}, which git does not have here ({reason}); "
+                      "a shallow clone gets it by: git fetch --unshallow")
+    BASELINE_P2PSERVER.parent.mkdir(parents=True, exist_ok=True)
+    BASELINE_P2PSERVER.write_bytes(done.stdout)
 
 
 def install_express() -> None:
@@ -52,6 +77,8 @@ def install_express() -> None:
 
 def install_nginx() -> None:
     """Debian's nginx, unpacked here and not installed: a benchmark is not to leave a web server running."""
+    if NGINX.exists():
+        return
     TOOLS.mkdir(exist_ok=True)
     apt_get("download", "nginx", cwd=TOOLS)
     for package in TOOLS.glob("nginx_*.deb"):
@@ -83,7 +110,8 @@ def versions() -> Dict[str, str]:
     found = {package["name"].lower(): package["version"] for package in json.loads(re.findall(r"^\[.*\]$", listed, re.MULTILINE)[-1])}
     found["python"] = sys.version.split()[0]
     found["node"] = said("node", "--version").strip().lstrip("v")
-    found["express"] = json.loads((HERE / "node_modules" / "express" / "package.json").read_text())["version"]
+    express = HERE / "node_modules" / "express" / "package.json"
+    found["express"] = json.loads(express.read_text())["version"] if express.exists() else ""
     found["wrk"] = number(said("wrk", "-v"))
     found["nginx"] = number(said(str(NGINX), "-v")) if NGINX.exists() else ""
     commit = said("git", "describe", "--always", "--dirty", "--match", "v*").strip()

@@ -1,5 +1,6 @@
 """Targets, tables and the report: what the measurements hand over as figures becomes Markdown here."""
 
+import math
 import statistics
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 
@@ -50,6 +51,17 @@ TARGETS = (
 )
 
 
+def targets_of(measured: Iterable[str], compared: Iterable[str]) -> List[Target]:
+    """The targets that a run of these measurements with these servers can tell of. They are all of p2pserver; some are against another."""
+    measurements, keys = set(measured), set(compared)
+
+    def told(target: Target) -> bool:
+        measurement, *of = target.figure.split()
+        return measurement in measurements and "p2pserver" in keys and (measurement != "throughput" or of[-1] in keys)
+
+    return [target for target in TARGETS if told(target)]
+
+
 class Section(NamedTuple):
     """What one measurement found: how it was taken, and tables in Markdown."""
 
@@ -73,7 +85,7 @@ class Sample(List[float]):
 
 def ratios(these: Sequence[float], those: Sequence[float]) -> Sample:
     """Round by round: what made one round slow was there for both."""
-    return Sample(this / that for this, that in zip(these, those))
+    return Sample(this / that if that else math.nan for this, that in zip(these, those))
 
 
 def percentile(values: Iterable[float], share: float) -> float:
@@ -97,20 +109,33 @@ def verdict(target: Target, value: Optional[float]) -> List[str]:
     return [target.what, target.rule, show_value(value, target.unit), "met" if target.met(value) else "MISSED"]
 
 
-def targets_table(measured: Iterable[str], figures: Dict[str, float]) -> str:
-    """The targets of those measurements, each with what was found."""
-    chosen = set(measured)
-    rows = [verdict(target, figures.get(target.figure)) for target in TARGETS if target.figure.split()[0] in chosen]
-    return table(("target", "asked", "measured", "verdict"), rows)
+def targets_table(targets: Iterable[Target], figures: Dict[str, float]) -> str:
+    """Targets, each with what was found."""
+    return table(("target", "asked", "measured", "verdict"), [verdict(target, figures.get(target.figure)) for target in targets])
 
 
-def render(facts: Sequence[str], measured: Iterable[str], figures: Dict[str, float], sections: Sequence[Section], errors: Sequence[str]) -> str:
+class Pair(NamedTuple):
+    """A row of the comparison of two p2pservers: what was measured in the same rounds of both, and whether more is better."""
+
+    what: str
+    this: Sample
+    that: Sample
+    decimals: int = 0
+    more: bool = False
+
+    def row(self) -> List[str]:
+        better = ratios(self.this, self.that) if self.more else ratios(self.that, self.this)
+        return [self.what, self.this.show(self.decimals), self.that.show(self.decimals), better.show(2)]
+
+
+def render(facts: Sequence[str], targets: Sequence[Target], figures: Dict[str, float], sections: Sequence[Section], errors: Sequence[str]) -> str:
     """The whole report in Markdown."""
     parts = ["# Results of `make bench`", "\n".join(f"- {fact}" for fact in facts)]
     if errors:
         # What a server printed comes after the first line of its error.
         parts += ["## Errors", "\n".join("- " + error.replace("\n", "\n      ") for error in errors)]
-    parts += ["## Targets", "Written by `bench/run.py` from the figures below; ratios are medians of the rounds' ratios.", targets_table(measured, figures)]
+    if targets:
+        parts += ["## Targets", "Written by `bench/run.py` from the figures below; ratios are medians of the rounds' ratios.", targets_table(targets, figures)]
     for section in sections:
         parts += [f"## {section.title}", section.how, *section.tables]
     return "\n\n".join(parts) + "\n"

@@ -21,11 +21,14 @@ VENV_PYTHON = HERE / ".venv" / "bin" / "python"      # of all that is Python her
 TOOLS = HERE / ".tools"
 NGINX = TOOLS / "usr" / "sbin" / "nginx"
 P2PSERVER = HERE.parent / "p2pserver.py"
+BASELINE, BASELINE_COMMIT = "0.1.0", "3fed7c9"       # the release that the p2pserver of today is compared with, and where git has it
+BASELINE_P2PSERVER = TOOLS / f"p2pserver-{BASELINE}" / "p2pserver.py"
 
 # The flags of p2pserver, each given if its --help knows it. The rest is as it comes.
 ALWAYS = {"--rate": "0"}
 FOR_MANY = {"--max-games": "20000", "--max-games-per-client": "20000", "--max-waiting": "20000", "--max-waiting-per-client": "20000",
-            "--max-connections": "20000", "--max-connections-per-client": "20000"}
+            "--max-connections": "20000", "--max-connections-per-client": "20000",
+            "--game-ttl": "3600"}      # games stay, though not all of them are polled in every round
 
 START_LIMIT = 20.0      # seconds after which a server that does not answer has failed
 STOP_LIMIT = 5.0        # seconds after which a server that does not stop is killed
@@ -46,20 +49,28 @@ class Server(NamedTuple):
     packages: tuple = ()
     settings: str = ""
     constant: bool = False      # it gives one answer to everything, so it cannot be checked
+    file: Optional[pathlib.Path] = None     # of a p2pserver: only these have a long poll, and room for 10,000 games
 
 
-def p2pserver(port: int, more: Optional[Dict[str, str]] = None) -> List[str]:
-    return [str(VENV_PYTHON), str(P2PSERVER), "--port", str(port), *p2pserver_flags({**ALWAYS, **(more or {})})]
+def p2pserver(file: pathlib.Path, more: Optional[Dict[str, str]] = None) -> Callable[[int], List[str]]:
+    return lambda port: [str(VENV_PYTHON), str(file), "--port", str(port), *p2pserver_flags(file, {**ALWAYS, **(more or {})})]
 
 
-def p2pserver_flags(wanted: Dict[str, str]) -> List[str]:
-    """Those of the flags that this p2pserver has, each followed by its value."""
-    return [text for flag, value in wanted.items() if re.search(rf"(?<![\w-]){flag}(?![\w-])", p2pserver_help()) for text in (flag, value)]
+def p2pserver_flags(file: pathlib.Path, wanted: Dict[str, str]) -> List[str]:
+    """Those of the flags that this p2pserver has, each followed by its value. Failure: it cannot tell."""
+    known = p2pserver_help(file)
+    return [text for flag, value in wanted.items() if re.search(rf"(?<![\w-]){flag}(?![\w-])", known) for text in (flag, value)]
 
 
 @functools.cache
-def p2pserver_help() -> str:
-    return subprocess.run([str(VENV_PYTHON), str(P2PSERVER), "--help"], capture_output=True, text=True, timeout=START_LIMIT, check=True).stdout
+def p2pserver_help(file: pathlib.Path) -> str:
+    try:
+        done = subprocess.run([str(VENV_PYTHON), str(file), "--help"], capture_output=True, text=True, timeout=START_LIMIT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Failure(f"{file} --help failed: {error}") from None
+    if done.returncode:
+        raise Failure(f"{file} --help failed with {done.returncode}:\n{done.stderr[-2000:]}")
+    return done.stdout
 
 
 def gunicorn(port: int) -> List[str]:
@@ -85,7 +96,8 @@ def nginx(port: int) -> List[str]:
 
 
 SERVERS = (
-    Server("p2pserver", "p2pserver", p2pserver, (), "default settings, no limit on the rate of requests"),
+    Server("p2pserver", "p2pserver", p2pserver(P2PSERVER), (), "default settings, no limit on the rate of requests", file=P2PSERVER),
+    Server(f"p2pserver-{BASELINE}", f"p2pserver {BASELINE}", p2pserver(BASELINE_P2PSERVER), (), "the same", file=BASELINE_P2PSERVER),
     Server("gunicorn", "Flask on gunicorn gthread", gunicorn, ("flask", "werkzeug", "gunicorn"), "1 worker, 8 threads, keep-alive 75 s"),
     Server("waitress", "Flask on waitress", waitress, ("flask", "werkzeug", "waitress"), "8 threads, keep-alive 75 s"),
     Server("fastapi", "FastAPI on uvicorn", uvicorn("fastapi_app:app"), ("fastapi", "starlette", "pydantic", "uvicorn", "uvloop", "httptools"),
@@ -99,9 +111,10 @@ SERVERS = (
 BY_KEY = {server.key: server for server in SERVERS}
 
 
-def large_p2pserver() -> Server:
-    """p2pserver with room for more than 10,000 games, hosts and connections."""
-    return BY_KEY["p2pserver"]._replace(command=lambda port: p2pserver(port, FOR_MANY))
+def large(server: Server) -> Server:
+    """A p2pserver with room for more than 10,000 games, hosts and connections."""
+    assert server.file
+    return server._replace(command=p2pserver(server.file, FOR_MANY))
 
 
 # ---- running one ----------------------------------------------------------------------------------------------------
