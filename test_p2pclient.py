@@ -136,7 +136,7 @@ def test_a_socket_has_its_own_addresses_and_loopback_only_on_request():
 def test_the_server_reflexive_address_is_gathered_from_the_server(start_server):
     server = start_server()
     with contextlib.closing(p2pclient.open_socket()) as sock:
-        found = p2pclient.gather_candidates(sock, [("127.0.0.1", server.stun.port)], loopback=True)
+        found = p2pclient.gather_candidates(sock, [("127.0.0.1", server.stun.server_address[1])], loopback=True)
         assert found.mapped == ("127.0.0.1", sock.getsockname()[1]) and found.nat == "none"
 
 
@@ -906,7 +906,7 @@ def test_a_guest_that_waits_is_not_lost_when_the_server_is_restarted(start_serve
     p2pclient.RendezvousClient(url_of(first)).register_game("castle", "ada")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         joining = pool.submit(p2pclient.join_game, p2pclient.RendezvousClient(url_of(first)), "castle")
-        wait_until(lambda: first.registry.counts().waiting)
+        wait_until(lambda: first.registry.counts()["waiting"])
         first.stop()
         second = start_server(port=port)
         wait_until(lambda: second.answered["start_game", 404])
@@ -941,7 +941,7 @@ def test_a_game_that_another_host_has_taken_over_is_given_up(start_server):
     first.stop()
     wait_until(lambda: any("trying again" in line for line in lines))
     second = p2pserver.open_server(p2pserver.Settings(host="127.0.0.1", port=port))
-    second.registry.register_game("castle", "somebody else")
+    second.registry.register_game("castle", b"somebody else")
     second.start()
     with pytest.raises(p2pclient.PeerLost):
         game.accept(10)
@@ -1127,5 +1127,5 @@ def test_the_example_of_a_game_works(start_server, program):
     assert code.strip().count("\n") <= 30
     code += "import sys, time\nif sys.argv[1:]:\n    print(guest('castle'))\nelse:\n    host('castle')\n"
     program("-c", code)
-    wait_until(server.registry.list_games)
+    wait_until(lambda: b"castle" in server.registry.list_games()[1])
     assert program("-c", code, "as guest").end() == (0, "b'hello Ada'\n")

@@ -398,18 +398,18 @@ FORGED = (
 @pytest.mark.parametrize("address", ["127.0.0.2", "127.0.0.1"], ids=["a stranger", "one with the address of a trusted proxy"])
 def test_each_client_behind_the_proxy_has_limits_of_its_own_and_cannot_pass_for_another(proxy, address, tmp_path, certificate):
     with fronted(proxy, tmp_path, certificate, "--rate", "0.01", "--burst", "10") as front:
-        first = [front.call("GET", "/healthz", address=address).status_code for _ in range(12)]
+        first = [front.call("GET", "/games", address=address).status_code for _ in range(12)]
         assert first == [200] * 10 + [429] * 2
         for i, forged in enumerate(FORGED):
             headers = {field: value.format(i) for field, value in forged.items()}
-            assert front.call("GET", "/healthz", address=address, headers=headers).status_code == 429, headers
-        answer = front.call("GET", "/healthz", address=address)
+            assert front.call("GET", "/games", address=address, headers=headers).status_code == 429, headers
+        answer = front.call("GET", "/games", address=address)
         assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
         # Nobody can use up what is another's.
         for _ in range(12):
-            front.call("GET", "/healthz", address=address, headers={"X-Forwarded-For": "127.0.0.3", "Forwarded": "for=127.0.0.3"})
-        assert [front.call("GET", "/healthz", address="127.0.0.3").status_code for _ in range(10)] == [200] * 10
-        assert front.call("GET", "/healthz", address="127.0.0.3").status_code == 429
+            front.call("GET", "/games", address=address, headers={"X-Forwarded-For": "127.0.0.3", "Forwarded": "for=127.0.0.3"})
+        assert [front.call("GET", "/games", address="127.0.0.3").status_code for _ in range(10)] == [200] * 10
+        assert front.call("GET", "/games", address="127.0.0.3").status_code == 429
 
 
 @BOTH
