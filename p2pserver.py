@@ -1503,7 +1503,7 @@ class Connection:
     seconds: for the client to say something.
     """
 
-    is_tls, is_open = False, True       # under TLS it is open when the handshake is done
+    is_open = True      # under TLS when the handshake is done
 
     def __init__(self, client_socket: socket.socket, address: Any, seconds: float) -> None:
         client_socket.setblocking(False)
@@ -1562,8 +1562,6 @@ class Connection:
 class TlsConnection(Connection):
     """A connection under TLS. The socket's bytes go through memory, so one read works on no more of them than it brings."""
 
-    is_tls = True
-
     def __init__(self, client_socket: socket.socket, address: Any, context: ssl.SSLContext) -> None:
         super().__init__(client_socket, address, REQUEST_TIME)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -1587,16 +1585,16 @@ class TlsConnection(Connection):
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             pass
         finally:
-            if self.outgoing.pending:
-                super().write(self.outgoing.read())
+            self.unsent += [self.outgoing.read()] if self.outgoing.pending else []
+            with contextlib.suppress(MustWait):     # what is not sent now goes before the next answer
+                self.flush()
         if not plaintext:
             raise MustWait
         self.silent = 0
         return plaintext
 
     def write(self, *pieces: bytes) -> None:
-        for piece in pieces:
-            self.tls.write(piece)
+        self.tls.write(b"".join(pieces))
         super().write(self.outgoing.read())
 
     def end(self) -> None:
@@ -1610,50 +1608,56 @@ class TlsConnection(Connection):
 # ---- HTTP: parking --------------------------------------------------------------------------------------------------
 
 class Parking:
-    """Keeps the connections that wait, and has each served when there is something for it. Any thread may call park() and wake(); all else is
-    for the serving thread alone, and so needs no lock."""
+    """Keeps the connections that wait, and has each served when there is something for it. Any thread may call park() and wake(), which only queue;
+    all else is for the serving thread alone, and so needs no lock."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._selector = selectors.DefaultSelector()
-        self._selector.register(server, selectors.EVENT_READ)       # a new client ends the wait as well
-        self._waker, self._wakened = socket.socketpair()            # and so does a byte through these
+        self._waker, self._wakened = socket.socketpair()        # a byte through these ends the wait, and so does a new client
         for each in (self._waker, self._wakened):
             each.setblocking(False)
-        self._selector.register(self._wakened, selectors.EVENT_READ)
+        for listener in (server, self._wakened):
+            self._selector.register(listener, selectors.EVENT_READ)
         self._parked: Set[Connection] = set()
-        self.tasks: collections.deque[Tuple[Callable[[Connection], None], Connection]] = collections.deque()    # safe at its ends without a lock
+        self.queue: collections.deque[Connection] = collections.deque()     # to be looked at; safe at its ends without a lock
         self._thread = 0
 
     def park(self, connection: Connection) -> None:
         """Take a connection that waits."""
-        self._add_task(self._enter, connection)
+        self._parked.add(connection)
+        self._look_at(connection)
 
     def wake(self, connection: Connection) -> None:
-        """Have a connection served that waits for news, or will in a moment. This only queues."""
+        """Have a connection served that waits for news, or will in a moment."""
         connection.is_woken = True
-        self._add_task(self._serve, connection)
+        self._look_at(connection)
 
     def turn(self, seconds: float) -> bool:
         """Wait for something at most so long, and serve what there is something for. Whether a new client has come."""
         self._thread = threading.get_ident()
         has_come = False
-        for key, _ in self._selector.select(0.0 if self.tasks else seconds):
+        for key, _ in self._selector.select(0.0 if self.queue else seconds):
             if key.data:
                 self._serve(key.data)
             elif key.fileobj is self._wakened:
                 self._wakened.recv(65536)
             else:
                 has_come = True
-        for _ in range(len(self.tasks)):       # what these add waits for the next turn
-            task, connection = self.tasks.popleft()
-            task(connection)
+        for _ in range(len(self.queue)):        # what these add waits for the next turn
+            connection = self.queue.popleft()
+            if connection not in self._parked:
+                continue                        # it is woken early, and looked at when it is parked
+            if connection.is_woken:
+                self._serve(connection)
+            else:
+                self._watch(connection, connection.events)
         return has_come
 
     def serve_late(self, ends_at: float = math.inf) -> None:
         """Serve connections whose deadline has passed. When the server ends, what neither arrives nor is sent has no time any more."""
         now = time.monotonic()
-        for connection in [each for each in self._parked if each.deadline <= now or self._server.stopping]:
+        for connection in list(self._parked):
             if self._server.stopping:
                 connection.deadline = min(connection.deadline, ends_at if connection.unsent or connection.buffer else now)
             if connection.deadline <= now:
@@ -1668,30 +1672,21 @@ class Parking:
         for each in (self._selector, self._waker, self._wakened):
             each.close()
 
-    def _add_task(self, task: Callable[[Connection], None], connection: Connection) -> None:
-        self.tasks.append((task, connection))
+    def _look_at(self, connection: Connection) -> None:
+        self.queue.append(connection)
         if threading.get_ident() != self._thread:
             self.wake_up()
 
-    def _enter(self, connection: Connection) -> None:
-        self._parked.add(connection)
-        self._watch(connection, connection.events)
-        if connection.is_woken:
-            self._serve(connection)
-
     def _serve(self, connection: Connection) -> None:
-        """Serve a parked connection, which stays if it waits again. One that is not parked yet is served when it comes."""
-        if connection not in self._parked:
-            return
+        """Serve a parked connection, which stays if it waits again."""
         connection.is_woken = False
-        if not connection.is_tls and self._server.serve(connection):
-            self._watch(connection, connection.events)
-            return
-        self._watch(connection, 0)
-        self._parked.discard(connection)
-        if connection.is_tls:
+        if isinstance(connection, TlsConnection):
+            self._leave(connection)
             self._server.serve_in_thread(connection)
+        elif self._server.serve(connection):
+            self._watch(connection, connection.events)
         else:
+            self._leave(connection)
             self._server.close(connection)
 
     def _watch(self, connection: Connection, events: int) -> None:
@@ -1702,6 +1697,10 @@ class Parking:
             if events:
                 self._selector.register(connection.socket, events, connection)
             connection.watched = events
+
+    def _leave(self, connection: Connection) -> None:
+        self._watch(connection, 0)
+        self._parked.discard(connection)
 
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
@@ -1879,7 +1878,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(outcome, Waiter):     # nothing of its fields and header is kept
             connection.waiter, connection.head = outcome, connection.head._replace(target=self.path[:200], headers={})
             raise MustWait
-        if server.parking.tasks and not connection.waiter:
+        if server.parking.queue and not connection.waiter:
             # This request may have woken a host. The host learns of its guest first, or it would not know the guest's first datagram.
             connection.answer = outcome
             server.parking.wake(connection)
