@@ -1972,13 +1972,10 @@ class CannotListen(CannotStart):
     """An address is in use, not this machine's, or not permitted."""
 
     def __init__(self, protocol: str, host: str, port: int, error: OSError) -> None:
+        reasons = {errno.EADDRINUSE: "is in use; stop what uses it", errno.EACCES: "is not permitted; ports below 1024 are for root"}
         where = f"{protocol} port {port}" + (f" of {host}" if host else "")
         other = "--stun-port, or do without by --no-stun" if protocol == "UDP" else "--port"
-        reasons = {
-            errno.EADDRINUSE: f"{where} is in use; stop what uses it, or choose another with {other}",
-            errno.EACCES: f"{where} is not permitted; ports below 1024 are for root, choose another with {other}",
-        }
-        super().__init__(reasons.get(error.errno or 0, f"cannot listen on {where}: {error.strerror or error}"))
+        super().__init__(f"{where} {reasons.get(error.errno or 0, f'cannot be used: {error.strerror or error}')}, or choose another with {other}")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2042,10 +2039,12 @@ class Server(http.server.ThreadingHTTPServer):
     def where(self) -> str:
         """What listens where, for a person."""
         scheme = "https" if self.tls else "http"
+        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
         stun = f"STUN on UDP port {self.stun.server_address[1]}" if self.stun else "no STUN"
-        host = "localhost" if not self.settings.host else f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        versions = "all addresses, IPv6 and IPv4" if self.address_family == socket.AF_INET6 else "all IPv4 addresses"
-        return f"{scheme}://{host}:{self.server_port}/ and {stun}" + ("" if self.settings.host else f" ({versions})")
+        if self.settings.host:
+            return f"{scheme}://{host}:{self.server_port}/ and {stun}"
+        versions = "addresses, IPv6 and IPv4" if self.address_family == socket.AF_INET6 else "IPv4 addresses"
+        return f"{scheme}://localhost:{self.server_port}/ and {stun} (all {versions})"
 
     def start(self) -> None:
         """Serve in threads of its own, and return."""
