@@ -1493,7 +1493,6 @@ class MustWait(Exception):
     """The connection is to be parked until its socket is ready for these events of selectors, it is woken, or its deadline passes."""
 
     def __init__(self, events: int = selectors.EVENT_READ) -> None:
-        super().__init__()
         self.events = events
 
 
@@ -1516,9 +1515,10 @@ class Connection:
         self.scanned = self.reads = 0                       # bytes of the buffer in which no head ends; reads that they took
         self.head = NO_HEAD                                 # of the request that is parsed, and not answered yet
         self.route: Optional[Route] = None                  # what serves that
-        self.wait = 0                                       # seconds that it wishes to wait
+        self.wait, self.has_replies = 0, False              # seconds that it wishes to wait; whether the answer tells of replies
         self.waiter: Optional[Waiter] = None                # while it waits for news
-        self.answer: Optional[Answer] = None                # what is sent next without asking
+        self.answer: Optional[Answer] = None                # that is to be sent once others are served
+        self.problem: Optional[Problem] = None              # for which it is refused
         self.unsent: List[Union[bytes, memoryview]] = []    # of an answer that its client is slow to read
         self.closes = self.lingers = False                  # when that is sent; after reading on for a moment
         self.deadline = time.monotonic() + seconds          # of what it waits for
@@ -1538,8 +1538,7 @@ class Connection:
 
     def write(self, *pieces: bytes) -> None:
         """Send bytes. MustWait: the client does not read them all now."""
-        self.unsent += pieces
-        self.deadline = time.monotonic() + SEND_TIME
+        self.unsent += [piece for piece in pieces if piece]
         self.flush()
 
     def flush(self) -> None:
@@ -1585,9 +1584,8 @@ class TlsConnection(Connection):
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             pass
         finally:
-            self.unsent += [self.outgoing.read()] if self.outgoing.pending else []
             with contextlib.suppress(MustWait):     # what is not sent now goes before the next answer
-                self.flush()
+                super().write(self.outgoing.read())
         if not plaintext:
             raise MustWait
         self.silent = 0
@@ -1680,14 +1678,12 @@ class Parking:
     def _serve(self, connection: Connection) -> None:
         """Serve a parked connection, which stays if it waits again."""
         connection.is_woken = False
-        if isinstance(connection, TlsConnection):
-            self._leave(connection)
-            self._server.serve_in_thread(connection)
-        elif self._server.serve(connection):
-            self._watch(connection, connection.events)
-        else:
-            self._leave(connection)
-            self._server.close(connection)
+        is_tls = isinstance(connection, TlsConnection)
+        waits = not is_tls and self._server.serve(connection)
+        self._watch(connection, connection.events if waits else 0)
+        if not waits:
+            self._parked.discard(connection)
+            (self._server.serve_in_thread if is_tls else self._server.close)(connection)
 
     def _watch(self, connection: Connection, events: int) -> None:
         """Have the selector tell of these events, or of none."""
@@ -1698,22 +1694,10 @@ class Parking:
                 self._selector.register(connection.socket, events, connection)
             connection.watched = events
 
-    def _leave(self, connection: Connection) -> None:
-        self._watch(connection, 0)
-        self._parked.discard(connection)
-
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
 
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
-
-
-def problem_answer(problem: Problem) -> Answer:
-    """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
-    body: Dict[str, Any] = {"type": "about:blank", "title": http.HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
-    if problem.errors:
-        body["errors"] = problem.errors
-    return Answer(problem.status, body, problem.headers, "application/problem+json")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1749,6 +1733,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.rest()
         if not connection.closes:
             try:
+                if connection.problem:
+                    raise connection.problem
                 if connection.answer:
                     self.send_answer(connection.answer)
                 elif connection.waiter:
@@ -1756,7 +1742,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 elif self.parse_request():
                     self.respond(self.ask)
             except Problem as problem:
-                self.send_error(problem.status, problem.detail)
+                self.send_error(problem.status, problem=problem)
         elif connection.lingers and connection.read():
             raise MustWait
         if not self.close_connection:
@@ -1779,7 +1765,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise Problem("the request did not come in time", 503 if self.server.stopping else 408) from None
                 raise
             if connection.is_idle:
-                connection.deadline = time.monotonic() + REQUEST_TIME
+                connection.deadline, self.is_late = time.monotonic() + REQUEST_TIME, False
                 if not data:
                     return False
             elif not data:
@@ -1811,9 +1797,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if connection.head.length > self.server.settings.max_body:
                 raise Problem(f"the body has more than {self.server.settings.max_body} bytes", 413)
             if connection.head.expects and connection.head.length > len(buffer):
-                deadline = connection.deadline
                 connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                connection.deadline = deadline
         return len(buffer) >= connection.head.length
 
     # Answering it.
@@ -1821,13 +1805,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def ask(self) -> Outcome:
         """Find the route, check the fields, and ask its endpoint. Problem: what is wrong."""
         server, connection, headers = self.server, self.connection, self.connection.head.headers
-        if self.path != HEALTH_PATH:        # a monitor is never refused
+        if self.path.partition("?")[0] != HEALTH_PATH:      # a monitor is never refused
             server.charge(connection.client)
-        if self.command == "OPTIONS" and self.path == "*":
-            return self.options({route.method for route in ROUTES})
-        routes, name = resolve(self.path)
         if self.command == "OPTIONS":
-            return self.options(routes)
+            return self.options([route.method for route in ROUTES] if self.path == "*" else resolve(self.path)[0])
+        routes, name = resolve(self.path)
         route = connection.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
             raise Problem(f"{self.command} is not for this path", 405, Allow=allowed(routes))
@@ -1838,7 +1820,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = parse_body(self.body) if self.body else bearer(headers)
             fields = validate(body, route.fields, Scope(connection.client.is_local, server.settings.max_guests))
         digest = server.registry.peer_digest(fields.pop("peerId", ""))
-        connection.wait = wished_wait(fields, headers, server.settings.max_wait)
+        connection.wait, connection.has_replies = wished_wait(fields, headers, server.settings.max_wait), fields.get("replies") is not None
         connection.deadline = time.monotonic() + connection.wait
         return route.endpoint(server, Request(name or fields.get("name", ""), digest, fields, headers, connection.client, connection.wait, self.waker()))
 
@@ -1848,11 +1830,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(MustWait):
             data = connection.read()
             if not data or len(connection.buffer) > MAX_HEAD:
-                return
+                return      # the connection ends
             connection.buffer += data       # the next request comes early, and waits
         server.registry.forget_waiter(waiter)
         wake = None if waiter.is_replaced or waiter.is_renamed or self.is_late else self.waker()
-        request = Request(waiter.name, waiter.digest, {"after": waiter.after}, {}, connection.client, connection.wait, wake, waiter.is_replaced)
+        fields: Dict[str, Any] = {"after": waiter.after, "replies": {} if connection.has_replies else None}
+        request = Request(waiter.name, waiter.digest, fields, {}, connection.client, connection.wait, wake, waiter.is_replaced)
         assert connection.route
         self.respond(functools.partial(connection.route.endpoint, server, request))
 
@@ -1866,24 +1849,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             outcome = ask()
         except Problem as problem:
-            if problem.limit:
-                server.tally(server.refused, problem.limit)
-            if isinstance(problem, (Forbidden, Conflict)):      # to register somebody's game is to guess, too
-                server.limiter.charge(connection.client.key, FORBIDDEN_COST - 1)
             connection.lingers = problem.limit == "rate" and not connection.is_proxy    # a proxy's connection is for others as well
-            outcome = problem_answer(problem)
+            outcome = self.answer_to(problem)
         except Exception:
             log.exception("a request failed")
-            outcome = problem_answer(Problem("the server failed to answer this request; its log says why", 500))
+            outcome = self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
         if isinstance(outcome, Waiter):     # nothing of its fields and header is kept
             connection.waiter, connection.head = outcome, connection.head._replace(target=self.path[:200], headers={})
             raise MustWait
         if server.parking.queue and not connection.waiter:
-            # This request may have woken a host. The host learns of its guest first, or it would not know the guest's first datagram.
+            # This request may have woken a host, which is served first: it would not know the first datagram of a guest that is faster.
             connection.answer = outcome
             server.parking.wake(connection)
             raise MustWait
         self.send_answer(outcome)
+
+    def answer_to(self, problem: Problem) -> Answer:
+        """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
+        if problem.limit:
+            self.server.tally(self.server.refused, problem.limit)
+        if isinstance(problem, (Forbidden, Conflict)):      # to register somebody's game is to guess, too
+            self.server.limiter.charge(self.connection.client.key, FORBIDDEN_COST - 1)
+        body = {"type": "about:blank", "title": http.HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
+        return Answer(problem.status, {**body, "errors": problem.errors} if problem.errors else body, problem.headers, "application/problem+json")
 
     def options(self, methods: Iterable[str]) -> Answer:
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
@@ -1907,6 +1895,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.count(connection, None)
         connection.route = connection.waiter = connection.answer = None
         connection.client, connection.reads, connection.head = connection.peer, 0, NO_HEAD
+        connection.deadline = time.monotonic() + SEND_TIME
         connection.write(*((head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,)))     # connections share a long list
         self.rest()
         if connection.lingers:      # to close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)
@@ -1947,19 +1936,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log_fields("{client} {method} {path!r} {status} {bytes}", client=connection.client.address, method=self.command,
                        path=self.path.partition("?")[0], status=code, bytes=size)
 
-    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None, problem: Optional[Problem] = None) -> None:
         """Answer what cannot be read to its end. Nobody knows where the next request begins, so the connection is closed."""
-        connection, problem = self.connection, Problem(message or "", code)
+        connection, problem = self.connection, problem or Problem(message or "", code)
         line = REQUEST_LINE.match(connection.buffer) if connection.head is NO_HEAD else None
         self.use_head(Head(line[1].decode("ascii"), line[2].decode("ascii")) if line else connection.head._replace(closes=True))
         try:
-            if not connection.is_proxy:
+            if not connection.is_proxy and problem.limit != "rate":
                 self.server.charge(connection.client)
         except TooMany as too_many:
             problem = too_many
         connection.buffer.clear()
         connection.lingers = True
-        self.send_answer(problem_answer(problem))
+        self.send_answer(self.answer_to(problem))
 
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------
@@ -2132,27 +2121,26 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             self.admit(connection)
         except Full as problem:
-            self.tally(self.refused, problem.limit)
-            connection.answer, connection.lingers = problem_answer(problem), True
+            connection.problem = problem
         if not self.tls:
             self.serve_and_park(connection)
-        elif connection.answer:     # a handshake would come first
+        elif connection.problem:     # a handshake would come first
+            self.tally(self.refused, connection.problem.limit)
             self.close(connection)
         else:
             self.parking.park(connection)
 
     def admit(self, connection: Connection) -> None:
-        """Count a new connection. Full, TooMany: it is to be refused. A handshake of TLS and a refusal cost a token as a request does."""
+        """Count a new connection. Full, TooMany: it is to be refused. A handshake of TLS costs a token, as a request does."""
         with self._lock:
             self.connections.add(connection)
         if len(self.connections) > self.settings.max_connections:
             raise Full("there are too many connections", limit="connections")
-        if not connection.is_proxy:     # a proxy speaks for many
-            try:
-                self.count(connection, connection.peer.key)
-            finally:
-                if self.tls or not connection.counted:
-                    self.charge(connection.peer)
+        if connection.is_proxy:     # it speaks for many
+            return
+        if self.tls:
+            self.charge(connection.peer)
+        self.count(connection, connection.peer.key)
 
     def count(self, connection: Connection, key: Optional[bytes]) -> None:
         """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client."""
