@@ -68,7 +68,7 @@ import types
 import unicodedata
 import urllib.parse
 import zlib
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, NoReturn, Optional, Protocol, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Protocol, Set, Tuple, Union
 
 __version__ = "0.1.0"
 
@@ -78,59 +78,36 @@ log = logging.getLogger("p2pserver")
 # ---- options --------------------------------------------------------------------------------------------------------
 # One table gives the limits, the command line and the environment: --game-ttl is also P2P_GAME_TTL and settings.game_ttl.
 
-class Option(NamedTuple):
-    """A row of the table. The type of the default is the type of the option; numbers stay within [low, high]."""
+def require(condition: bool, rule: str) -> None:
+    if not condition:
+        raise ValueError(rule)
 
-    name: str
-    default: Any
-    help: str
-    low: float = 0
-    high: float = 0
-    choices: Tuple[str, ...] = ()
 
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+class Option:
+    """A row of the table. The type of the default is the type of the option."""
 
-    @property
-    def variable(self) -> str:
-        return "P2P_" + self.name.upper()
+    def __init__(self, name: str, default: Any, help: str, low: float = 0, high: float = 1, pattern: str = "[ -~]*") -> None:
+        self.name, self.default, self.help = name, default, help
+        self.low, self.high, self.pattern = low, high, pattern      # a number is within them, a text matches
+        self.flag, self.variable = "--" + name.replace("_", "-"), "P2P_" + name.upper()
 
-    def parse(self, text: str) -> Any:
-        """The value that the text stands for. ValueError with the rule if it stands for none."""
-        kind = type(self.default)
-        try:
-            value = {"0": False, "1": True}[text] if kind is bool else kind(text)
-        except (KeyError, ValueError):
-            raise ValueError("must be " + {bool: "1 or 0", int: "a whole number", float: "a number"}[kind]) from None
-        return self.check(value)
-
-    def check(self, value: Any) -> Any:
-        """The value. ValueError with the rule if it is out of bounds."""
+    def check(self, value: Any) -> None:
+        """ValueError: the value is out of bounds."""
         if isinstance(value, str):
-            if self.choices and value not in self.choices:
-                raise ValueError("must be one of " + ", ".join(self.choices))
-            if not value.isprintable() or not (value.isascii() or self.name.startswith("tls_")):
-                raise ValueError("must be printable ASCII")
-            if self.name in ("trusted_proxies", "metrics_from"):
-                Networks(value)
-        elif not isinstance(value, bool) and not self.low <= value <= self.high:
-            raise ValueError(f"must be from {self.low:.15g} to {self.high:.15g}")
-        return value
+            require(re.fullmatch(self.pattern, value) is not None, f"{self.flag} ({self.variable}) must match {self.pattern}, not {value!r}")
+        else:
+            require(self.low <= value <= self.high, f"{self.flag} ({self.variable}) must be from {self.low:.15g} to {self.high:.15g}, not {value}")
 
 
 class Networks:
     """Addresses and networks with commas between, as "192.0.2.1, 2001:db8::/32". ValueError if the text is anything else."""
 
     def __init__(self, text: str) -> None:
-        try:
-            self._networks = [ipaddress.ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip()]
-        except ValueError:
-            raise ValueError("must be IP addresses and networks with commas between") from None
+        self._networks = [ipaddress.ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip()]
 
     def __contains__(self, address: str) -> bool:
         """Whether the text of an IP address is in one of them; UNKNOWN never is."""
-        return bool(self._networks) and address != UNKNOWN and any(ipaddress.ip_address(address) in network for network in self._networks)
+        return address != UNKNOWN and any(ipaddress.ip_address(address) in network for network in self._networks)
 
 
 OPTIONS = (
@@ -159,19 +136,17 @@ OPTIONS = (
     Option("cors_origin", "*", "origin whose web pages may call: * for all, empty for none"),
     Option("trusted_proxies", "", "reverse proxies whose X-Forwarded-For is believed: addresses and networks, with commas between"),
     Option("metrics_from", "", "who may GET /metrics beside this machine: addresses and networks, with commas between"),
-    Option("tls_cert", "", "file with the certificate and its chain, PEM: HTTPS instead of HTTP; SIGHUP loads it anew"),
-    Option("tls_key", "", "file with the certificate's key, PEM, if it is not in that file"),
-    Option("log_format", "text", "lines of the log as text, or each as a JSON object", choices=("text", "json")),
-    Option("log_level", "info", "least level of what is logged", choices=("debug", "info", "warning", "error")),
+    Option("tls_cert", "", "file with the certificate and its chain, PEM: HTTPS instead of HTTP; SIGHUP loads it anew", pattern=".*"),
+    Option("tls_key", "", "file with the certificate's key, PEM, if it is not in that file", pattern=".*"),
+    Option("log_format", "text", "lines of the log as text, or each as a JSON object", pattern="text|json"),
+    Option("log_level", "info", "least level of what is logged", pattern="debug|info|warning|error"),
     Option("access_log", False, "log every request"),
 )
 
 MAX_NAME, MAX_PEER_ID, MAX_ADDRESS = 64, 128, 512       # characters
 MAX_ADDRESSES, MAX_REPLY_ADDRESSES = 16, 64             # candidates in one list, and in all the replies of one poll
-MAX_INFO = 1024                 # bytes as compact JSON
-MAX_DEPTH = 16                  # levels of arrays and objects in what is handed on
+MAX_INFO, MAX_DEPTH = 1024, 16  # bytes as compact JSON; levels of arrays and objects in what is handed on
 MAX_FAULTS = 3                  # of one list that an answer names, so that it names ten in all at the most
-MAX_NUMBER = 2 ** 53 - 1        # every JSON reader holds whole numbers up to this exactly (RFC 8259 section 6)
 MAX_REQUEST_LINE, MAX_HEAD = 8192, 32768                # bytes; RFC 9112 section 3 asks for 8000 at least
 MAX_HEADER_FIELDS = 100
 READ_SIZE = 16384               # bytes that are received at once: a connection's buffer holds MAX_HEAD or --max-body, and these, at the most
@@ -193,29 +168,23 @@ LOG_LINES = 10000               # that wait to be written at the most
 
 
 class Settings(types.SimpleNamespace):
-    """The values of OPTIONS by name. ValueError names the first fault: a value out of bounds, or two that do not go together."""
+    """The values of OPTIONS by name. ValueError: one is out of bounds, or two do not go together."""
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**{option.name: values.pop(option.name, option.default) for option in OPTIONS})
-        for name in values:
-            raise ValueError(f"there is no option {name}")
+        require(not values, f"there is no option {', '.join(values)}")
         for option in OPTIONS:
-            try:
-                option.check(getattr(self, option.name))
-            except ValueError as fault:
-                raise ValueError(f"{option.flag} {fault}") from None
-        for name in ("game_ttl", "guest_ttl", "idle_timeout"):
-            if not self.poll_after < getattr(self, name):
-                raise ValueError(f"--poll-after must be less than --{name}, or clients that obey it come too late".replace("_", "-"))
-        if self.tls_key and not self.tls_cert:
-            raise ValueError("--tls-key needs --tls-cert")
+            option.check(getattr(self, option.name))
+        Networks(f"{self.trusted_proxies},{self.metrics_from}")
+        require(self.poll_after < min(self.game_ttl, self.guest_ttl, self.idle_timeout),
+                "--poll-after must be less than --game-ttl, --guest-ttl and --idle-timeout, or clients that obey it come too late")
+        require(self.tls_cert or not self.tls_key, "--tls-key needs --tls-cert")
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------
 
 class Problem(Exception):
-    """What a client is told went wrong: one sentence, the faults of the body by field, a status of HTTP, the option whose limit is reached,
-    further header fields."""
+    """What a client is told went wrong. errors: the faults of the body by field; limit: the option that is reached; headers: more header fields."""
 
     status = 400
 
@@ -250,8 +219,8 @@ class TooMany(Full):
 
 
 # ---- fields ---------------------------------------------------------------------------------------------------------
-# A check takes the value and its scope. It returns the value to use, or raises ValueError with the rule. Past these checks
-# a value is trusted. Arrays of addresses and info become JSON text: as Python's objects they can take twenty times as much.
+# A check returns the value to use, or raises ValueError with the rule. Addresses and info become JSON text: as Python's
+# objects they can take twenty times as much memory.
 
 class Scope(NamedTuple):
     """What a check may depend on beside the value."""
@@ -260,38 +229,26 @@ class Scope(NamedTuple):
     max_guests: int = 64
 
 
-Check = Callable[[Any, Scope], Any]
-
 RESERVED_NAMES = {".", ".."}        # clients fold them away (RFC 3986 section 5.2.4); the rows of ROUTES add theirs
 NO_ADDRESSES = b"[]"
-IPV4_MAPPED, LOOPBACK6 = bytes(10) + b"\xff\xff", bytes(15) + b"\1"
-NOBODY = (bytes(4), bytes(16), b"\xff\xff\xff\xff")
 IP_PORT = re.compile(r"(?:([0-9]+(?:\.[0-9]+){3})|\[([0-9A-Fa-f:.]+(?:%[^\]]*)?)\]):([0-9]+)")
+# No control character, lone surrogate, line separator or slash; no white space at the ends.
+GAME_NAME = re.compile(rf"(?!\s)[^\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029/]{{1,{MAX_NAME}}}(?<!\s)")
 
 
 def check_name(value: Any, scope: Scope) -> str:
     """A game's name, normalised to NFC, so that two ways of typing one name are one game."""
-    # NFC makes at most four characters one, so what is four times too long stays too long. This bounds the work of normalising.
-    if not isinstance(value, str) or not 0 < len(value) <= 4 * MAX_NAME:
-        raise ValueError(f"must be a string of 1 to {MAX_NAME} characters")
-    name = value if value.isascii() else unicodedata.normalize("NFC", value)
-    if len(name) > MAX_NAME:
-        raise ValueError(f"must be a string of 1 to {MAX_NAME} characters")
-    if not name.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-        raise ValueError("must not contain control characters, line separators or lone surrogates")
-    if "/" in name:
-        raise ValueError("must not contain /")
-    if name != name.strip():
-        raise ValueError("must not begin or end with white space")
-    if name in RESERVED_NAMES:
-        raise ValueError("must not be one of " + ", ".join(sorted(RESERVED_NAMES)))
+    # NFC makes at most four characters one: what is longer than four times the limit stays too long, and need not be normalised whole.
+    name = unicodedata.normalize("NFC", value[:4 * MAX_NAME + 1]) if isinstance(value, str) else ""
+    require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name) is not None,
+            f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators and /, white space at its ends, or a reserved word")
     return name
 
 
-def check_peer_id(value: Any, scope: Scope) -> str:
+def check_peer_id(value: Any, scope: Scope) -> Any:
     """The secret that authorises its owner."""
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_PEER_ID or not value.isprintable():
-        raise ValueError(f"must be a string of 1 to {MAX_PEER_ID} printable characters")
+    is_good = isinstance(value, str) and 0 < len(value) <= MAX_PEER_ID and value.isprintable()
+    require(is_good, f"must be a string of 1 to {MAX_PEER_ID} printable characters")
     return value
 
 
@@ -300,89 +257,77 @@ def packed_address(text: str) -> bytes:
     if ":" not in text:
         return socket.inet_pton(socket.AF_INET, text)
     packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
-    return packed[12:] if packed.startswith(IPV4_MAPPED) else packed
+    return packed[12:] if packed.startswith(b"\0" * 10 + b"\xff\xff") else packed
 
 
 def is_loopback(packed: bytes) -> bool:
-    return packed[0] == 127 if len(packed) == 4 else packed == LOOPBACK6
+    return packed[0] == 127 if len(packed) == 4 else packed == b"\0" * 15 + b"\1"
 
 
 def is_too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
     """Whether arrays and objects are nested deeper than that. Python may read such a value and then fail to write it."""
-    if not isinstance(value, (dict, list)):
-        return False
-    return levels == 0 or any(is_too_deep(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value))
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, (dict, list)) and (levels == 0 or any(is_too_deep(item, levels - 1) for item in items))
 
 
 def address_fault(value: Any, is_local: bool) -> str:
     """The rule that one candidate breaks, or nothing. Text that is no ip:port or [ipv6]:port is between the peers."""
-    if not isinstance(value, str):
-        return "must be a string or an object" if not isinstance(value, dict) else f"must be at most {MAX_DEPTH} levels deep" if is_too_deep(value) else ""
-    match = IP_PORT.fullmatch(value) if len(value) <= MAX_ADDRESS else None
+    if isinstance(value, dict):
+        return f"must be at most {MAX_DEPTH} levels deep" if is_too_deep(value) else ""
+    if not isinstance(value, str) or len(value) > MAX_ADDRESS:
+        return f"must be an object, or a string of at most {MAX_ADDRESS} characters"
+    match = IP_PORT.fullmatch(value)
     if not match:
-        return "" if len(value) <= MAX_ADDRESS else f"must have at most {MAX_ADDRESS} characters"
+        return ""
     try:
         address = packed_address(match[1] or match[2])
     except OSError:
-        return "is not an IP address"
-    if len(match[3]) > 5 or not 0 < int(match[3]) <= 65535:
+        return "must be an IP address"
+    if not 0 < int(match[3]) <= 65535:
         return "must have a port from 1 to 65535"
-    if address in NOBODY or address[0] == 0xFF or len(address) == 4 and 224 <= address[0] < 240:
+    if not any(address) or address[0] == 0xFF or len(address) == 4 and 224 <= address[0] < 240:
         return "must not be an unspecified, multicast or broadcast address"
-    if is_loopback(address) and not is_local:
-        return "must not be a loopback address, which only clients on the server's own machine may publish"
-    return ""
+    return "must not be a loopback address, as the client is on another machine" if is_loopback(address) and not is_local else ""
 
 
 def check_addresses(value: Any, scope: Scope) -> bytes:
     """Candidates, most wanted first, as JSON text."""
-    if not isinstance(value, list) or len(value) > MAX_ADDRESSES:
-        raise ValueError(f"must be an array of at most {MAX_ADDRESSES} addresses")
+    require(isinstance(value, list) and len(value) <= MAX_ADDRESSES, f"must be an array of at most {MAX_ADDRESSES} addresses")
     faults = [f"[{i}] {fault}" for i, fault in enumerate([address_fault(item, scope.is_local) for item in value]) if fault]
-    if faults:
-        raise ValueError("; ".join(faults[:MAX_FAULTS]) + (f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""))
+    require(not faults, "; ".join(faults[:MAX_FAULTS]))
     return f"[{','.join([to_json(item) for item in value])}]".encode()
 
 
 def check_replies(value: Any, scope: Scope) -> Dict[str, bytes]:
     """Addresses for single guests: {sessionId: addresses}. Counted first, so that a large body costs no more than a small one."""
-    if not isinstance(value, dict) or len(value) > scope.max_guests:
-        raise ValueError(f"must be an object of at most {scope.max_guests} replies, addresses by sessionId")
-    if sum(len(addresses) for addresses in value.values() if isinstance(addresses, list)) > MAX_REPLY_ADDRESSES:
-        raise ValueError(f"must have at most {MAX_REPLY_ADDRESSES} addresses in all")
-    replies = {}
-    for session_id, addresses in value.items():
-        try:
-            replies[session_id] = check_addresses(addresses, scope)
-        except ValueError as fault:
-            raise ValueError(f"{session_id[:32]!r}: {fault}") from None
-    return replies
+    require(isinstance(value, dict) and len(value) <= scope.max_guests, f"must be an object of at most {scope.max_guests} replies")
+    count = sum([len(addresses) for addresses in value.values() if isinstance(addresses, list)])
+    require(count <= MAX_REPLY_ADDRESSES, f"must have at most {MAX_REPLY_ADDRESSES} addresses in all")
+    return {session_id: check_addresses(addresses, scope) for session_id, addresses in value.items()}
 
 
 def check_info(value: Any, scope: Scope) -> bytes:
     """What lobbies show of a game, as JSON text."""
-    text = b"" if not isinstance(value, dict) or is_too_deep(value) else to_json(value).encode("utf-8")
-    if not 0 < len(text) <= MAX_INFO:
-        raise ValueError(f"must be an object of at most {MAX_INFO} bytes of JSON and {MAX_DEPTH} levels")
+    text = to_json(value).encode() if isinstance(value, dict) and not is_too_deep(value) else b""
+    require(0 < len(text) <= MAX_INFO, f"must be an object of at most {MAX_INFO} bytes of JSON and {MAX_DEPTH} levels")
     return text
 
 
-def check_flag(value: Any, scope: Scope) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
+def check_flag(value: Any, scope: Scope) -> Any:
+    require(isinstance(value, bool), "must be true or false")
     return value
 
 
-def check_whole_number(value: Any, scope: Scope) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
-        raise ValueError("must be a whole number, not negative")
+def check_whole_number(value: Any, scope: Scope) -> Any:
+    # Every JSON reader holds whole numbers up to this exactly (RFC 8259 section 6).
+    require(type(value) is int and 0 <= value < 2 ** 53, "must be a whole number, not negative")
     return value
 
 
 class Field(NamedTuple):
     """A field of a body. An optional one that is absent or null is None."""
 
-    check: Check
+    check: Callable[[Any, Scope], Any]
     required: bool = True
 
 
@@ -390,17 +335,12 @@ def validate(body: Mapping[str, Any], fields: Mapping[str, Field], scope: Scope)
     """The checked values by field name. Other fields of the body are ignored, so newer clients work. Problem names every fault at once."""
     values: Dict[str, Any] = {}
     faults = {}
-    for name, (check, required) in fields.items():
+    for name, (check, is_required) in fields.items():
         value = body.get(name)
-        if value is None and not required:
-            values[name] = None
-        elif value is None and name not in body:
-            faults[name] = "is required"
-        else:
-            try:
-                values[name] = check(value, scope)
-            except ValueError as fault:
-                faults[name] = str(fault)
+        try:
+            values[name] = check(value, scope) if is_required or value is not None else None
+        except ValueError as fault:
+            faults[name] = str(fault)
     if faults:
         raise Problem("; ".join(f"{name} {fault}" for name, fault in faults.items()), errors=faults)
     return values
@@ -409,54 +349,43 @@ def validate(body: Mapping[str, Any], fields: Mapping[str, Field], scope: Scope)
 def unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     """An object none of whose names comes twice: readers differ in which one they take (RFC 8259 section 4)."""
     members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("a name stands twice in one object")
+    require(len(members) == len(pairs), "a name stands twice in one object")
     return members
 
 
 def parse_number(text: str) -> float:
+    """Python reads NaN and Infinity as well, and takes what is too large for infinite."""
     number = float(text)
-    if math.isinf(number):
-        raise ValueError("a number is too large")
+    require(math.isfinite(number), "a number is too large, or none")
     return int(text) if text.lstrip("-").isdigit() else number
-
-
-def refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
 
 
 LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")   # it may also be half of a pair, which is fine
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=parse_number, parse_float=parse_number, parse_constant=refuse_constant).decode
+from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=parse_number, parse_float=parse_number, parse_constant=parse_number).decode
 
 
 def json_text(value: Any) -> str:
     """The JSON of an answer. Bytes are JSON text that was stored, and go in as they are. The names in objects are the server's own."""
-    kind = type(value)
-    if kind is bytes:
+    if isinstance(value, bytes):
         return str(value, "utf-8")
-    if kind is int:
-        return str(value)
-    if kind is dict:
+    if isinstance(value, dict):
         return "{" + ",".join([f'"{name}":{json_text(item)}' for name, item in value.items()]) + "}"
-    return "[" + ",".join([json_text(item) for item in value]) + "]" if kind is list else to_json(value)
+    if isinstance(value, list):
+        return "[" + ",".join([json_text(item) for item in value]) + "]"
+    return str(value) if type(value) is int else to_json(value)     # the same for an int, and faster
 
 
 def parse_body(body: bytes) -> Dict[str, Any]:
     """The object that a body holds. Problem 400 if it is not JSON, or JSON that not every reader reads alike."""
     try:
         text = body.decode("utf-8")
-        value = from_json(text)
+        value: Dict[str, Any] = from_json(text)
         if LONE_SURROGATE.search(text):
             to_json(value).encode("utf-8")
-    except UnicodeError:
-        raise Problem("the body is not UTF-8, or has a lone surrogate") from None
-    except RecursionError:
-        raise Problem("the body is nested too deeply") from None
-    except ValueError as fault:     # its text gives a position or one of the rules above, never the body
-        raise Problem(f"the body is not JSON: {fault}") from None
-    if not isinstance(value, dict):
-        raise Problem("the body must be a JSON object")
+        require(isinstance(value, dict), "it is something else")
+    except (ValueError, RecursionError) as fault:
+        raise Problem(f"the body must be a JSON object in UTF-8: {fault}") from None
     return value
 
 
@@ -2238,35 +2167,28 @@ def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
 # ---- log ------------------------------------------------------------------------------------------------------------
 
 class LogQueue(logging.handlers.QueueHandler):
-    """Hands lines to a thread that writes them, so that nobody waits for a disk or a pipe. It says how many found no room or could not be written."""
+    """Hands lines to a thread that writes them, so that nobody waits for a disk or a pipe."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__(queue.Queue(LOG_LINES))
         self.lost = 0
         writer = logging.StreamHandler()
         writer.setFormatter(formatter)
-        writer.handleError = self.lose  # type: ignore[method-assign]
+        writer.handleError = self.handleError  # type: ignore[method-assign]
         self._listener = logging.handlers.QueueListener(self.queue, writer)
         self._listener.enqueue_sentinel = functools.partial(self.queue.put, None)   # type: ignore
         self._listener.start()
 
-    def lose(self, record: logging.LogRecord) -> None:
-        self.lost += 1
-
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record       # as it is: only the formatter makes text of it
-
-    def enqueue(self, record: logging.LogRecord) -> None:
+        """The record as it is: only the formatter makes text of it. Ahead of it the number of lines that were lost."""
         lost = self.lost
-        try:
-            self.queue.put_nowait(record)
-        except queue.Full:
-            self.lose(record)
-            return
         if lost:
-            with contextlib.suppress(queue.Full):       # or it is said later
-                self.queue.put_nowait(logging.makeLogRecord({"levelname": "WARNING", "msg": f"{lost} lines of the log were lost"}))
-                self.lost -= lost
+            self.enqueue(logging.makeLogRecord({"levelname": "WARNING", "msg": f"{lost} lines of the log were lost"}))
+            self.lost -= lost
+        return record
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.lost += 1      # there is no room, or it could not be written
 
     def end(self, seconds: float = 0.5) -> bool:
         """Write what there is, within so many seconds; whether that was enough."""
@@ -2293,37 +2215,19 @@ class JsonFormatter(logging.Formatter):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, as everything else at the start."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-
 def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str]) -> Settings:
     """The settings from flags, else the environment, else the table. SystemExit 2 with one line if they are no good."""
-    parser = Parser(prog="p2pserver", description="The rendezvous server by which two players behind home routers find each other.",
-                    epilog="Each flag can be given in the environment instead: --game-ttl as P2P_GAME_TTL.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="p2pserver", description="A rendezvous server: through it two players behind home routers find each other.",
+                                     epilog="In the environment --game-ttl is P2P_GAME_TTL.", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"p2pserver {__version__}")
+    if "PORT" in environment:       # hosting services say PORT
+        environment = {"P2P_PORT": environment["PORT"], **environment}
     for option in OPTIONS:
         text = f"{option.help} (default: {option.default})" if option.default not in ("", False) else option.help
-        if isinstance(option.default, bool):
-            parser.add_argument(option.flag, action="store_const", const="1", help=text)
-        else:
-            parser.add_argument(option.flag, metavar=option.name.split("_")[-1].upper(), help=text)
-    given = vars(parser.parse_args(arguments))
-    values = {}
-    for option in OPTIONS:
-        names = [option.variable, "PORT"] if option.name == "port" else [option.variable]     # hosting services say PORT
-        sources = {option.flag: given[option.name], **{name: environment.get(name) for name in names}}
-        source = next((source for source, text in sources.items() if text is not None), None)
-        if source:
-            try:
-                values[option.name] = option.parse(sources[source])
-            except ValueError as fault:
-                parser.error(f"{source} {fault}, not {sources[source]!r}")
+        kind: Dict[str, Any] = {"type": int, "nargs": "?", "const": 1} if option.default is False else {"type": type(option.default)}
+        parser.add_argument(option.flag, default=environment.get(option.variable, option.default), help=text, **kind)
     try:
-        return Settings(**values)
+        return Settings(**vars(parser.parse_args(arguments)))
     except ValueError as fault:
         parser.error(str(fault))
 
@@ -2336,26 +2240,6 @@ def open_server(settings: Settings) -> Server:
     return Server(settings)
 
 
-def handle_signals(server: Server) -> None:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt in the main thread, once; the next one ends the process as it stands. SIGHUP has a renewed
-    certificate loaded; without TLS it ends the process, as it does by itself.
-
-    As the first process of a container Python ignores SIGTERM unless it is handled.
-    """
-    def interrupt(number: int, frame: Any) -> NoReturn:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    def renew(number: int, frame: Any) -> None:
-        server.certificate_is_old = True
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, interrupt)
-    if server.tls and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, renew)
-
-
 def allow_many_files() -> None:
     """Raise the number of open files, and so of connections, to what the system allows; it is 1024 by habit."""
     with contextlib.suppress(ImportError, ValueError, OSError):     # ImportError: there is no such limit here
@@ -2365,8 +2249,8 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 10240, hard))
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
-    """Serve until a signal comes. Returns the exit status: 0, or 1 if the server cannot start."""
+def main(arguments: Optional[List[str]] = None) -> None:
+    """Serve until a signal comes. SystemExit 1 with one line if the server cannot start."""
     settings = parse_settings(arguments, os.environ)
     writer = LogQueue(JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[writer])
@@ -2375,28 +2259,29 @@ def main(arguments: Optional[List[str]] = None) -> int:
     try:
         server = open_server(settings)
     except CannotStart as reason:
-        print(f"p2pserver: {reason}", file=sys.stderr)
-        return 1
+        sys.exit(f"p2pserver: {reason}")
+
+    def renew_certificate(number: int, frame: Any) -> None:
+        server.certificate_is_old = True
+
+    if server.tls and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, renew_certificate)
     try:
-        handle_signals(server)
+        # The first process of a container ignores SIGTERM unless it is handled.
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)     # raises KeyboardInterrupt
         server.start()
-        say(f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it")
+        with contextlib.suppress(OSError):      # nobody reads it
+            os.write(1, f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it\n".encode())
         while True:
             time.sleep(0.5)     # a signal that another thread has taken is acted upon when this one wakes
     except KeyboardInterrupt:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)     # the next one ends the process as it stands
         server.stop()
         if not writer.end():
             os._exit(0)     # Python's own end would wait for the stream that the log is still written to
-    return 0
-
-
-def say(text: str) -> None:
-    """Print, if there is somebody to read it."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # or what is still to be written would fail again at the end
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
