@@ -1230,23 +1230,21 @@ def show_metrics(server: Server, request: Request) -> Answer:
     if not request.client.is_local and request.client.address not in server.watchers:
         raise Forbidden("metrics are for this machine and for whom --metrics-from names")
     counts, stun = server.registry.counts(), server.stun
-    answered = {f'{{operation="{operation}",status="{status}"}}': count for (operation, status), count in sorted(server.answered.items())}
-    refused = {f'{{limit="{limit}"}}': count for limit, count in sorted(server.refused.items())}
     text = ""
-    for name, meaning, samples in (
-        ("games", "games on offer", {"": counts["games"]}),
-        ("guests", "guests of them", {"": counts["guests"]}),
-        ("waiting", "polls and starts that wait", {"": counts["waiting"]}),
-        ("connections", "open connections", {"": len(server.connections)}),
-        ("threads", "threads of the process", {"": threading.active_count()}),
-        ("stored_bytes", "bytes that count against --max-memory", {"": counts["stored_bytes"]}),
-        ("uptime_seconds", "seconds since the start", {"": round(time.monotonic() - server.began, 3)}),
-        ("requests_total", "requests answered", answered),
-        ("refused_total", "requests and connections refused because a limit was reached", refused),
-        ("stun_total", "datagrams to STUN, by what they got", {'{result="answer"}': stun.answered, '{result="silence"}': stun.silent} if stun else {}),
+    for name, meaning, labels, samples in (
+        ("games", "games on offer", "", {(): counts["games"]}),
+        ("guests", "guests of them", "", {(): counts["guests"]}),
+        ("waiting", "polls and starts that wait", "", {(): counts["waiting"]}),
+        ("connections", "open connections", "", {(): len(server.connections)}),
+        ("threads", "threads of the process", "", {(): threading.active_count()}),
+        ("stored_bytes", "bytes that count against --max-memory", "", {(): counts["stored_bytes"]}),
+        ("uptime_seconds", "seconds since the start", "", {(): round(time.monotonic() - server.began, 3)}),
+        ("requests_total", "requests answered", '{operation="%s",status="%s"}', server.answered),
+        ("refused_total", "requests and connections refused because a limit was reached", '{limit="%s"}', server.refused),
+        ("stun_total", "datagrams to STUN, by what they got", '{result="%s"}', {"answer": stun.answered, "silence": stun.silent} if stun else {}),
     ):
         text += f"# HELP p2pserver_{name} {meaning}\n# TYPE p2pserver_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
-        text += "".join([f"p2pserver_{name}{labels} {value}\n" for labels, value in samples.items()])
+        text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(samples.items())])
     return Answer(200, text.encode("ascii"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -1293,7 +1291,6 @@ ROUTES_AT = {row.path: {route.method: route for route in ROUTES if route.path ==
 GAME_ROUTES = ROUTES_AT.pop("/games/<name>")
 RESERVED_NAMES.update(path[len("/games/"):] for path in ROUTES_AT if path.startswith("/games/"))
 
-ABSOLUTE_FORM = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)     # RFC 9112 section 3.2.2
 PREFER_WAIT = re.compile(r'(?:^|[,;])[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE)
 
 
@@ -1304,16 +1301,15 @@ def allowed(methods: Iterable[str]) -> str:
 
 def resolve(target: str) -> Tuple[Dict[str, Route], str]:
     """The routes at a request target by method, and the game that it names. NotFound: there are none, or no game can have that name."""
-    path = (target if target.startswith("/") else ABSOLUTE_FORM.sub("", target)).partition("?")[0] or "/"
+    origin_form = target if target.startswith("/") else re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE)     # RFC 9112 section 3.2.2
+    path = origin_form.partition("?")[0] or "/"
     if path in ROUTES_AT:
         return ROUTES_AT[path], ""
     prefix, _, quoted = path.rpartition("/")
-    if prefix != "/games":
-        raise NotFound("there is nothing here; GET / lists what there is")
-    try:
-        return GAME_ROUTES, check_name(urllib.parse.unquote(quoted, errors="strict"), Scope())
-    except ValueError as fault:     # a rule of check_name, or that this is not UTF-8
-        raise NotFound(f"no game can have this name: {fault}") from None
+    with contextlib.suppress(ValueError):       # the name breaks a rule, or is not UTF-8
+        if prefix == "/games":
+            return GAME_ROUTES, check_name(urllib.parse.unquote(quoted, errors="strict"), Scope())
+    raise NotFound("there is nothing here, and no game can have such a name; GET / lists what there is")
 
 
 def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait: int) -> int:
@@ -1330,7 +1326,6 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
 BARE_LF = re.compile(rb"(?<!\r)\n")
-METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
 class Head(NamedTuple):
@@ -1380,7 +1375,7 @@ def parse_head(head: bytes) -> Head:
         (match[3] != b"1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
         (is_new and "host" not in headers, 400, "Host is required"),                # RFC 9112 section 3.2
         (", " in headers.get("host", ""), 400, "Host stands twice in the head"),
-        (method not in METHODS, 501, "this method is not supported"),
+        (method not in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"), 501, "this method is not supported"),
         # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
         ("transfer-encoding" in headers, 400 if "content-length" in headers else 501, "Transfer-Encoding is not supported; send a Content-Length alone"),
         (method in ("POST", "PUT", "PATCH") and "content-length" not in headers, 411, "a Content-Length is required"),
@@ -1389,10 +1384,10 @@ def parse_head(head: bytes) -> Head:
     ):
         if is_wrong:
             raise Problem(detail, status)
-    length = length.lstrip("0")[:18] or "0"     # more digits are too large in any case, and slow to convert
     options = headers.get("connection", "").lower().replace(",", " ").split()
     closes = "close" in options or not is_new and "keep-alive" not in options
-    return Head(method, target, is_new, headers, int(length), closes, is_new and "expect" in headers)
+    # More digits are too large a length in any case, and slow to convert.
+    return Head(method, target, is_new, headers, int(length.lstrip("0")[:18] or "0"), closes, is_new and "expect" in headers)
 
 
 def parse_fields(lines: List[bytes]) -> Dict[str, str]:
@@ -1417,9 +1412,8 @@ def read_head(head: bytes) -> Head:
 def check_media_type(headers: Mapping[str, str]) -> None:
     """Refuse a body that is declared as anything but JSON in UTF-8. One that is not declared is taken for that."""
     media_type, _, parameters = headers.get("content-type", "application/json").lower().partition(";")
-    is_json = media_type.strip() == "application/json" or media_type.strip().endswith("+json")
-    is_utf8 = "charset" not in parameters or "utf-8" in parameters
-    if not is_json or not is_utf8 or headers.get("content-encoding", "identity").lower() != "identity":
+    is_json = media_type.rstrip().endswith(("application/json", "+json")) and ("charset" not in parameters or "utf-8" in parameters)
+    if not is_json or headers.get("content-encoding", "identity").lower() != "identity":
         raise Problem("the body must be application/json in UTF-8, and not compressed", 415)
 
 
