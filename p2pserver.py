@@ -365,15 +365,16 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=parse_number, parse_float=parse_number, parse_constant=parse_number).decode
 
 
-def json_text(value: Any) -> str:
-    """The JSON of an answer. Bytes are JSON text that was stored, and go in as they are. The names in objects are the server's own."""
-    if isinstance(value, bytes):
-        return str(value, "utf-8")
-    if isinstance(value, dict):
-        return "{" + ",".join([f'"{name}":{json_text(item)}' for name, item in value.items()]) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join([json_text(item) for item in value]) + "]"
-    return str(value) if type(value) is int else to_json(value)     # the same for an int, and faster
+def json_text(members: Mapping[str, Any]) -> str:
+    """The JSON object of an answer, whose names are the server's own. Bytes are JSON text that was stored, and go in as they are."""
+    return "{" + ",".join([f'"{name}":{TEXT_OF[type(item)](item)}' for name, item in members.items()]) + "}"
+
+
+TEXT_OF: Dict[type, Callable[[Any], str]] = {
+    str: to_json, bool: to_json, int: str, bytes: bytes.decode, dict: json_text,
+    float: functools.lru_cache(maxsize=64)("{:.15g}".format),       # 60 rather than 60.0, which some clients do not take for a whole number
+    list: lambda items: "[" + ",".join([TEXT_OF[type(item)](item) for item in items]) + "]",
+}
 
 
 def parse_body(body: bytes) -> Dict[str, Any]:
@@ -1060,7 +1061,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A status, a body (a dict that json_text() takes, text, bytes, or None), and header fields beside the usual ones."""
+    """A status, a body (a dict that json_text() takes, bytes, or None), and header fields beside the usual ones."""
 
     status: int
     body: Any = None
@@ -1069,20 +1070,22 @@ class Answer(NamedTuple):
 
     def data(self) -> bytes:
         """The body as it is sent."""
-        if isinstance(self.body, dict):
-            return json_text(self.body).encode("utf-8")
-        return self.body.encode("utf-8") if isinstance(self.body, str) else self.body or b""
+        return json_text(self.body).encode("utf-8") if isinstance(self.body, dict) else self.body or b""
 
 
-def whole(seconds: float) -> float:
-    """60 rather than 60.0, which some clients do not take for a whole number."""
-    return int(seconds) if seconds == int(seconds) else seconds
+def with_lease(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool = True) -> Answer:
+    """The answer that tells as well for how long the server remembers its client, and when to ask again, in seconds.
 
-
-@functools.lru_cache(maxsize=16)
-def lease(ttl: float, poll_after: float, is_busy: bool = False) -> Mapping[str, float]:
-    """The members that tell how long a game or guest is remembered and when to ask again, in seconds."""
-    return {"expiresIn": whole(ttl), "pollAfter": whole(poll_after * (BUSY_FACTOR if is_busy else 1))}
+    That is later if a poll or start wished to wait and found no place. One that was replaced counts as that: two hosts with one peerId
+    would chase each other.
+    """
+    is_busy = request.is_replaced
+    if request.wake and not has_news:
+        server.tally(server.refused, "waiting")
+        is_busy = True
+    body["expiresIn"] = ttl
+    body["pollAfter"] = server.settings.poll_after * (BUSY_FACTOR if is_busy else 1)
+    return Answer(status, body, {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
 
 
 def session_body(session: Session) -> Dict[str, Any]:
@@ -1093,51 +1096,29 @@ def location(name: str) -> Dict[str, str]:
     return {"Location": "/games/" + urllib.parse.quote(name, safe="")}
 
 
-def is_too_busy(server: Server, request: Request, has_news: bool) -> bool:
-    """Whether a poll or start that wished to wait finds no place. One that was replaced counts as that: two hosts with one peerId would
-    chase each other."""
-    if request.wake and not has_news:
-        server.tally(server.refused, "waiting")
-        return True
-    return request.is_replaced
-
-
-def applied_wait(request: Request, is_busy: bool) -> Dict[str, str]:
-    return {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {}
-
-
 def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
-    fields = request.fields
-    is_new = server.registry.register_game(request.name, request.digest, fields["info"], fields["listed"], request.client.key)
-    body = {"name": request.name, **lease(server.settings.game_ttl, server.settings.poll_after)}
-    return Answer(201, body, location(request.name)) if is_new else Answer(200, body)
+    is_new = server.registry.register_game(request.name, request.digest, request.fields["info"], request.fields["listed"], request.client.key)
+    answer = with_lease(server, request, 200, {"name": request.name}, server.settings.game_ttl)
+    return answer._replace(status=201, headers=location(request.name)) if is_new else answer
 
 
 def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
     fields = request.fields
     polled = server.registry.poll_game(request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), request.wake)
-    if polled.waiter:
-        return polled.waiter
-    is_busy = is_too_busy(server, request, bool(polled.guests or polled.gone))
-    body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.guests], "cursor": polled.cursor,
-            **lease(server.settings.game_ttl, server.settings.poll_after, is_busy)}
+    body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.guests], "cursor": polled.cursor}
     if fields.get("replies") is not None:
         body["gone"] = polled.gone
-    return Answer(200, body, applied_wait(request, is_busy))
+    return polled.waiter or with_lease(server, request, 200, body, server.settings.game_ttl, bool(polled.guests or polled.gone))
 
 
 def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
     started = server.registry.start_game(request.name, request.digest, request.fields.get("addresses"), request.client.key, request.wake)
-    if started.waiter:
-        return started.waiter
     has_news = started.session.addresses != NO_ADDRESSES
-    is_busy = is_too_busy(server, request, has_news)
-    body = {"name": started.name, **session_body(started.session), "cursor": started.cursor,
-            **lease(server.settings.guest_ttl, server.settings.poll_after, is_busy)}
-    return Answer(200 if has_news else 202, body, applied_wait(request, is_busy))
+    body = {"name": started.name, **session_body(started.session), "cursor": started.cursor}
+    return started.waiter or with_lease(server, request, 200 if has_news else 202, body, server.settings.guest_ttl, has_news)
 
 
 def list_games(server: Server, request: Request) -> Answer:
@@ -1145,10 +1126,8 @@ def list_games(server: Server, request: Request) -> Answer:
     version, body = server.registry.list_games()
     tag = f'"{version:x}"'
     headers = {"ETag": tag, "Cache-Control": "no-cache"}    # to be kept, but not used without asking again
-    # Weak comparison, as RFC 9110 section 13.1.2 asks.
-    known = request.headers.get("if-none-match", "")
-    is_known = known == "*" or re.search(rf"(?:^|[,\s])(?:W/)?{tag}\s*(?:,|$)", known)
-    return Answer(304, None, headers) if is_known else Answer(200, body, headers)
+    known = request.headers.get("if-none-match", "").replace("W/", "").replace(",", " ").split()     # weak comparison: RFC 9110 section 13.1.2
+    return Answer(304, None, headers) if tag in known or "*" in known else Answer(200, body, headers)
 
 
 def get_game(server: Server, request: Request) -> Answer:
@@ -1182,31 +1161,28 @@ def show_metrics(server: Server, request: Request) -> Answer:
         raise Forbidden("metrics are for this machine and for whom --metrics-from names")
     counts, stun = server.registry.counts(), server.stun
     text = ""
-    for name, kind, meaning, samples in (
-        ("games", "gauge", "games on offer", {"": counts["games"]}),
-        ("guests", "gauge", "guests of them", {"": counts["guests"]}),
-        ("waiting", "gauge", "polls and starts that wait", {"": counts["waiting"]}),
-        ("connections", "gauge", "open connections", {"": len(server.connections)}),
-        ("threads", "gauge", "threads of the process", {"": threading.active_count()}),
-        ("stored_bytes", "gauge", "bytes that count against --max-memory", {"": counts["stored_bytes"]}),
-        ("uptime_seconds", "gauge", "seconds since the start", {"": round(time.monotonic() - server.began, 3)}),
-        ("requests_total", "counter", "requests answered",
-         {f'{{operation="{operation}",status="{status}"}}': count for (operation, status), count in sorted(server.answered.items())}),
-        ("refused_total", "counter", "requests and connections refused because a limit was reached",
-         {f'{{limit="{limit}"}}': count for limit, count in sorted(server.refused.items())}),
-        ("stun_total", "counter", "datagrams to STUN, by what they got",
-         {'{result="answer"}': stun.answered, '{result="silence"}': stun.silent} if stun else {}),
+    for name, meaning, labels, samples in (
+        ("games", "games on offer", "", {(): counts["games"]}),
+        ("guests", "guests of them", "", {(): counts["guests"]}),
+        ("waiting", "polls and starts that wait", "", {(): counts["waiting"]}),
+        ("connections", "open connections", "", {(): len(server.connections)}),
+        ("threads", "threads of the process", "", {(): threading.active_count()}),
+        ("stored_bytes", "bytes that count against --max-memory", "", {(): counts["stored_bytes"]}),
+        ("uptime_seconds", "seconds since the start", "", {(): round(time.monotonic() - server.began, 3)}),
+        ("requests_total", "requests answered", '{operation="%s",status="%s"}', server.answered),
+        ("refused_total", "requests and connections refused because a limit was reached", '{limit="%s"}', server.refused),
+        ("stun_total", "datagrams to STUN, by what they got", '{result="%s"}', {"answer": stun.answered, "silence": stun.silent} if stun else {}),
     ):
-        text += f"# HELP p2pserver_{name} {meaning}\n# TYPE p2pserver_{name} {kind}\n"
-        text += "".join(f"p2pserver_{name}{labels} {value}\n" for labels, value in samples.items())
-    return Answer(200, text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        text += f"# HELP p2pserver_{name} {meaning}\n# TYPE p2pserver_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
+        text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(samples.items())])
+    return Answer(200, text.encode("ascii"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def show_start_page(server: Server, request: Request) -> Answer:
     """this page"""
-    rows = "".join(f"{route.method:8}{route.path:18}{route.endpoint.__doc__}\n" for route in ROUTES)
-    return Answer(200, f"p2pserver {__version__}: a rendezvous server. Hosts offer games, guests find them, "
-                       f"and the two exchange addresses to connect directly.\n\n{rows}", media_type="text/plain; charset=utf-8")
+    rows = "".join([f"{route.method:8}{route.path:18}{route.endpoint.__doc__}\n" for route in ROUTES])
+    text = f"p2pserver {__version__}: the rendezvous server by which two players behind home routers find each other\n\n{rows}"
+    return Answer(200, text.encode("ascii"), media_type="text/plain; charset=utf-8")
 
 
 Outcome = Union[Answer, Waiter]
@@ -1229,8 +1205,7 @@ HEALTH_PATH = "/healthz"
 
 ROUTES = (
     Route("POST", "/games/register", register_game, {"name": NAME, "peerId": PEER_ID, "info": INFO, "listed": LISTED}),
-    Route("POST", "/games/poll", poll_game,
-          {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "after": AFTER, "replies": REPLIES, "wait": WAIT}),
+    Route("POST", "/games/poll", poll_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "after": AFTER, "replies": REPLIES, "wait": WAIT}),
     Route("POST", "/games/start", start_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "wait": WAIT}),
     Route("GET", "/games", list_games),
     Route("GET", "/games/<name>", get_game),
@@ -1242,13 +1217,10 @@ ROUTES = (
     Route("GET", "/", show_start_page),
 )
 
-ROUTES_AT: Dict[str, Dict[str, Route]] = {}     # by path and method
-for _route in ROUTES:
-    ROUTES_AT.setdefault(_route.path, {})[_route.method] = _route
+ROUTES_AT = {row.path: {route.method: route for route in ROUTES if route.path == row.path} for row in ROUTES}     # by path and method
 GAME_ROUTES = ROUTES_AT.pop("/games/<name>")
 RESERVED_NAMES.update(path[len("/games/"):] for path in ROUTES_AT if path.startswith("/games/"))
 
-ABSOLUTE_FORM = re.compile(r"\Ahttps?://[^/?]*", re.IGNORECASE)     # RFC 9112 section 3.2.2
 PREFER_WAIT = re.compile(r'(?:^|[,;])[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE)
 
 
@@ -1259,27 +1231,22 @@ def allowed(methods: Iterable[str]) -> str:
 
 def resolve(target: str) -> Tuple[Dict[str, Route], str]:
     """The routes at a request target by method, and the game that it names. NotFound: there are none, or no game can have that name."""
-    path = (target if target.startswith("/") else ABSOLUTE_FORM.sub("", target)).partition("?")[0] or "/"
+    origin_form = target if target.startswith("/") else re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE)     # RFC 9112 section 3.2.2
+    path = origin_form.partition("?")[0] or "/"
     if path in ROUTES_AT:
         return ROUTES_AT[path], ""
     prefix, _, quoted = path.rpartition("/")
-    if prefix != "/games":
-        raise NotFound("there is nothing here; GET / lists what there is")
-    try:
-        return GAME_ROUTES, check_name(urllib.parse.unquote(quoted, errors="strict"), Scope())
-    except UnicodeDecodeError:
-        raise NotFound("no game can have this name: it must be UTF-8") from None
-    except ValueError as fault:
-        raise NotFound(f"no game can have this name: it {fault}") from None
+    with contextlib.suppress(ValueError):       # the name breaks a rule, or is not UTF-8
+        if prefix == "/games":
+            return GAME_ROUTES, check_name(urllib.parse.unquote(quoted, errors="strict"), Scope())
+    raise NotFound("there is nothing here, and no game can have such a name; GET / lists what there is")
 
 
 def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait: int) -> int:
     """Seconds that a request wishes to wait: its field wait, else its Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
-    if "wait" not in fields:
-        return 0
-    wait: Optional[int] = fields["wait"]
+    wait: Optional[int] = fields.get("wait", 0)     # other requests than poll and start have no such field
     if wait is None:
-        match = PREFER_WAIT.search(headers.get("prefer", ""))
+        match = PREFER_WAIT.search(headers["prefer"]) if "prefer" in headers else None
         wait = int(match[1]) if match else 0
     return min(wait, max_wait)
 
@@ -1287,40 +1254,35 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 # ---- HTTP: reading a request ----------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
-FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")                                          # RFC 9110 section 5.1
-NOT_FIELD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")                                        # RFC 9110 section 5.5
-# Of Connection, the options that matter. A long list is not split, so it costs no time.
-CONNECTION_OPTIONS = re.compile(r"(?<![^,\s])(?:close|keep-alive)(?![^,\s])", re.IGNORECASE)
+FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
 BARE_LF = re.compile(rb"(?<!\r)\n")
-METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
 class Head(NamedTuple):
-    """The head of a request, and what follows from it: how long the body is (bytes), whether the connection ends with the
-    answer, and whether the client waits for 100 Continue. is_new: it is HTTP/1.1 rather than 1.0. Field names are in lower case."""
+    """The head of a request, with names of fields in lower case, and what follows from it."""
 
     method: str = ""
     target: str = ""
-    is_new: bool = True
+    is_new: bool = True                 # HTTP/1.1, not 1.0
     headers: Mapping[str, str] = {}
-    length: int = 0
-    closes: bool = True
-    expects: bool = False
+    length: int = 0                     # of the body, in bytes
+    closes: bool = True                 # the connection ends with the answer
+    expects: bool = False               # the client waits for 100 Continue
 
 
 NO_HEAD = Head()
 
 
 def find_head(buffer: bytearray, scanned: int) -> int:
-    """Where the head that the buffer begins with ends, or -1 while it has not come whole. Problem as soon as it cannot become one.
+    """Where the head at the start of the buffer ends, or -1 while it is not whole. Problem as soon as it cannot become one.
 
     scanned: the bytes that an earlier call has seen, so that a head that dribbles in is looked at once.
     """
+    if len(buffer) >= MAX_REQUEST_LINE and buffer.find(b"\n", 0, MAX_REQUEST_LINE) < 0:
+        raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD + 4)
     if end >= 0:
         return end
-    if len(buffer) >= MAX_REQUEST_LINE and buffer.find(b"\n", 0, MAX_REQUEST_LINE) < 0:
-        raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
     # Readers differ on what ends a line. Where they do, requests can be smuggled.
     if BARE_LF.search(buffer, scanned):
         raise Problem("a line of the head does not end in CRLF")
@@ -1329,91 +1291,67 @@ def find_head(buffer: bytearray, scanned: int) -> int:
     return -1
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_head(head: bytes) -> Head:
-    """The head without its last empty line, read strictly after RFC 9112. Problem if it is none."""
+    """The head without its last empty line, read strictly after RFC 9112. Problem if it is none. Clients send the same one again and again."""
     line, *lines = head.split(b"\r\n")
-    if len(line) + 2 > MAX_REQUEST_LINE:      # with its CRLF
-        raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Problem("the request line is malformed")
-    if match[3] != b"1":
-        raise Problem("only HTTP/1.0 and HTTP/1.1 are supported", 505)
-    method, is_new, headers = match[1].decode("ascii"), match[4] != b"0", parse_fields(lines)
-    if is_new and "host" not in headers:
-        raise Problem("Host is required")      # RFC 9112 section 3.2
-    if method not in METHODS:
-        raise Problem("this method is not supported", 501)
-    length = body_length(method, headers)
-    if headers.get("expect", "100-continue").lower() != "100-continue":
-        raise Problem("only Expect: 100-continue is understood", 417)
-    options = [option.lower() for option in CONNECTION_OPTIONS.findall(headers.get("connection", ""))]
+    method, target, is_new = match[1].decode("ascii"), match[2].decode("ascii"), match[4] != b"0"
+    headers = parse_fields(lines)
+    length = headers.get("content-length", "0")
+    for is_wrong, status, detail in (
+        (match[3] != b"1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
+        (is_new and "host" not in headers, 400, "Host is required"),                # RFC 9112 section 3.2
+        (", " in headers.get("host", ""), 400, "Host stands twice in the head"),
+        (method not in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"), 501, "this method is not supported"),
+        # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
+        ("transfer-encoding" in headers, 400 if "content-length" in headers else 501, "Transfer-Encoding is not supported; send a Content-Length alone"),
+        (method in ("POST", "PUT", "PATCH") and "content-length" not in headers, 411, "a Content-Length is required"),
+        (not length.isascii() or not length.isdigit(), 400, "Content-Length must stand once, and be a number"),
+        (headers.get("expect", "100-continue").lower() != "100-continue", 417, "only Expect: 100-continue is understood"),
+    ):
+        if is_wrong:
+            raise Problem(detail, status)
+    options = headers.get("connection", "").lower().replace(",", " ").split()
     closes = "close" in options or not is_new and "keep-alive" not in options
-    return Head(method, match[2].decode("ascii"), is_new, headers, length, closes, is_new and "expect" in headers)
+    # More digits are too large a length in any case, and slow to convert.
+    return Head(method, target, is_new, headers, int(length.lstrip("0")[:18] or "0"), closes, is_new and "expect" in headers)
 
 
 def parse_fields(lines: List[bytes]) -> Dict[str, str]:
-    """Header fields by name in lower case. Those that come twice are joined (RFC 9110 section 5.3), where that is allowed."""
+    """Header fields by name in lower case. Those that come twice are joined (RFC 9110 section 5.3)."""
     if len(lines) > MAX_HEADER_FIELDS:
         raise Problem(f"the head has more than {MAX_HEADER_FIELDS} fields", 431)
     headers: Dict[str, str] = {}
     for line in lines:
-        field, colon, value = line.partition(b":")
-        if not colon or not FIELD_NAME.fullmatch(field) or NOT_FIELD_VALUE.search(value):
+        match = FIELD.fullmatch(line.decode("latin-1"))
+        if not match:
             raise Problem("a header field is malformed")
-        name, text = field.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
-        if name in headers:
-            if name in ("host", "content-length"):
-                raise Problem(f"{name} stands twice in the head")
-            text = f"{headers[name]}, {text}"
-        headers[name] = text
+        name, value = match[1].lower(), match[2].strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
-# Clients send the same head again and again.
-cached_head = functools.lru_cache(maxsize=1024)(parse_head)
-
-
 def read_head(head: bytes) -> Head:
-    """As parse_head, from a cache where it can be. What may hold a secret is not cached."""
-    return parse_head(head) if len(head) > 1024 or b"authorization" in head.lower() else cached_head(head)
-
-
-def body_length(method: str, headers: Mapping[str, str]) -> int:
-    """Bytes of the body that the head announces. Problem where readers could differ on it (RFC 9112 section 6.3)."""
-    length = headers.get("content-length")
-    if "transfer-encoding" in headers:
-        if length is not None:
-            raise Problem("Transfer-Encoding and Content-Length must not stand in one head")
-        raise Problem("Transfer-Encoding is not supported; send a Content-Length", 501)
-    if length is None:
-        if method in ("POST", "PUT", "PATCH"):
-            raise Problem("a Content-Length is required", 411)
-        return 0
-    if not length.isascii() or not length.isdigit():
-        raise Problem("Content-Length is not a number")
-    return int(length.lstrip("0")[:18] or "0")      # more digits are too large in any case, and slow to convert
+    """As parse_head, from its cache where it can be. What may hold a secret is not cached."""
+    return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
 
 
 def check_media_type(headers: Mapping[str, str]) -> None:
     """Refuse a body that is declared as anything but JSON in UTF-8. One that is not declared is taken for that."""
-    declared = headers.get("content-type", "application/json").lower()
-    if declared == "application/json" and "content-encoding" not in headers:
-        return
-    media_type, *parameters = declared.split(";")
-    charsets = [value.strip().strip('"') for name, _, value in (item.partition("=") for item in parameters) if name.strip() == "charset"]
-    if media_type.strip() != "application/json" and not media_type.strip().endswith("+json") or any(name != "utf-8" for name in charsets):
-        raise Problem("the body must be application/json in UTF-8", 415)
-    if headers.get("content-encoding", "identity").lower() != "identity":
-        raise Problem("the body must not be compressed", 415)
+    media_type, _, parameters = headers.get("content-type", "application/json").lower().partition(";")
+    is_json = media_type.strip() == "application/json" or media_type.strip().endswith("+json")
+    is_utf_8 = "charset" not in parameters or re.search(r'charset="?utf-8"?[ \t]*(;|$)', parameters)
+    if not is_json or not is_utf_8 or headers.get("content-encoding", "identity").lower() != "identity":
+        raise Problem("the body must be application/json in UTF-8, and not compressed", 415)
 
 
 def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
     """The body that Authorization: Bearer stands for where there is none (RFC 6750 section 2.1)."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        return {}
-    return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")}
+    return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")} if scheme.lower() == "bearer" else {}
 
 
 # ---- HTTP: connections ----------------------------------------------------------------------------------------------
