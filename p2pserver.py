@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """p2pserver: the rendezvous server by which two players behind home routers find each other.
 
-A host offers a game under a name. Guests look it up. The two exchange their candidate addresses through this server and
-then talk directly. JSON over HTTP/1.1; fields in brackets are optional:
+A host offers a game under a name, guests look it up, and the two exchange candidate addresses through this server, to talk
+directly from then on. JSON over HTTP/1.1; fields in brackets are optional:
 
     POST   /games/register  {name, peerId, [info, listed]}                    a host offers a game: 201; its owner again: 200
     POST   /games/poll      {name, peerId, addresses, [after, replies, wait]} a host publishes its addresses, learns of guests
@@ -16,16 +16,14 @@ then talk directly. JSON over HTTP/1.1; fields in brackets are optional:
     GET    /                                                                  this table, for a person
 
     register, 201 or 200   {name, expiresIn, pollAfter}
-    poll, 200              {name, guests: [{sessionId, sessionKey, addresses}], cursor, expiresIn, pollAfter, [gone]}
+    poll, 200              {name, guests: [{sessionId, sessionKey, addresses}], cursor, [gone], expiresIn, pollAfter}
     start, 200 or 202      {name, sessionId, sessionKey, addresses, cursor, expiresIn, pollAfter}
     list, 200              {games: [{name, info, guests, ready}]}       one game, and PATCH: {name, info, guests, ready}
     any error              application/problem+json (RFC 9457): {type, title, status, detail, [errors: {field: rule}]}
 
-The peerId authorises: whoever registers a game with it owns the game. The server never shows, logs or keeps it; the
-registry keeps a keyed digest. Each pair of host and guest has a session of its own, and only the two know its sessionKey.
-
-With wait, or Prefer: wait=N (RFC 7240), a poll without news waits until there are some, and a start until the host has
-addresses. Preference-Applied in the answer says that the server did so.
+The peerId authorises: whoever registers a game with it owns the game. Only a keyed digest of it is kept. Each pair of host and
+guest has a session, whose sessionKey only the two know. With wait, or Prefer: wait=N (RFC 7240), a poll waits for news and a
+start for addresses of the host; Preference-Applied in the answer says so.
 
 Threads: 1. One thread accepts and serves all connections; it never waits for a single one. 2. A connection that must wait,
 for bytes or for news of its game, is parked: it costs a record and no thread, until there is something to go on with.
@@ -1074,10 +1072,9 @@ class Answer(NamedTuple):
 
 
 def with_lease(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool = True) -> Answer:
-    """The answer that tells as well for how long the server remembers its client, and when to ask again, in seconds.
+    """The answer with how long the game or guest is remembered and when to ask again, in seconds.
 
-    That is later if a poll or start wished to wait and found no place. One that was replaced counts as that: two hosts with one peerId
-    would chase each other.
+    That is later where a poll or start finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
     is_busy = request.is_replaced
     if request.wake and not has_news:
@@ -1230,7 +1227,7 @@ def allowed(methods: Iterable[str]) -> str:
 
 
 def resolve(target: str) -> Tuple[Dict[str, Route], str]:
-    """The routes at a request target by method, and the game that it names. NotFound: there are none, or no game can have that name."""
+    """The routes at a request target by method, and the game that it names."""
     origin_form = target if target.startswith("/") else re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE)     # RFC 9112 section 3.2.2
     path = origin_form.partition("?")[0] or "/"
     if path in ROUTES_AT:
@@ -1274,10 +1271,7 @@ NO_HEAD = Head()
 
 
 def find_head(buffer: bytearray, scanned: int) -> int:
-    """Where the head at the start of the buffer ends, or -1 while it is not whole. Problem as soon as it cannot become one.
-
-    scanned: the bytes that an earlier call has seen, so that a head that dribbles in is looked at once.
-    """
+    """Where the head at the start of the buffer ends, or -1 while it is not whole. scanned: the bytes that an earlier call has seen."""
     if len(buffer) >= MAX_REQUEST_LINE and buffer.find(b"\n", 0, MAX_REQUEST_LINE) < 0:
         raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
     end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD + 4)
@@ -1293,7 +1287,7 @@ def find_head(buffer: bytearray, scanned: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def parse_head(head: bytes) -> Head:
-    """The head without its last empty line, read strictly after RFC 9112. Problem if it is none. Clients send the same one again and again."""
+    """The head without its last empty line, read strictly after RFC 9112. Clients send the same one again and again."""
     line, *lines = head.split(b"\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
@@ -1335,7 +1329,7 @@ def parse_fields(lines: List[bytes]) -> Dict[str, str]:
 
 
 def read_head(head: bytes) -> Head:
-    """As parse_head, from its cache where it can be. What may hold a secret is not cached."""
+    """As parse_head. What may hold a secret is not cached."""
     return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
 
 
@@ -1351,7 +1345,9 @@ def check_media_type(headers: Mapping[str, str]) -> None:
 def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
     """The body that Authorization: Bearer stands for where there is none (RFC 6750 section 2.1)."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")} if scheme.lower() == "bearer" else {}
+    if scheme.lower() != "bearer":
+        return {}
+    return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")}
 
 
 # ---- HTTP: connections ----------------------------------------------------------------------------------------------
