@@ -463,6 +463,7 @@ def parse_body(body: bytes) -> Dict[str, Any]:
 # ---- registry -------------------------------------------------------------------------------------------------------
 
 Text = Optional[bytes]                      # JSON text as it was checked; None stands for no change
+Replies = Optional[Mapping[str, bytes]]     # addresses for single guests, by sessionId
 Wake = Optional[Callable[[], None]]         # called in any thread, with the registry's lock held: it only queues
 
 
@@ -515,8 +516,7 @@ class GameRegistry(Protocol):
     def register_game(self, name: str, digest: bytes, info: Text = None, listed: Optional[bool] = None, client: bytes = b"") -> bool:
         """Offer a game; True if it is new. Its owner keeps it alive, and changes what is given. Conflict: the name is taken. Full. TooMany."""
 
-    def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None,
-                  replies: Optional[Mapping[str, bytes]] = None, wake: Wake = None) -> News:
+    def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None, wake: Wake = None) -> News:
         """Publish the host's addresses and replies, where given; learn of the guests that came or moved since the cursor after, or of all.
 
         With wake, without news and while there is room, the answer has a waiter. A later poll of the host replaces it. NotFound. Forbidden. Full.
@@ -555,6 +555,7 @@ class Entry:
 
     __slots__ = ("digest", "client", "addresses", "changed", "size")
     own_size: int
+    texts: Tuple[str, ...]
 
     def __init__(self, digest: bytes, client: bytes, addresses: bytes) -> None:
         self.digest, self.client = digest, client       # of its owner
@@ -563,7 +564,7 @@ class Entry:
 
     def size_with(self, changes: Mapping[str, Any]) -> int:
         """Bytes that it takes once these of its attributes have changed."""
-        texts = [changes.get(name, getattr(self, name, None)) for name in ("name", "info", "addresses", "reply")]
+        texts = [changes.get(name, getattr(self, name)) for name in self.texts]
         return self.own_size + sum([sys.getsizeof(text) for text in texts if text])
 
 
@@ -571,12 +572,11 @@ class Game(Entry):
     """A game while its host is alive."""
 
     __slots__ = ("name", "info", "listed", "ready", "guests", "news", "born", "line")
-    own_size = GAME_SIZE
+    own_size, texts = GAME_SIZE, ("name", "info", "addresses")
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
         super().__init__(digest, client, NO_ADDRESSES)
-        self.name, self.info, self.listed = name, b"{}", True
-        self.ready = False                          # its host has addresses
+        self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
         self.news = self.born = version             # when a guest last came or moved; the order of the list, which a rename keeps
         self.line: Text = None                      # what anybody may know of it; None: to be made anew
@@ -586,10 +586,10 @@ class Guest(Entry):
     """One guest's session with one game."""
 
     __slots__ = ("game", "session_id", "session_key", "reply", "replied")
-    own_size = GUEST_SIZE
+    own_size, texts = GUEST_SIZE, ("addresses", "reply")
 
     def __init__(self, game: Game, digest: bytes, client: bytes, session_id: str, session_key: str) -> None:
-        super().__init__(digest, client, b"")
+        super().__init__(digest, client, b"")       # so that its first addresses are news, even if there are none
         self.game, self.session_id, self.session_key = game, session_id, session_key
         self.reply: Text = None                     # what the host offers this guest in place of the game's addresses
         self.replied = 0                            # version of reply
@@ -619,9 +619,9 @@ class Registry:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic, new_id: Callable[[], str] = new_session_id, cursor: int = 0) -> None:
         self._settings, self._clock, self._new_id = settings, clock, new_id
         self._secret = os.urandom(32)
-        # The lock guards everything below. Public methods take it and have _expire() read the clock once; private ones need it held.
+        # The lock guards everything below. Public methods take it; private ones need it held.
         self._lock = threading.Lock()
-        self._now = 0.0
+        self._now = clock()     # read once for each call
         self._cursor = self._list_version = cursor
         self._list: Text = None                             # None: to be made anew
         self._games: Dict[str, Game] = {}
@@ -656,8 +656,7 @@ class Registry:
                 self.events.append(("register_game", name, ""))
             return is_new
 
-    def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None,
-                  replies: Optional[Mapping[str, bytes]] = None, wake: Wake = None) -> News:
+    def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None, wake: Wake = None) -> News:
         with self._lock:
             game = self._find(name, digest)
             self._keep_alive(game)
@@ -735,7 +734,7 @@ class Registry:
         with self._lock:
             self._expire()
 
-    def _find(self, name: str, owner: Text = None) -> Game:
+    def _find(self, name: str, owner: Optional[bytes] = None) -> Game:
         """A game that has not expired. NotFound. Forbidden: somebody else owns it, where an owner is given."""
         self._expire()
         game = self._games.get(name)
@@ -761,7 +760,7 @@ class Registry:
                 for entry, attributes in changes.items()}
         sizes = {entry: entry.size_with(attributes) for entry, attributes in news.items()}
         growth = sum([size - entry.size for entry, size in sizes.items()])
-        share = 1_000_000 if all([entry.size for entry in news]) else 900_000
+        share = 1_000_000 if all(entry.size for entry in news) else 900_000
         if growth > 0 and self._stored + growth > self._settings.max_memory * share:
             raise Full("the server's memory for games is full", limit="memory")
         self._stored += growth
@@ -799,7 +798,8 @@ class Registry:
 
     def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool) -> Optional[Waiter]:
         """Have a poll or start wait in place of an earlier one, if it wishes to; None if there is news, or no room."""
-        self._wake(entry, is_replaced=True)
+        if entry in self._waiters:
+            self._wake(entry, is_replaced=True)
         if has_news or wake is None or len(self._waiters) >= self._settings.max_waiting:
             return None
         waiter = self._waiters[entry] = Waiter(entry, name, entry.digest, after, wake)
@@ -814,16 +814,16 @@ class Registry:
                 waiter.wake()
 
     def _keep_alive(self, entry: Entry) -> None:
-        queue = self._queues[type(entry)]
-        queue[entry] = self._now + self._ttls[type(entry)]
-        queue.move_to_end(entry)
+        entries = self._queues[type(entry)]
+        entries[entry] = self._now + self._ttls[type(entry)]
+        entries.move_to_end(entry)
 
     def _expire(self) -> None:
-        """Read the clock and remove what has expired. A game or guest whose poll or start waits is alive."""
+        """Remove what has expired. A game or guest whose poll or start waits is alive."""
         self._now = self._clock()
-        for queue in self._queues.values():
-            while queue and next(iter(queue.values())) <= self._now:
-                entry = next(iter(queue))
+        for entries in self._queues.values():
+            while entries and next(iter(entries.values())) <= self._now:
+                entry = next(iter(entries))
                 if entry in self._waiters:
                     self._keep_alive(entry)
                 else:
@@ -855,16 +855,11 @@ BUCKETS = 65536         # 512 KiB
 
 
 class Client(NamedTuple):
-    """Who asks: the IP address as text, the client key that limits count it by, and whether it is this machine."""
+    """Who asks. Limits take for one client: an IPv4 address, or an IPv6 /56, which is what a home line often gets (RFC 6177 section 2)."""
 
-    address: str
-    key: bytes
-    is_local: bool
-
-
-def client_key(packed: bytes) -> bytes:
-    """What limits take for one client: an IPv4 address, or an IPv6 /56, which is what a home line often gets (RFC 6177 section 2)."""
-    return packed if len(packed) == 4 else packed[:7]
+    address: str        # IP, as text
+    key: bytes          # that limits count it by
+    is_local: bool      # it is this machine
 
 
 @functools.lru_cache(maxsize=1024)
@@ -872,7 +867,7 @@ def client_of(host: str) -> Client:
     """Who has this address. OSError: it is none."""
     packed = packed_address(host)
     text = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
-    return Client(text, client_key(packed), is_loopback(packed))
+    return Client(text, packed if len(packed) == 4 else packed[:7], is_loopback(packed))
 
 
 def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -> Client:
@@ -886,14 +881,11 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
         return peer
     if peer.address not in proxies:
         return peer._replace(is_local=False)
-    if len(forwarded) > MAX_FORWARDED:      # the last members are the proxies' own
-        forwarded = forwarded[-MAX_FORWARDED:].partition(",")[2]
-    client = unknown = Client(UNKNOWN, UNKNOWN.encode("ascii"), False)
-    for member in reversed(forwarded.split(",")):
+    for member in reversed(forwarded[-MAX_FORWARDED:].split(",")):      # the last ones are the proxies' own
         try:
             client = client_of(host_of(member))._replace(is_local=False)
         except OSError:
-            return unknown
+            return Client(UNKNOWN, b"unknown", False)
         if client.address not in proxies:
             break
     return client
@@ -956,30 +948,24 @@ def stun_attribute(kind: int, value: bytes) -> bytes:
     return struct.pack(">HH", kind, len(value)) + value + bytes(-len(value) % 4)
 
 
+def stun_fingerprint(message: bytes) -> bytes:
+    """The attribute FINGERPRINT after what precedes it, where the length in the head counts it already (RFC 8489 section 14.7)."""
+    return struct.pack(">HHI", STUN_FINGERPRINT, 4, zlib.crc32(message) ^ 0x5354554E)
+
+
 def stun_attributes(request: bytes) -> Optional[List[int]]:
     """The types of a Binding request's attributes in their order, or None for everything that is not a well-formed one."""
-    if not 20 <= len(request) <= MAX_STUN or len(request) % 4:
-        return None
-    kind, length, cookie = struct.unpack_from(">HHI", request)
-    if kind != STUN_REQUEST or length != len(request) - 20 or cookie != STUN_COOKIE:
+    if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:8] != struct.pack(">HHI", STUN_REQUEST, len(request) - 20, STUN_COOKIE):
         return None
     kinds: List[int] = []
     position = 20
-    while position < len(request):
+    while position < len(request) and len(kinds) < MAX_STUN_ATTRIBUTES:
         kind, length = struct.unpack_from(">HH", request, position)
-        value = request[position + 4:position + 4 + length]
-        if len(value) < length or len(kinds) == MAX_STUN_ATTRIBUTES:
-            return None
-        if kind == STUN_FINGERPRINT and (position + 8 != len(request) or value != stun_fingerprint(request[:position])):
-            return None     # it is the last one, and right (RFC 8489 section 14.7)
+        if kind == STUN_FINGERPRINT and request[position:] != stun_fingerprint(request[:position]):
+            return None     # it is the last one, and right
         kinds.append(kind)
         position += 4 + length + -length % 4
-    return kinds
-
-
-def stun_fingerprint(message: bytes) -> bytes:
-    """The FINGERPRINT over what precedes it, where the length in the head counts it already (RFC 8489 section 14.7)."""
-    return struct.pack(">I", zlib.crc32(message) ^ 0x5354554E)
+    return kinds if position == len(request) else None
 
 
 def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
@@ -989,18 +975,16 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
         return None
     unknown = [kind for kind in kinds if kind < 0x8000 and kind not in STUN_IGNORED]
     if unknown:     # RFC 8489 section 6.3.1
-        kind = STUN_ERROR
         body = (stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
                 + stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown)))
     else:
-        kind = STUN_SUCCESS
         address = packed_address(source[0])
-        mask = request[4:4 + len(address)]      # the cookie; for IPv6 the transaction id after it as well (section 14.2)
-        xored = bytes(a ^ b for a, b in zip(address, mask))
-        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS, struct.pack(">HH", 1 if len(address) == 4 else 2, source[1] ^ STUN_COOKIE >> 16) + xored)
+        family = 1 if len(address) == 4 else 2
+        xored = bytes(a ^ b for a, b in zip(address, request[4:20]))    # with the cookie; for IPv6 the transaction id after it as well (section 14.2)
+        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS, struct.pack(">HH", family, source[1] ^ STUN_COOKIE >> 16) + xored)
     length = len(body) + (8 if STUN_FINGERPRINT in kinds else 0)
-    message = struct.pack(">HH", kind, length) + request[4:20] + body
-    return message + stun_attribute(STUN_FINGERPRINT, stun_fingerprint(message)) if STUN_FINGERPRINT in kinds else message
+    message = struct.pack(">HH", STUN_ERROR if unknown else STUN_SUCCESS, length) + request[4:20] + body
+    return message + stun_fingerprint(message) if STUN_FINGERPRINT in kinds else message
 
 
 class StunServer(socketserver.UDPServer):
@@ -1009,8 +993,6 @@ class StunServer(socketserver.UDPServer):
     address: as bind() takes it; rate: answers a second to one source, 0 for no limit.
     OSError from the constructor: the port is in use, or not permitted.
     """
-
-    max_packet_size = MAX_STUN + 1
 
     def __init__(self, family: int, address: Any, rate: float) -> None:
         self.address_family = family
@@ -1028,14 +1010,13 @@ class StunServer(socketserver.UDPServer):
     def get_request(self) -> Any:
         """A datagram with what tells where it came to, and its source."""
         if sys.platform != "linux":
-            request, source = self.socket.recvfrom(self.max_packet_size)
-            return (request, []), source
+            return super().get_request()
         request, arrived_at, _, source = self.socket.recvmsg(self.max_packet_size, 128)
         return (request, arrived_at), source
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         # The limiter first: to parse costs more than to refuse.
-        is_over = self._limiter.acquire(client_key(packed_address(client_address[0])))
+        is_over = self._limiter.acquire(client_of(client_address[0]).key)
         answer = None if is_over else stun_answer(request[0], client_address)
         if answer is None:
             self.silent += 1

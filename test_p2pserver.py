@@ -1013,7 +1013,7 @@ def test_the_version_of_the_list_stays_with_polls_and_starts_that_change_nothing
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
 
 def key_of(address):
-    return p2pserver.client_key(p2pserver.packed_address(address))
+    return p2pserver.client_of(address).key
 
 
 def test_a_client_has_its_burst_at_once_and_then_its_rate(clock):
