@@ -622,8 +622,8 @@ class Registry:
         # The lock guards everything below. Public methods take it; private ones need it held.
         self._lock = threading.Lock()
         self._now = clock()     # read once for each call
-        self._cursor = self._list_version = cursor
-        self._list: Text = None                             # None: to be made anew
+        self._cursor = cursor
+        self._list: Optional[Tuple[int, bytes]] = None      # with its version; None: to be made anew
         self._games: Dict[str, Game] = {}
         # When all games and all guests expire, each with the first in front: expiry looks at the front only, never at all of them.
         self._queues: Dict[type, collections.OrderedDict[Any, float]] = {Game: collections.OrderedDict(), Guest: collections.OrderedDict()}
@@ -652,7 +652,7 @@ class Registry:
             if is_new:
                 self._games[name] = game
                 self._games_of[client] += 1
-                self._list_changed(game)
+                self._list = None
                 self.events.append(("register_game", name, ""))
             return is_new
 
@@ -685,7 +685,7 @@ class Registry:
             self._keep_alive(guest)
             if digest not in game.guests:
                 game.guests[digest] = guest
-                self._list_changed(game)
+                game.line = self._list = None
                 self.events.append(("start_game", name, f"guests: {len(game.guests)}"))
             offer, version = guest.offer
             session = Session(guest.session_id, guest.session_key, offer)
@@ -700,9 +700,10 @@ class Registry:
         with self._lock:
             self._expire()
             if self._list is None:
+                self._cursor += 1
                 games = sorted([game for game in self._games.values() if game.listed], key=lambda game: game.born)
-                self._list = b'{"games":[' + b",".join([self._line(game) for game in games]) + b"]}"
-            return self._list_version, self._list
+                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in games]) + b"]}"
+            return self._list
 
     def get_game(self, name: str) -> bytes:
         with self._lock:
@@ -772,7 +773,7 @@ class Registry:
                 if name in VERSIONS:
                     setattr(entry, VERSIONS[name], self._cursor)
                 else:
-                    self._list_changed(entry)
+                    entry.line = self._list = None
         return any(news.values())
 
     def _publish(self, game: Game, addresses: bytes, replies: Mapping[str, bytes]) -> List[str]:
@@ -791,10 +792,6 @@ class Registry:
         if game.line is None:
             game.line = json_text({"name": game.name, "info": game.info, "guests": len(game.guests), "ready": game.ready}).encode("utf-8")
         return game.line
-
-    def _list_changed(self, game: Game) -> None:
-        game.line = self._list = None
-        self._list_version += 1
 
     def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool) -> Optional[Waiter]:
         """Have a poll or start wait in place of an earlier one, if it wishes to; None if there is news, or no room."""
@@ -836,7 +833,7 @@ class Registry:
         self._stored -= entry.size
         if isinstance(entry, Guest):
             del entry.game.guests[entry.digest]
-            self._list_changed(entry.game)
+            entry.game.line = self._list = None
             return
         for guest in list(entry.guests.values()):
             self._remove(guest)
@@ -844,7 +841,7 @@ class Registry:
         self._games_of[entry.client] -= 1
         if not self._games_of[entry.client]:
             del self._games_of[entry.client]
-        self._list_changed(entry)
+        self._list = None
         self.events.append((operation, entry.name, ""))
 
 
