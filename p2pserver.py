@@ -390,21 +390,21 @@ def parse_body(body: bytes) -> Dict[str, Any]:
 
 # ---- registry -------------------------------------------------------------------------------------------------------
 
+Text = Optional[bytes]                      # JSON text as it was checked; None stands for no change
+Replies = Optional[Mapping[str, bytes]]     # addresses for single guests, by sessionId
+Wake = Optional[Callable[[], None]]         # called in any thread, with the registry's lock held: it only queues
+
+
 class Waiter:
-    """A poll or start that waits for news. When there may be some, wake is called once; then the call is to be made again with these values.
+    """A poll or start that waits for news. When there may be some, wake is called once; then the call is to be made again with these values."""
 
-    wake is called in any thread, with the registry's lock held: it only queues.
-    """
+    __slots__ = ("entry", "name", "digest", "after", "wake", "is_replaced", "is_renamed")
 
-    __slots__ = ("name", "digest", "after", "wake", "is_replaced", "is_renamed")
-
-    def __init__(self, name: str, digest: bytes, after: Optional[int], wake: Callable[[], None]) -> None:
-        self.name = name                # of the game, by its present name
-        self.digest = digest            # of the peerId
-        self.after = after              # the cursor
+    def __init__(self, entry: Any, name: str, digest: bytes, after: Optional[int], wake: Callable[[], None]) -> None:
+        self.entry = entry                              # by which the registry knows it
+        self.name, self.digest, self.after = name, digest, after    # the game's present name, of the peerId, the cursor
         self.wake = wake
-        self.is_replaced = False        # by a later call of the same host or guest
-        self.is_renamed = False         # the game: its new name is news
+        self.is_replaced = self.is_renamed = False      # by a later call of the same host or guest; the game: its new name is news
 
 
 class Session(NamedTuple):
@@ -415,23 +415,18 @@ class Session(NamedTuple):
     addresses: bytes
 
 
-class Polled(NamedTuple):
-    """What a host learns from a poll: guests, the cursor to poll with next time, the sessions of its replies that are gone. With a waiter there is no news."""
+class News(NamedTuple):
+    """What a host learns from a poll, or a guest from a start: its peers, and the cursor of what it learns.
+
+    peers: of a host the guests; of a guest the host alone, with NO_ADDRESSES while there are none for it.
+    gone: the sessions of a host's replies that are gone. waiter: there is no news, and it waits.
+    """
 
     name: str
-    guests: List[Session]
+    peers: List[Session]
     cursor: int
     gone: List[str]
-    waiter: Optional[Waiter] = None
-
-
-class Started(NamedTuple):
-    """What a guest learns from a start: its session with the host's addresses, NO_ADDRESSES while there are none for it, and their cursor."""
-
-    name: str
-    session: Session
-    cursor: int
-    waiter: Optional[Waiter] = None
+    waiter: Optional[Waiter]
 
 
 class GameRegistry(Protocol):
@@ -446,18 +441,16 @@ class GameRegistry(Protocol):
     def peer_digest(self, peer_id: str) -> bytes:
         """What stands for a peerId in all other methods."""
 
-    def register_game(self, name: str, digest: bytes, info: Optional[bytes] = None, listed: Optional[bool] = None, client: bytes = b"") -> bool:
+    def register_game(self, name: str, digest: bytes, info: Text = None, listed: Optional[bool] = None, client: bytes = b"") -> bool:
         """Offer a game; True if it is new. Its owner keeps it alive, and changes what is given. Conflict: the name is taken. Full. TooMany."""
 
-    def poll_game(self, name: str, digest: bytes, addresses: Optional[bytes] = None, after: Optional[int] = None,
-                  replies: Optional[Mapping[str, bytes]] = None, wake: Optional[Callable[[], None]] = None) -> Polled:
+    def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None, wake: Wake = None) -> News:
         """Publish the host's addresses and replies, where given; learn of the guests that came or moved since the cursor after, or of all.
 
         With wake, without news and while there is room, the answer has a waiter. A later poll of the host replaces it. NotFound. Forbidden. Full.
         """
 
-    def start_game(self, name: str, digest: bytes, addresses: Optional[bytes] = None, client: bytes = b"",
-                   wake: Optional[Callable[[], None]] = None) -> Started:
+    def start_game(self, name: str, digest: bytes, addresses: Text = None, client: bytes = b"", wake: Wake = None) -> News:
         """Join a game as a guest, or say that one is still there. Without addresses the guest must be there already.
 
         With wake, without addresses of the host and while there is room, the answer has a waiter. NotFound. Conflict: the host's own game. Full. TooMany.
@@ -472,7 +465,7 @@ class GameRegistry(Protocol):
     def get_game(self, name: str) -> bytes:
         """One game, listed or not, as JSON text. NotFound."""
 
-    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, info: Optional[bytes] = None, listed: Optional[bool] = None) -> bytes:
+    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, info: Text = None, listed: Optional[bool] = None) -> bytes:
         """Rename or describe a game, which keeps its guests; the game as JSON text. NotFound. Forbidden. Conflict: the new name is taken. Full."""
 
     def delete_game(self, name: str, digest: bytes) -> None:
@@ -488,17 +481,14 @@ class GameRegistry(Protocol):
 class Entry:
     """What games and guests have in common. Versions are values of the registry's cursor; 0 stands for never."""
 
-    __slots__ = ("digest", "client", "addresses", "changed", "size", "expires", "waiter")
+    __slots__ = ("digest", "client", "addresses", "changed", "size")
     own_size: int
     texts: Tuple[str, ...]
 
-    def __init__(self, digest: bytes, client: bytes) -> None:
-        self.digest, self.client = digest, client   # of its owner
-        self.addresses = NO_ADDRESSES               # of its owner; a host's are for every guest
-        self.changed = 0                            # version of addresses
-        self.size = 0                               # bytes that are counted for it
-        self.expires = 0.0                          # by the registry's clock
-        self.waiter: Optional[Waiter] = None        # the poll of a host, the start of a guest
+    def __init__(self, digest: bytes, client: bytes, addresses: bytes) -> None:
+        self.digest, self.client = digest, client       # of its owner
+        self.addresses, self.changed = addresses, 0     # of its owner, and their version; a host's are for every guest
+        self.size = 0                                   # bytes that are counted for it; 0: it is new
 
     def size_with(self, changes: Mapping[str, Any]) -> int:
         """Bytes that it takes once these of its attributes have changed."""
@@ -509,16 +499,15 @@ class Entry:
 class Game(Entry):
     """A game while its host is alive."""
 
-    __slots__ = ("name", "info", "listed", "guests", "news", "born", "line")
+    __slots__ = ("name", "info", "listed", "ready", "guests", "news", "born", "line")
     own_size, texts = GAME_SIZE, ("name", "info", "addresses")
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
-        super().__init__(digest, client)
-        self.name, self.info, self.listed = name, b"{}", True
+        super().__init__(digest, client, NO_ADDRESSES)
+        self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
-        self.news = version                         # when a guest last came or moved
-        self.born = version                         # the order of the list, which a rename keeps
-        self.line: Optional[bytes] = None           # what anybody may know of it, as JSON text; None: to be made anew
+        self.news = self.born = version             # when a guest last came or moved; the order of the list, which a rename keeps
+        self.line: Text = None                      # what anybody may know of it; None: to be made anew
 
 
 class Guest(Entry):
@@ -528,14 +517,10 @@ class Guest(Entry):
     own_size, texts = GUEST_SIZE, ("addresses", "reply")
 
     def __init__(self, game: Game, digest: bytes, client: bytes, session_id: str, session_key: str) -> None:
-        super().__init__(digest, client)
+        super().__init__(digest, client, b"")       # so that its first addresses are news, even if there are none
         self.game, self.session_id, self.session_key = game, session_id, session_key
-        self.reply: Optional[bytes] = None          # what the host offers this guest in place of the game's addresses
+        self.reply: Text = None                     # what the host offers this guest in place of the game's addresses
         self.replied = 0                            # version of reply
-
-    @property
-    def name(self) -> str:
-        return self.game.name
 
     @property
     def offer(self) -> Tuple[bytes, int]:
@@ -543,7 +528,7 @@ class Guest(Entry):
         return (self.game.addresses, self.game.changed) if self.reply is None else (self.reply, self.replied)
 
 
-Change = Tuple[Union[Game, Guest], Dict[str, Any]]      # new values of some attributes
+VERSIONS = {"addresses": "changed", "reply": "replied"}     # attributes that have a version; all others of a game are shown to anybody
 
 
 def new_session_id() -> str:
@@ -554,31 +539,26 @@ def new_session_id() -> str:
 class Registry:
     """The GameRegistry in memory: all games and guests, behind one lock.
 
-    settings: game_ttl, guest_ttl (seconds), max_games, max_games_per_client, max_guests, max_guests_per_client, max_waiting, max_memory.
-    clock: seconds that never go back.
-    new_id: a new unguessable string at each call.
+    clock: seconds that never go back. new_id: a new unguessable string at each call.
     cursor: the first version. The server passes microseconds since 1970, which is more than an earlier run can have reached.
     So a cursor that a host kept across a restart does not hide the guests that came since.
     """
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic, new_id: Callable[[], str] = new_session_id,
-                 cursor: int = 0) -> None:
-        self._settings = settings
-        self._clock = clock
-        self._new_id = new_id
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic, new_id: Callable[[], str] = new_session_id, cursor: int = 0) -> None:
+        self._settings, self._clock, self._new_id = settings, clock, new_id
         self._secret = os.urandom(32)
-        # The lock guards everything below. Public methods take it and read the clock once; private ones need it held.
+        # The lock guards everything below. Public methods take it; private ones need it held.
         self._lock = threading.Lock()
+        self._now = clock()     # read once for each call
         self._cursor = cursor
+        self._list: Optional[Tuple[int, bytes]] = None      # with its version; None: to be made anew
         self._games: Dict[str, Game] = {}
-        # All games and all guests, each with the first to expire in front: expiry looks at the front only, never at all of them.
-        self._queues: Dict[type, collections.OrderedDict[Any, None]] = {Game: collections.OrderedDict(), Guest: collections.OrderedDict()}
+        # When all games and all guests expire, each with the first in front: expiry looks at the front only, never at all of them.
+        self._queues: Dict[type, collections.OrderedDict[Any, float]] = {Game: collections.OrderedDict(), Guest: collections.OrderedDict()}
         self._ttls = {Game: settings.game_ttl, Guest: settings.guest_ttl}
         self._games_of: collections.Counter[bytes] = collections.Counter()      # how many games each client has
-        self._waiting = 0                                   # how many waiters there are
+        self._waiters: Dict[Entry, Waiter] = {}             # the polls of hosts and the starts of guests
         self._stored = 0                                    # bytes that games and guests take
-        self._list_version = cursor
-        self._list: Optional[bytes] = None                  # None: to be made anew
         # Appended to under the lock. A deque's ends are safe without it.
         self.events: collections.deque[Tuple[str, str, str]] = collections.deque()
 
@@ -586,110 +566,108 @@ class Registry:
         """A keyed digest: what is kept reveals nothing, and to look it up takes no time that depends on the secret."""
         return hashlib.blake2b(peer_id.encode("utf-8"), key=self._secret, digest_size=16).digest()
 
-    def register_game(self, name: str, digest: bytes, info: Optional[bytes] = None, listed: Optional[bool] = None, client: bytes = b"") -> bool:
+    def register_game(self, name: str, digest: bytes, info: Text = None, listed: Optional[bool] = None, client: bytes = b"") -> bool:
         with self._lock:
-            now = self._expire()
-            game = self._games.get(name)
-            is_new = game is None
-            if game is None:
-                game = self._new_game(name, digest, client, info)
-            elif not hmac.compare_digest(game.digest, digest):
+            self._expire()
+            is_new = name not in self._games
+            if is_new:
+                self._check_room("games", len(self._games), self._games_of[client])
+            game = Game(name, digest, client, self._cursor) if is_new else self._games[name]
+            if not hmac.compare_digest(game.digest, digest):
                 raise Conflict(f"the name {name!r} is taken")
-            self._describe(game, info=info, listed=listed)
-            self._keep_alive(game, now)
+            self._change({game: {"info": info, "listed": listed}})
+            self._keep_alive(game)
+            if is_new:
+                self._games[name] = game
+                self._games_of[client] += 1
+                self._list = None
+                self.events.append(("register_game", name, ""))
             return is_new
 
-    def poll_game(self, name: str, digest: bytes, addresses: Optional[bytes] = None, after: Optional[int] = None,
-                  replies: Optional[Mapping[str, bytes]] = None, wake: Optional[Callable[[], None]] = None) -> Polled:
+    def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None, wake: Wake = None) -> News:
         with self._lock:
-            now = self._expire()
-            game = self._game(name, digest)
-            self._keep_alive(game, now)
+            game = self._find(name, digest)
+            self._keep_alive(game)
             addresses = game.addresses if addresses is None else addresses
             gone = self._publish(game, addresses, replies or {}) if replies or addresses != game.addresses else []
-            self._wake(game, is_replaced=True)
             # A cursor ahead of ours was given out by an earlier run whose clock was ahead: it says nothing about these guests.
             since = after if after is not None and after <= self._cursor else -1
             guests = [] if game.news <= since else [
                 Session(guest.session_id, guest.session_key, guest.addresses) for guest in game.guests.values() if guest.changed > since]
-            waiter = None if guests or gone else self._wait(game, after, wake)
-            return Polled(name, guests, game.news, gone, waiter)
+            return News(name, guests, game.news, gone, self._wait(game, name, after, wake, bool(guests or gone)))
 
-    def start_game(self, name: str, digest: bytes, addresses: Optional[bytes] = None, client: bytes = b"",
-                   wake: Optional[Callable[[], None]] = None) -> Started:
+    def start_game(self, name: str, digest: bytes, addresses: Text = None, client: bytes = b"", wake: Wake = None) -> News:
         with self._lock:
-            now = self._expire()
-            game = self._game(name)
+            game = self._find(name)
             if hmac.compare_digest(game.digest, digest):
                 raise Conflict("a host cannot start its own game")
             guest = game.guests.get(digest)
-            has_moved = guest is None or addresses not in (None, guest.addresses)
             if guest is None:
-                guest = self._new_guest(game, digest, client, addresses)
-            elif has_moved:
-                self._apply((guest, {"addresses": addresses}))
-            self._keep_alive(guest, now)
-            if has_moved:
-                self._cursor += 1
-                guest.changed = game.news = self._cursor
+                if addresses is None:
+                    raise NotFound(f"the session with the game {name!r} is gone")
+                self._check_room("guests", len(game.guests), sum([each.client == client for each in game.guests.values()]))
+                guest = Guest(game, digest, client, self._new_id(), self._new_id())
+            if self._change({guest: {"addresses": addresses}}):
+                game.news = guest.changed
                 self._wake(game)
-            self._wake(guest, is_replaced=True)
+            self._keep_alive(guest)
+            if digest not in game.guests:
+                game.guests[digest] = guest
+                game.line = self._list = None
+                self.events.append(("start_game", name, f"guests: {len(game.guests)}"))
             offer, version = guest.offer
-            waiter = self._wait(guest, None, wake) if offer == NO_ADDRESSES else None
-            return Started(name, Session(guest.session_id, guest.session_key, offer), version, waiter)
+            session = Session(guest.session_id, guest.session_key, offer)
+            return News(name, [session], version, [], self._wait(guest, name, None, wake, offer != NO_ADDRESSES))
 
     def forget_waiter(self, waiter: Waiter) -> None:
         with self._lock:
-            game = self._games.get(waiter.name)
-            entry = game and (game if game.digest == waiter.digest else game.guests.get(waiter.digest))
-            if entry and entry.waiter is waiter:
-                entry.waiter = None
-                self._waiting -= 1
+            if self._waiters.get(waiter.entry) is waiter:
+                del self._waiters[waiter.entry]
+                self._now = self._clock()
+                self._keep_alive(waiter.entry)      # until now the wait did
 
     def list_games(self) -> Tuple[int, bytes]:
         with self._lock:
             self._expire()
             if self._list is None:
+                self._cursor += 1
                 games = sorted([game for game in self._games.values() if game.listed], key=lambda game: game.born)
-                self._list = b'{"games":[' + b",".join([self._line(game) for game in games]) + b"]}"
-            return self._list_version, self._list
+                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in games]) + b"]}"
+            return self._list
 
     def get_game(self, name: str) -> bytes:
         with self._lock:
-            self._expire()
-            return self._line(self._game(name))
+            return self._line(self._find(name))
 
-    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, info: Optional[bytes] = None, listed: Optional[bool] = None) -> bytes:
+    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, info: Text = None, listed: Optional[bool] = None) -> bytes:
         new_name = new_name or name
         with self._lock:
-            self._expire()
-            game = self._game(name, digest)
-            if new_name != name and new_name in self._games:
+            game = self._find(name, digest)
+            if self._games.get(new_name, game) is not game:
                 raise Conflict(f"the name {new_name!r} is taken")
-            self._describe(game, name=new_name, info=info, listed=listed)
+            self._change({game: {"name": new_name, "info": info, "listed": listed}})
             if new_name != name:
                 self._games[new_name] = self._games.pop(name)
-                self._wake_all(game)
+                self._wake(game, *game.guests.values(), new_name=new_name)
                 self.events.append(("update_game", name, f"renamed to {new_name!r}"))
             return self._line(game)
 
     def delete_game(self, name: str, digest: bytes) -> None:
         with self._lock:
-            self._expire()
-            self._remove_game(self._game(name, digest))
-            self.events.append(("delete_game", name, ""))
+            self._remove(self._find(name, digest), "delete_game")
 
     def counts(self) -> Dict[str, int]:
         with self._lock:
             self._expire()
-            return {"games": len(self._games), "guests": len(self._queues[Guest]), "waiting": self._waiting, "stored_bytes": self._stored}
+            return {"games": len(self._games), "guests": len(self._queues[Guest]), "waiting": len(self._waiters), "stored_bytes": self._stored}
 
     def expire_games(self) -> None:
         with self._lock:
             self._expire()
 
-    def _game(self, name: str, owner: Optional[bytes] = None) -> Game:
-        """NotFound. Forbidden: somebody else owns it, where an owner is given."""
+    def _find(self, name: str, owner: Optional[bytes] = None) -> Game:
+        """A game that has not expired. NotFound. Forbidden: somebody else owns it, where an owner is given."""
+        self._expire()
         game = self._games.get(name)
         if game is None:
             raise NotFound(f"there is no game {name!r}")
@@ -697,148 +675,105 @@ class Registry:
             raise Forbidden("the peerId is not the one that registered this game")
         return game
 
-    def _new_game(self, name: str, digest: bytes, client: bytes, info: Optional[bytes]) -> Game:
-        if len(self._games) >= self._settings.max_games:
-            raise Full(f"there are {len(self._games)} games, which is all this server takes", limit="games")
-        if self._games_of[client] >= self._settings.max_games_per_client:
-            raise TooMany(f"your address has {self._games_of[client]} games, which is all that one may have", limit="games_per_client")
-        self._cursor += 1
-        game = Game(name, digest, client, self._cursor)
-        self._apply((game, {"info": info or game.info}))
-        self._games[name] = game
-        self._games_of[client] += 1
-        self._list_changed(game)
-        self.events.append(("register_game", name, ""))
-        return game
+    def _check_room(self, what: str, count: int, of_client: int) -> None:
+        """Full, TooMany: of "games", or of the "guests" of a game, there are that many, and may be no more."""
+        if count >= getattr(self._settings, f"max_{what}"):
+            raise Full(f"there are {count} {what}, which is all this server takes", limit=what)
+        if of_client >= getattr(self._settings, f"max_{what}_per_client"):
+            raise TooMany(f"your address has {of_client} {what}, which is all that one may have", limit=f"{what}_per_client")
 
-    def _new_guest(self, game: Game, digest: bytes, client: bytes, addresses: Optional[bytes]) -> Guest:
-        if addresses is None:
-            raise NotFound(f"the session with the game {game.name!r} is gone")
-        if len(game.guests) >= self._settings.max_guests:
-            raise Full(f"the game has {len(game.guests)} guests, which is all this server takes", limit="guests")
-        if sum(guest.client == client for guest in game.guests.values()) >= self._settings.max_guests_per_client:
-            raise TooMany("the game has as many guests from your address as it may have", limit="guests_per_client")
-        guest = Guest(game, digest, client, self._new_id(), self._new_id())
-        self._apply((guest, {"addresses": addresses}))
-        game.guests[digest] = guest
-        self._list_changed(game)
-        self.events.append(("start_game", game.name, f"guests: {len(game.guests)}"))
-        return guest
-
-    def _apply(self, *changes: Change) -> None:
-        """Set attributes of games and guests, and count their bytes anew. This is the one place that counts.
+    def _change(self, changes: Mapping[Any, Mapping[str, Any]]) -> bool:
+        """Set attributes of games and guests, where they differ and are not None; whether any did. This is the one place that counts bytes.
 
         Full: there is no memory for all of it, and nothing has changed. A tenth of the memory is kept for those that are there already.
         """
-        sizes = [entry.size_with(attributes) for entry, attributes in changes]
-        growth = sum(sizes) - sum(entry.size for entry, _ in changes)
-        is_new = any(not entry.size for entry, _ in changes)
-        if growth > 0 and self._stored + growth > self._settings.max_memory * (900_000 if is_new else 1_000_000):
+        news = {entry: {name: value for name, value in attributes.items() if value not in (None, getattr(entry, name))}
+                for entry, attributes in changes.items()}
+        sizes = {entry: entry.size_with(attributes) for entry, attributes in news.items()}
+        growth = sum([size - entry.size for entry, size in sizes.items()])
+        share = 1_000_000 if all(entry.size for entry in news) else 900_000
+        if growth > 0 and self._stored + growth > self._settings.max_memory * share:
             raise Full("the server's memory for games is full", limit="memory")
         self._stored += growth
-        for (entry, attributes), size in zip(changes, sizes):
-            entry.size = size
+        self._cursor += 1
+        for entry, attributes in news.items():
+            entry.size = sizes[entry]
             for name, value in attributes.items():
                 setattr(entry, name, value)
-
-    def _describe(self, game: Game, **attributes: Any) -> None:
-        """Change what the list shows; None stands for no change."""
-        changes = {name: value for name, value in attributes.items() if value is not None and value != getattr(game, name)}
-        if changes:
-            self._apply((game, changes))
-            self._list_changed(game)
+                if name in VERSIONS:
+                    setattr(entry, VERSIONS[name], self._cursor)
+                else:
+                    entry.line = self._list = None
+        return any(news.values())
 
     def _publish(self, game: Game, addresses: bytes, replies: Mapping[str, bytes]) -> List[str]:
         """Change what the host offers to all guests and to single ones; the sessions of its replies that are gone."""
         guests = {guest.session_id: guest for guest in game.guests.values()} if replies else {}
-        version = self._cursor + 1
-        changes: List[Change] = [(guests[session_id], {"reply": reply, "replied": version}) for session_id, reply in replies.items()
-                                 if session_id in guests and guests[session_id].reply != reply]
-        if addresses != game.addresses:
-            changes.append((game, {"addresses": addresses, "changed": version}))
-        if changes:
-            before = game.addresses, game.changed
-            self._apply(*changes)
-            self._cursor = version
-            if (before[0] == NO_ADDRESSES) != (game.addresses == NO_ADDRESSES):
-                self._list_changed(game)
-            if game.changed and not before[1]:
+        is_first = not game.changed
+        if self._change({game: {"addresses": addresses, "ready": addresses != NO_ADDRESSES},
+                         **{guests[session_id]: {"reply": reply} for session_id, reply in replies.items() if session_id in guests}}):
+            if is_first and game.changed:
                 self.events.append(("poll_game", game.name, "first addresses"))
-            for guest in game.guests.values():
-                if guest.offer[0] != NO_ADDRESSES:
-                    self._wake(guest)
+            self._wake(*[guest for guest in game.guests.values() if guest.offer[0] != NO_ADDRESSES])
         return [session_id for session_id in replies if session_id not in guests]
 
     def _line(self, game: Game) -> bytes:
-        """What anybody may know of a game."""
+        """What anybody may know of a game, as JSON text."""
         if game.line is None:
-            is_ready = game.addresses != NO_ADDRESSES
-            game.line = json_text({"name": game.name, "info": game.info, "guests": len(game.guests), "ready": is_ready}).encode("utf-8")
+            game.line = json_text({"name": game.name, "info": game.info, "guests": len(game.guests), "ready": game.ready}).encode("utf-8")
         return game.line
 
-    def _list_changed(self, game: Game) -> None:
-        game.line = self._list = None
-        self._list_version += 1
-
-    def _wait(self, entry: Union[Game, Guest], after: Optional[int], wake: Optional[Callable[[], None]]) -> Optional[Waiter]:
-        """Have a poll or start wait, if it wishes to; None if there is no room."""
-        if wake is None or self._waiting >= self._settings.max_waiting:
+    def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool) -> Optional[Waiter]:
+        """Have a poll or start wait in place of an earlier one, if it wishes to; None if there is news, or no room."""
+        if entry in self._waiters:
+            self._wake(entry, is_replaced=True)
+        if has_news or wake is None or len(self._waiters) >= self._settings.max_waiting:
             return None
-        self._waiting += 1
-        entry.waiter = Waiter(entry.name, entry.digest, after, wake)
-        return entry.waiter
+        waiter = self._waiters[entry] = Waiter(entry, name, entry.digest, after, wake)
+        return waiter
 
-    def _wake(self, entry: Union[Game, Guest], is_replaced: bool = False) -> None:
-        """Have the poll or start that waits asked again."""
-        waiter = entry.waiter
-        if waiter:
-            entry.waiter = None
-            self._waiting -= 1
-            waiter.is_renamed, waiter.name, waiter.is_replaced = waiter.name != entry.name, entry.name, is_replaced
-            waiter.wake()
+    def _wake(self, *entries: Entry, new_name: str = "", is_replaced: bool = False) -> None:
+        """Have the polls and starts that wait there asked again."""
+        for entry in entries:
+            waiter = self._waiters.pop(entry, None)
+            if waiter:
+                self._keep_alive(entry)     # until now the wait did
+                waiter.name, waiter.is_renamed, waiter.is_replaced = new_name or waiter.name, bool(new_name), is_replaced
+                waiter.wake()
 
-    def _wake_all(self, game: Game) -> None:
-        self._wake(game)
-        for guest in game.guests.values():
-            self._wake(guest)
+    def _keep_alive(self, entry: Entry) -> None:
+        entries = self._queues[type(entry)]
+        entries[entry] = self._now + self._ttls[type(entry)]
+        entries.move_to_end(entry)
 
-    def _keep_alive(self, entry: Union[Game, Guest], now: float) -> None:
-        entry.expires = now + self._ttls[type(entry)]
-        self._queues[type(entry)][entry] = None
-        self._queues[type(entry)].move_to_end(entry)
-
-    def _expire(self) -> float:
-        """Remove what has expired; the time. A game or guest whose poll or start waits is alive."""
-        now = self._clock()
+    def _expire(self) -> None:
+        """Remove what has expired. A game or guest whose poll or start waits is alive."""
+        self._now = self._clock()
         for entries in self._queues.values():
-            while entries:
+            while entries and next(iter(entries.values())) <= self._now:
                 entry = next(iter(entries))
-                if entry.expires > now:
-                    break
-                if entry.waiter:
-                    self._keep_alive(entry, now)
-                elif isinstance(entry, Game):
-                    self._remove_game(entry)
-                    self.events.append(("expire_game", entry.name, ""))
+                if entry in self._waiters:
+                    self._keep_alive(entry)
                 else:
-                    self._remove_guest(entry)
-        return now
+                    self._remove(entry, "expire_game")
 
-    def _remove_game(self, game: Game) -> None:
-        self._wake_all(game)
-        del self._games[game.name], self._queues[Game][game]
-        self._stored -= game.size
-        self._games_of[game.client] -= 1
-        if not self._games_of[game.client]:
-            del self._games_of[game.client]
-        for guest in list(game.guests.values()):
-            self._remove_guest(guest)
-        self._list_changed(game)
-
-    def _remove_guest(self, guest: Guest) -> None:
-        del guest.game.guests[guest.digest], self._queues[Guest][guest]
-        self._stored -= guest.size
-        self._list_changed(guest.game)
+    def _remove(self, entry: Union[Game, Guest], operation: str = "") -> None:
+        """Remove a guest, or a game with its guests."""
+        self._wake(entry)
+        del self._queues[type(entry)][entry]
+        self._stored -= entry.size
+        if isinstance(entry, Guest):
+            del entry.game.guests[entry.digest]
+            entry.game.line = self._list = None
+            return
+        for guest in list(entry.guests.values()):
+            self._remove(guest)
+        del self._games[entry.name]
+        self._games_of[entry.client] -= 1
+        if not self._games_of[entry.client]:
+            del self._games_of[entry.client]
+        self._list = None
+        self.events.append((operation, entry.name, ""))
 
 
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
@@ -848,16 +783,11 @@ BUCKETS = 65536         # 512 KiB
 
 
 class Client(NamedTuple):
-    """Who asks: the IP address as text, the client key that limits count it by, and whether it is this machine."""
+    """Who asks. Limits take for one client: an IPv4 address, or an IPv6 /56, which is what a home line often gets (RFC 6177 section 2)."""
 
-    address: str
-    key: bytes
-    is_local: bool
-
-
-def client_key(packed: bytes) -> bytes:
-    """What limits take for one client: an IPv4 address, or an IPv6 /56, which is what a home line often gets (RFC 6177 section 2)."""
-    return packed if len(packed) == 4 else packed[:7]
+    address: str        # IP, as text
+    key: bytes          # that limits count it by
+    is_local: bool      # it is this machine
 
 
 @functools.lru_cache(maxsize=1024)
@@ -865,7 +795,7 @@ def client_of(host: str) -> Client:
     """Who has this address. OSError: it is none."""
     packed = packed_address(host)
     text = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
-    return Client(text, client_key(packed), is_loopback(packed))
+    return Client(text, packed if len(packed) == 4 else packed[:7], is_loopback(packed))
 
 
 def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -> Client:
@@ -879,14 +809,11 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
         return peer
     if peer.address not in proxies:
         return peer._replace(is_local=False)
-    if len(forwarded) > MAX_FORWARDED:      # the last members are the proxies' own
-        forwarded = forwarded[-MAX_FORWARDED:].partition(",")[2]
-    client = unknown = Client(UNKNOWN, UNKNOWN.encode("ascii"), False)
-    for member in reversed(forwarded.split(",")):
+    for member in reversed(forwarded[-MAX_FORWARDED:].split(",")):      # the last ones are the proxies' own
         try:
             client = client_of(host_of(member))._replace(is_local=False)
         except OSError:
-            return unknown
+            return Client(UNKNOWN, b"unknown", False)
         if client.address not in proxies:
             break
     return client
@@ -949,30 +876,24 @@ def stun_attribute(kind: int, value: bytes) -> bytes:
     return struct.pack(">HH", kind, len(value)) + value + bytes(-len(value) % 4)
 
 
+def stun_fingerprint(message: bytes) -> bytes:
+    """The attribute FINGERPRINT after what precedes it, where the length in the head counts it already (RFC 8489 section 14.7)."""
+    return struct.pack(">HHI", STUN_FINGERPRINT, 4, zlib.crc32(message) ^ 0x5354554E)
+
+
 def stun_attributes(request: bytes) -> Optional[List[int]]:
     """The types of a Binding request's attributes in their order, or None for everything that is not a well-formed one."""
-    if not 20 <= len(request) <= MAX_STUN or len(request) % 4:
-        return None
-    kind, length, cookie = struct.unpack_from(">HHI", request)
-    if kind != STUN_REQUEST or length != len(request) - 20 or cookie != STUN_COOKIE:
+    if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:8] != struct.pack(">HHI", STUN_REQUEST, len(request) - 20, STUN_COOKIE):
         return None
     kinds: List[int] = []
     position = 20
-    while position < len(request):
+    while position < len(request) and len(kinds) < MAX_STUN_ATTRIBUTES:
         kind, length = struct.unpack_from(">HH", request, position)
-        value = request[position + 4:position + 4 + length]
-        if len(value) < length or len(kinds) == MAX_STUN_ATTRIBUTES:
-            return None
-        if kind == STUN_FINGERPRINT and (position + 8 != len(request) or value != stun_fingerprint(request[:position])):
-            return None     # it is the last one, and right (RFC 8489 section 14.7)
+        if kind == STUN_FINGERPRINT and request[position:] != stun_fingerprint(request[:position]):
+            return None     # it is the last one, and right
         kinds.append(kind)
         position += 4 + length + -length % 4
-    return kinds
-
-
-def stun_fingerprint(message: bytes) -> bytes:
-    """The FINGERPRINT over what precedes it, where the length in the head counts it already (RFC 8489 section 14.7)."""
-    return struct.pack(">I", zlib.crc32(message) ^ 0x5354554E)
+    return kinds if position == len(request) else None
 
 
 def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
@@ -982,18 +903,16 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
         return None
     unknown = [kind for kind in kinds if kind < 0x8000 and kind not in STUN_IGNORED]
     if unknown:     # RFC 8489 section 6.3.1
-        kind = STUN_ERROR
         body = (stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
                 + stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown)))
     else:
-        kind = STUN_SUCCESS
         address = packed_address(source[0])
-        mask = request[4:4 + len(address)]      # the cookie; for IPv6 the transaction id after it as well (section 14.2)
-        xored = bytes(a ^ b for a, b in zip(address, mask))
-        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS, struct.pack(">HH", 1 if len(address) == 4 else 2, source[1] ^ STUN_COOKIE >> 16) + xored)
+        family = 1 if len(address) == 4 else 2
+        xored = bytes(a ^ b for a, b in zip(address, request[4:20]))    # with the cookie; for IPv6 the transaction id after it as well (section 14.2)
+        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS, struct.pack(">HH", family, source[1] ^ STUN_COOKIE >> 16) + xored)
     length = len(body) + (8 if STUN_FINGERPRINT in kinds else 0)
-    message = struct.pack(">HH", kind, length) + request[4:20] + body
-    return message + stun_attribute(STUN_FINGERPRINT, stun_fingerprint(message)) if STUN_FINGERPRINT in kinds else message
+    message = struct.pack(">HH", STUN_ERROR if unknown else STUN_SUCCESS, length) + request[4:20] + body
+    return message + stun_fingerprint(message) if STUN_FINGERPRINT in kinds else message
 
 
 class StunServer(socketserver.UDPServer):
@@ -1002,8 +921,6 @@ class StunServer(socketserver.UDPServer):
     address: as bind() takes it; rate: answers a second to one source, 0 for no limit.
     OSError from the constructor: the port is in use, or not permitted.
     """
-
-    max_packet_size = MAX_STUN + 1
 
     def __init__(self, family: int, address: Any, rate: float) -> None:
         self.address_family = family
@@ -1021,14 +938,13 @@ class StunServer(socketserver.UDPServer):
     def get_request(self) -> Any:
         """A datagram with what tells where it came to, and its source."""
         if sys.platform != "linux":
-            request, source = self.socket.recvfrom(self.max_packet_size)
-            return (request, []), source
+            return super().get_request()
         request, arrived_at, _, source = self.socket.recvmsg(self.max_packet_size, 128)
         return (request, arrived_at), source
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         # The limiter first: to parse costs more than to refuse.
-        is_over = self._limiter.acquire(client_key(packed_address(client_address[0])))
+        is_over = self._limiter.acquire(client_of(client_address[0]).key)
         answer = None if is_over else stun_answer(request[0], client_address)
         if answer is None:
             self.silent += 1
@@ -1104,17 +1020,18 @@ def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
     fields = request.fields
     polled = server.registry.poll_game(request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), request.wake)
-    body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.guests], "cursor": polled.cursor}
+    body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor}
     if fields.get("replies") is not None:
         body["gone"] = polled.gone
-    return polled.waiter or with_lease(server, request, 200, body, server.settings.game_ttl, bool(polled.guests or polled.gone))
+    return polled.waiter or with_lease(server, request, 200, body, server.settings.game_ttl, bool(polled.peers or polled.gone))
 
 
 def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
     started = server.registry.start_game(request.name, request.digest, request.fields.get("addresses"), request.client.key, request.wake)
-    has_news = started.session.addresses != NO_ADDRESSES
-    body = {"name": started.name, **session_body(started.session), "cursor": started.cursor}
+    host = started.peers[0]
+    has_news = host.addresses != NO_ADDRESSES
+    body = {"name": started.name, **session_body(host), "cursor": started.cursor}
     return started.waiter or with_lease(server, request, 200 if has_news else 202, body, server.settings.guest_ttl, has_news)
 
 

@@ -454,7 +454,8 @@ def polled(registry, name="g", by=BY_HOST, addresses=b'["here"]', after=None, re
 
 def started(registry, name="g", by=BY_GUEST, addresses=b'["there"]'):
     """The session, and the cursor of the host's addresses."""
-    return registry.start_game(name, by, addresses)[1:3]
+    news = registry.start_game(name, by, addresses)
+    return news.peers[0], news.cursor
 
 
 def listed(registry):
@@ -851,14 +852,14 @@ def test_a_start_wakes_the_host_of_its_game_and_nobody_else(waiting, wakes):
 def test_a_poll_that_is_asked_again_gives_the_guest_that_came(registry, wakes):
     registry.register_game("castle", BY_HOST)
     waiter = registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
-    session = registry.start_game("castle", BY_GUEST, TWO).session
-    assert poll_again(registry, waiter).guests == [session._replace(addresses=TWO)]
+    session = registry.start_game("castle", BY_GUEST, TWO).peers[0]
+    assert poll_again(registry, waiter).peers == [session._replace(addresses=TWO)]
 
 
 def test_a_poll_with_news_does_not_wait(waiting, wakes):
     waiting.start_game("castle", BY_GUEST, TWO)
     news = waiting.poll_game("castle", BY_HOST, ONE, wake=wakes[2])
-    assert news.waiter is None and len(news.guests) == 1
+    assert news.waiter is None and len(news.peers) == 1
     assert waiting.poll_game("castle", BY_HOST, ONE, after=news.cursor, wake=wakes[2]).waiter
 
 
@@ -923,7 +924,7 @@ def test_a_start_waits_until_the_host_has_addresses(registry, wakes):
     registry.poll_game("castle", BY_HOST, NO_ADDRESSES)
     assert wakes[0].calls == 0
     registry.poll_game("castle", BY_HOST, ONE)
-    assert wakes[0].calls == 1 and start_again(registry, waiter).session.addresses == ONE
+    assert wakes[0].calls == 1 and start_again(registry, waiter).peers[0].addresses == ONE
 
 
 def test_a_start_that_gets_addresses_does_not_wait(waiting, wakes):
@@ -932,7 +933,7 @@ def test_a_start_that_gets_addresses_does_not_wait(waiting, wakes):
 
 def test_a_reply_wakes_the_guest_it_is_for_and_no_other(registry, wakes):
     registry.register_game("castle", BY_HOST)
-    sessions = [registry.start_game("castle", peer, TWO, wake=wake).session for peer, wake in ((BY_GUEST, wakes[0]), (BY_OTHER, wakes[1]))]
+    sessions = [registry.start_game("castle", peer, TWO, wake=wake).peers[0] for peer, wake in ((BY_GUEST, wakes[0]), (BY_OTHER, wakes[1]))]
     registry.poll_game("castle", BY_HOST, NO_ADDRESSES, replies={sessions[1].session_id: ONE})
     assert [wake.calls for wake in wakes] == [0, 1, 0]
 
@@ -1016,7 +1017,7 @@ def test_the_version_of_the_list_stays_with_polls_and_starts_that_change_nothing
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
 
 def key_of(address):
-    return p2pserver.client_key(p2pserver.packed_address(address))
+    return p2pserver.client_of(address).key
 
 
 def test_a_client_has_its_burst_at_once_and_then_its_rate(clock):
@@ -2778,7 +2779,7 @@ def test_what_is_stored_is_counted_and_nothing_remains_when_all_is_gone(seed, cl
             elif kind == 1:
                 registry.poll_game(game, game.encode(), addresses(), replies={session: addresses() for session in sessions[-3:]})
             elif kind < 4:
-                sessions.append(registry.start_game(game, guest, addresses(), client).session.session_id)
+                sessions.append(registry.start_game(game, guest, addresses(), client).peers[0].session_id)
             elif kind == 4:
                 registry.update_game(game, game.encode(), new_name=chance.choice([None, game + " renamed"]), info=chance.choice([None, b"{}"]))
             elif chance.random() < 0.3:
