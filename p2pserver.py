@@ -156,6 +156,7 @@ FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one mo
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
 TOLD = 100                      # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
+ACCEPTED_AT_ONCE = 64           # new clients, before those that there are have their turn
 REQUEST_TIME = 10.0             # seconds for a request to arrive, from its first byte to its last, and for a TLS handshake
 SEND_TIME = 10.0                # seconds in which a client must read some of an answer
 LINGER_TIME = 2.0               # seconds that a refused request may go on arriving before its connection is closed
@@ -441,8 +442,9 @@ class GameRegistry(Protocol):
     def peer_digest(self, peer_id: str) -> bytes:
         """What stands for a peerId in all other methods."""
 
-    def register_game(self, name: str, digest: bytes, info: Text = None, listed: Optional[bool] = None, client: bytes = b"") -> bool:
-        """Offer a game; True if it is new. Its owner keeps it alive, and changes what is given. Conflict: the name is taken. Full. TooMany."""
+    def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
+        """Offer a game; True if it is new. Its owner keeps it alive, and changes what the list shows of it: info, listed. Conflict: the name is
+        taken. Full. TooMany."""
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None, wake: Wake = None) -> News:
         """Publish the host's addresses and replies, where given; learn of the guests that came or moved since the cursor after, or of all.
@@ -465,7 +467,7 @@ class GameRegistry(Protocol):
     def get_game(self, name: str) -> bytes:
         """One game, listed or not, as JSON text. NotFound."""
 
-    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, info: Text = None, listed: Optional[bool] = None) -> bytes:
+    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
         """Rename or describe a game, which keeps its guests; the game as JSON text. NotFound. Forbidden. Conflict: the new name is taken. Full."""
 
     def delete_game(self, name: str, digest: bytes) -> None:
@@ -566,7 +568,7 @@ class Registry:
         """A keyed digest: what is kept reveals nothing, and to look it up takes no time that depends on the secret."""
         return hashlib.blake2b(peer_id.encode("utf-8"), key=self._secret, digest_size=16).digest()
 
-    def register_game(self, name: str, digest: bytes, info: Text = None, listed: Optional[bool] = None, client: bytes = b"") -> bool:
+    def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
         with self._lock:
             self._expire()
             is_new = name not in self._games
@@ -575,7 +577,7 @@ class Registry:
             game = Game(name, digest, client, self._cursor) if is_new else self._games[name]
             if not hmac.compare_digest(game.digest, digest):
                 raise Conflict(f"the name {name!r} is taken")
-            self._change({game: {"info": info, "listed": listed}})
+            self._change({game: shown})
             self._keep_alive(game)
             if is_new:
                 self._games[name] = game
@@ -588,13 +590,13 @@ class Registry:
         with self._lock:
             game = self._find(name, digest)
             self._keep_alive(game)
-            addresses = game.addresses if addresses is None else addresses
-            gone = self._publish(game, addresses, replies or {}) if replies or addresses != game.addresses else []
+            offer = game.addresses if addresses is None else addresses
+            gone = self._publish(game, offer, replies or {}) if replies or offer != game.addresses else []
             # A cursor ahead of ours was given out by an earlier run whose clock was ahead: it says nothing about these guests.
             since = after if after is not None and after <= self._cursor else -1
             guests = [] if game.news <= since else [
                 Session(guest.session_id, guest.session_key, guest.addresses) for guest in game.guests.values() if guest.changed > since]
-            return News(name, guests, game.news, gone, self._wait(game, name, after, wake, bool(guests or gone)))
+            return News(name, guests, game.news, gone, self._wait(game, name, after, wake, bool(guests or gone), addresses is None))
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, client: bytes = b"", wake: Wake = None) -> News:
         with self._lock:
@@ -617,7 +619,7 @@ class Registry:
                 self.events.append(("start_game", name, f"guests: {len(game.guests)}"))
             offer, version = guest.offer
             session = Session(guest.session_id, guest.session_key, offer)
-            return News(name, [session], version, [], self._wait(guest, name, None, wake, offer != NO_ADDRESSES))
+            return News(name, [session], version, [], self._wait(guest, name, None, wake, offer != NO_ADDRESSES, addresses is None))
 
     def forget_waiter(self, waiter: Waiter) -> None:
         with self._lock:
@@ -639,13 +641,13 @@ class Registry:
         with self._lock:
             return self._line(self._find(name))
 
-    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, info: Text = None, listed: Optional[bool] = None) -> bytes:
+    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
         new_name = new_name or name
         with self._lock:
             game = self._find(name, digest)
             if self._games.get(new_name, game) is not game:
                 raise Conflict(f"the name {new_name!r} is taken")
-            self._change({game: {"name": new_name, "info": info, "listed": listed}})
+            self._change({game: {"name": new_name, **shown}})
             if new_name != name:
                 self._games[new_name] = self._games.pop(name)
                 self._wake(game, *game.guests.values(), new_name=new_name)
@@ -723,8 +725,11 @@ class Registry:
             game.line = json_text({"name": game.name, "info": game.info, "guests": len(game.guests), "ready": game.ready}).encode("utf-8")
         return game.line
 
-    def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool) -> Optional[Waiter]:
-        """Have a poll or start wait in place of an earlier one, if it wishes to; None if there is news, or no room."""
+    def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool, is_again: bool) -> Optional[Waiter]:
+        """Have a poll or start wait in place of an earlier one, if it wishes to; None if there is news, or no room. One that is asked again makes
+        way for a later one."""
+        if entry in self._waiters and is_again:
+            return None
         if entry in self._waiters:
             self._wake(entry, is_replaced=True)
         if has_news or wake is None or len(self._waiters) >= self._settings.max_waiting:
@@ -1011,7 +1016,7 @@ def location(name: str) -> Dict[str, str]:
 
 def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
-    is_new = server.registry.register_game(request.name, request.digest, request.fields["info"], request.fields["listed"], request.client.key)
+    is_new = server.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
     answer = with_lease(server, request, 200, {"name": request.name}, server.settings.game_ttl)
     return answer._replace(status=201, headers=location(request.name)) if is_new else answer
 
@@ -1052,7 +1057,7 @@ def get_game(server: Server, request: Request) -> Answer:
 def update_game(server: Server, request: Request) -> Answer:
     """its host renames or describes it"""
     new_name = request.fields["name"] or request.name
-    body = server.registry.update_game(request.name, request.digest, new_name, request.fields["info"], request.fields["listed"])
+    body = server.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
     return Answer(200, body, location(new_name) if new_name != request.name else {})
 
 
@@ -1112,13 +1117,13 @@ class Route(NamedTuple):
 
 
 NAME, PEER_ID, ADDRESSES = Field(check_name), Field(check_peer_id), Field(check_addresses)
-INFO, LISTED, NEW_NAME = Field(check_info, required=False), Field(check_flag, required=False), Field(check_name, required=False)
+SHOWN = {"info": Field(check_info, required=False), "listed": Field(check_flag, required=False)}       # what the list shows of a game
 AFTER, REPLIES, WAIT = Field(check_whole_number, required=False), Field(check_replies, required=False), Field(check_whole_number, required=False)
-CHANGES = {"peerId": PEER_ID, "name": NEW_NAME, "info": INFO, "listed": LISTED}
+CHANGES = {"peerId": PEER_ID, "name": Field(check_name, required=False), **SHOWN}
 HEALTH_PATH = "/healthz"
 
 ROUTES = (
-    Route("POST", "/games/register", register_game, {"name": NAME, "peerId": PEER_ID, "info": INFO, "listed": LISTED}),
+    Route("POST", "/games/register", register_game, {"name": NAME, "peerId": PEER_ID, **SHOWN}),
     Route("POST", "/games/poll", poll_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "after": AFTER, "replies": REPLIES, "wait": WAIT}),
     Route("POST", "/games/start", start_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "wait": WAIT}),
     Route("GET", "/games", list_games),
@@ -1312,9 +1317,11 @@ class Connection:
     def read(self) -> bytes:
         """What has come; nothing at the end of the stream. MustWait: nothing has come."""
         try:
-            return self.socket.recv(READ_SIZE)
+            data = self.socket.recv(READ_SIZE)
         except BlockingIOError:
             raise MustWait from None
+        self.reads += 1
+        return data
 
     def write(self, *pieces: bytes) -> None:
         """Send bytes. MustWait: the client does not read them all now."""
@@ -1345,42 +1352,61 @@ class TlsConnection(Connection):
         super().__init__(client_socket, address, REQUEST_TIME)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
-        self.is_open = False
-        self.silent = 0                     # bytes of TLS since the last plaintext
+        self.is_open = self.has_ended = False   # the handshake is done; close_notify has come
+        self.plaintext: List[memoryview] = []   # of an answer, not encrypted yet
+        self.silent = 0                         # bytes of TLS since the last plaintext
 
     def read(self) -> bytes:
         """The same of the plaintext. OSError: this is no TLS, or nothing but messages of TLS, which are work and never end."""
+        if self.has_ended:
+            return b""
         data, plaintext = super().read(), b""
         self.silent += len(data)
-        if not data or self.silent > MAX_CIPHERTEXT:
-            raise OSError("the client has gone, or sends TLS without any data")
+        if self.silent > MAX_CIPHERTEXT:
+            raise OSError("the client sends TLS without any data")
         self.incoming.write(data)
         try:
             if not self.is_open:
                 self.tls.do_handshake()
                 self.is_open = True
-            while True:
-                plaintext += self.tls.read(65536)
+            while not self.has_ended:
+                piece = self.tls.read(READ_SIZE)
+                plaintext += piece
+                if not piece:       # nothing more may come, so it is looked at once again
+                    self.has_ended = self.is_woken = True
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             pass
         finally:
+            self.unsent += [self.outgoing.read()] if self.outgoing.pending else []
             with contextlib.suppress(MustWait):     # what is not sent now goes before the next answer
-                super().write(self.outgoing.read())
-        if not plaintext:
+                self.flush()
+        if data and not plaintext and not self.has_ended:
             raise MustWait
         self.silent = 0
         return plaintext
 
     def write(self, *pieces: bytes) -> None:
-        self.tls.write(b"".join(pieces))
-        super().write(self.outgoing.read())
+        self.plaintext += [memoryview(piece) for piece in pieces]
+        self.flush()
+
+    def flush(self) -> None:
+        """The same. A long answer is encrypted as it is sent, because the memory that TLS has used once stays its own."""
+        super().flush()
+        while self.plaintext:
+            self.tls.write(self.plaintext[0][:READ_SIZE])
+            self.plaintext[0] = self.plaintext[0][READ_SIZE:]
+            if not self.plaintext[0]:
+                del self.plaintext[0]
+            self.unsent.append(self.outgoing.read())
+            super().flush()
 
     def end(self) -> None:
         """close_notify (RFC 8446 section 6.1)."""
         with contextlib.suppress(OSError, ValueError):
             self.tls.unwrap()
         with contextlib.suppress(OSError, MustWait):
-            super().write(self.outgoing.read())
+            self.unsent.append(self.outgoing.read())
+            super().flush()
 
 
 # ---- HTTP: parking --------------------------------------------------------------------------------------------------
@@ -1536,6 +1562,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Take a whole request from the buffer. False: the client has gone. MustWait: it has not come. Problem: it cannot be read."""
         connection = self.connection
         while not connection.buffer or not self.has_request():
+            if connection.reads > FREE_READS + len(connection.buffer) // BYTES_PER_READ and not connection.is_proxy:
+                self.server.charge(connection.peer)     # many small pieces are work
             try:
                 data = connection.read()
             except MustWait:
@@ -1551,9 +1579,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             elif not data:
                 raise Problem("the request ended early")
             connection.buffer += data
-            connection.reads += 1
-            if connection.reads > FREE_READS + len(connection.buffer) // BYTES_PER_READ and not connection.is_proxy:
-                self.server.charge(connection.peer)     # many small pieces are work
         self.body = bytes(connection.buffer[:connection.head.length])
         del connection.buffer[:connection.head.length]
         return True
@@ -1609,7 +1634,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         connection, server = self.connection, self.server
         with contextlib.suppress(MustWait):
             data = connection.read()
-            if not data or len(connection.buffer) > MAX_HEAD:
+            if not data or len(connection.buffer) > MAX_HEAD or connection.reads > 2 * FREE_READS + len(connection.buffer) // BYTES_PER_READ:
                 return      # the connection ends
             connection.buffer += data       # the next request comes early, and waits
         server.registry.forget_waiter(waiter)
@@ -1722,7 +1747,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         line = REQUEST_LINE.match(connection.buffer) if connection.head is NO_HEAD else None
         self.use_head(Head(line[1].decode("ascii"), line[2].decode("ascii")) if line else connection.head._replace(closes=True))
         try:
-            if not connection.is_proxy and problem.limit != "rate":
+            if problem.limit != "rate" and (not connection.is_proxy or connection.client is not connection.peer):
                 self.server.charge(connection.client)
         except TooMany as too_many:
             problem = too_many
@@ -1780,6 +1805,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._bind()
         self.parking = Parking(self)
         self._next_look = 0.0
+        self.has_backlog = False            # clients that are not accepted yet
         self._running: List[threading.Thread] = []
 
     def _bind(self) -> None:
@@ -1802,6 +1828,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.settings.host not in ("", "::"))
         socketserver.TCPServer.server_bind(self)    # without the look-up in DNS that HTTPServer adds, which can take seconds
+        self.socket.setblocking(False)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     @property
@@ -1855,7 +1882,10 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             while time.monotonic() < self._next_look:
                 if self.parking.turn(0.1):
-                    return
+                    self.has_backlog = True
+                    for _ in range(ACCEPTED_AT_ONCE):       # then it is the turn of those that there are
+                        if self.has_backlog:
+                            self._handle_request_noblock()  # type: ignore[attr-defined]
             self._next_look = time.monotonic() + 0.1
             self.parking.serve_late()
             self.registry.expire_games()
@@ -1881,6 +1911,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError as error:
+            self.has_backlog = False
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
             raise
@@ -1981,8 +2012,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        self.serve_and_park(request)
-        self.threads.release()
+        try:
+            self.serve_and_park(request)
+        finally:
+            self.threads.release()
 
     def close(self, connection: Connection) -> None:
         """End a connection that is not parked."""

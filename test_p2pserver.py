@@ -435,7 +435,7 @@ def test_a_client_on_the_servers_machine_may_give_a_loopback_address(address):
 def test_every_fault_of_a_body_is_named_at_once():
     with pytest.raises(Problem) as refused:
         p2pserver.validate({"name": "", "addresses": [1, "x", "1.2.3.4:0"], "after": "x", "more": 1}, {
-            "name": p2pserver.NAME, "addresses": p2pserver.ADDRESSES, "peerId": p2pserver.PEER_ID, "info": p2pserver.INFO,
+            "name": p2pserver.NAME, "addresses": p2pserver.ADDRESSES, "peerId": p2pserver.PEER_ID, "info": p2pserver.SHOWN["info"],
             "after": p2pserver.Field(p2pserver.check_whole_number, required=False)}, Scope())
     assert set(refused.value.errors) == {"name", "addresses", "peerId", "after"} and all(field in refused.value.detail for field in refused.value.errors)
     assert re.fullmatch(r"\[0\] must be .*; \[2\] must have .*", refused.value.errors["addresses"])
@@ -473,12 +473,12 @@ def games_and_guests(registry):
 
 
 def test_registering_again_keeps_all_that_is_not_given_and_changes_what_is(registry):
-    registry.register_game("g", BY_HOST, b'{"map":"ice"}', False)
+    registry.register_game("g", BY_HOST, info=b'{"map":"ice"}', listed=False)
     polled(registry)
     before = started(registry)
     registry.register_game("g", BY_HOST)
     assert listed(registry) == [] and json.loads(registry.get_game("g")) == view("g", {"map": "ice"}, 1, True) and started(registry) == before
-    registry.register_game("g", BY_HOST, b"{}", True)
+    registry.register_game("g", BY_HOST, info=b"{}", listed=True)
     assert listed(registry) == [view("g", {}, 1, True)]
 
 
@@ -626,7 +626,7 @@ def test_a_game_is_ready_while_its_host_has_addresses(registry):
 
 
 def test_a_rename_keeps_guests_addresses_and_sessions_and_frees_the_old_name(registry):
-    registry.register_game("g", BY_HOST, b'{"map":"ice"}')
+    registry.register_game("g", BY_HOST, info=b'{"map":"ice"}')
     polled(registry)
     before = started(registry)
     assert json.loads(registry.update_game("g", BY_HOST, "h")) == view("h", {"map": "ice"}, 1, True)
@@ -639,7 +639,7 @@ def test_a_rename_to_a_taken_name_changes_nothing(registry):
     registry.register_game("h", BY_HOST)
     before = registry.list_games()
     with pytest.raises(Conflict):
-        registry.update_game("g", BY_HOST, "h", b'{"map":"ice"}', False)
+        registry.update_game("g", BY_HOST, "h", info=b'{"map":"ice"}', listed=False)
     assert registry.list_games() == before
 
 
@@ -744,7 +744,7 @@ def test_what_happens_to_games_is_one_event_each(registry, clock):
         polled(registry, addresses=addresses)
         started(registry, addresses=addresses)
     registry.update_game("g", BY_HOST, "h")
-    registry.update_game("h", BY_HOST, "h", b'{"map":"ice"}')
+    registry.update_game("h", BY_HOST, "h", info=b'{"map":"ice"}')
     registry.delete_game("h", BY_HOST)
     registry.register_game("i", BY_HOST)
     clock.tick(60)
@@ -837,10 +837,12 @@ def waiting(registry, wakes):
 
 def poll_again(registry, waiter):
     """What a poll that waits is answered once it has been woken."""
+    registry.forget_waiter(waiter)
     return registry.poll_game(waiter.name, waiter.digest, None, waiter.after)
 
 
 def start_again(registry, waiter):
+    registry.forget_waiter(waiter)
     return registry.start_game(waiter.name, waiter.digest)
 
 
@@ -972,6 +974,32 @@ def test_there_are_at_most_max_waiting_waiters_and_each_end_makes_room(clock, wa
     assert registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
     registry.delete_game("castle", BY_HOST)
     assert registry.poll_game("island", BY_HOST, ONE, wake=wakes[1]).waiter
+
+
+@pytest.mark.parametrize("begin, again", [
+    (lambda registry, wake: registry.poll_game("castle", BY_HOST, ONE, wake=wake), poll_again),
+    (lambda registry, wake: registry.start_game("castle", BY_GUEST, TWO, wake=wake), start_again),
+], ids=["poll", "start"])
+def test_one_that_was_replaced_does_not_replace_in_turn_when_it_is_asked_again(registry, wakes, begin, again):
+    registry.register_game("castle", BY_HOST)
+    first = begin(registry, wakes[0]).waiter
+    assert begin(registry, wakes[1]).waiter and first.is_replaced
+    again(registry, first)
+    assert [wake.calls for wake in wakes] == [1, 0, 0] and registry.counts()["waiting"] == 1
+
+
+@pytest.mark.parametrize("ends", [lambda registry, waiter: None, lambda registry, waiter: registry.update_game("castle", BY_HOST, "castle"),
+                                  lambda registry, waiter: registry.start_game("castle", BY_GUEST, TWO)], ids=["at the deadline", "asked", "woken"])
+def test_a_poll_may_wait_for_longer_than_the_lease_of_its_game(registry, clock, wakes, ends):
+    registry.register_game("castle", BY_HOST)
+    waiter = registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
+    clock.tick(60)
+    ends(registry, waiter)
+    assert poll_again(registry, waiter).name == "castle"
+    clock.tick(59)
+    assert registry.get_game("castle")
+    clock.tick(1)
+    assert registry.counts()["games"] == 0
 
 
 @pytest.mark.parametrize("change", [
@@ -2127,15 +2155,53 @@ def test_a_poll_that_waits_and_asked_to_close_is_answered_though_more_bytes_come
         assert raw.answer().status == 200 and raw.is_closed()
 
 
-def test_a_poll_that_a_second_one_has_replaced_is_told_not_to_follow_at_once(serve):
+def test_a_poll_that_a_second_one_has_replaced_is_told_not_to_follow_at_once_and_the_second_waits(serve):
     api = serve()
     api.register_game("castle")
     data = poll("castle", b"Prefer: wait=25")       # longer than the test waits
     with Raw(api, data) as first, Raw(api, data) as second:
         wait_until(lambda: not is_silent(first, 0) or not is_silent(second, 0))
-        replaced = second if is_silent(first, 0) else first
+        replaced, waits = (second, first) if is_silent(first, 0) else (first, second)
         answer = replaced.answer()
         assert answer.status == 200 and "preference-applied" not in answer.headers and json.loads(answer.body)["pollAfter"] > 2
+        assert is_silent(waits) and metrics(api)["waiting",] == 1
+
+
+@pytest.mark.parametrize("wait", [0, 1])
+def test_an_answer_tells_of_replies_also_after_a_wait(wait, serve):
+    api = serve()
+    api.register_game("castle")
+    assert api.poll_game("castle", replies={}, wait=wait).json()["gone"] == []
+
+
+@pytest.mark.parametrize("early", [b"x", b"\r\n"])
+def test_a_client_that_dribbles_behind_its_own_waiting_poll_is_cut_off(early, serve):
+    """Each piece makes the server look at the poll again."""
+    api = serve()
+    api.register_game("castle")
+    with Raw(api, poll("castle", b"Prefer: wait=25")) as raw, contextlib.suppress(ConnectionError):
+        for _ in range(1000):
+            raw.send(early)
+            if not is_silent(raw, 0.005):
+                break
+        assert raw.is_closed()
+    wait_until(lambda: metrics(api)["waiting",] == 0)
+
+
+def test_a_refusal_of_what_cannot_be_read_is_counted_by_its_limit(serve, clock):
+    api = serve()
+    limited(api, clock, 0.01, 10)
+    junk = [ask(api, "127.0.0.1", b"x\r\n\r\n").status for _ in range(12)]
+    assert junk == [400] * 10 + [429] * 2
+    limited(api, clock, 0, 10)
+    assert refused(api, "rate") == 2
+
+
+def test_a_client_behind_a_proxy_pays_for_what_cannot_be_read_to_its_end(serve, clock):
+    api = serve(trusted_proxies="127.0.0.1")
+    limited(api, clock, 0.01, 10)
+    large = POST + b"X-Forwarded-For: 203.0.113.9\r\nContent-Length: 99999\r\n\r\n"
+    assert [ask(api, "127.0.0.1", large).status for _ in range(11)] == [413] * 10 + [429]
 
 
 def test_no_answer_is_lost_when_connections_are_woken_and_closed_while_they_begin_to_wait(serve, hasty_threads):
@@ -2775,7 +2841,7 @@ def test_what_is_stored_is_counted_and_nothing_remains_when_all_is_gone(seed, cl
         with contextlib.suppress(Problem):
             kind = chance.randrange(6)
             if kind == 0:
-                registry.register_game(game, game.encode(), chance.choice([None, b'{"text":"' + b"x" * chance.randrange(900) + b'"}']), client=client)
+                registry.register_game(game, game.encode(), info=chance.choice([None, b'{"text":"' + b"x" * chance.randrange(900) + b'"}']), client=client)
             elif kind == 1:
                 registry.poll_game(game, game.encode(), addresses(), replies={session: addresses() for session in sessions[-3:]})
             elif kind < 4:
@@ -3098,6 +3164,25 @@ def test_sighup_loads_the_certificate_anew_and_says_so(certificate):
                 assert "the old one stays in use" in process.stderr.readline()
             else:
                 assert "the certificate was loaded anew" in process.stderr.readline()
+
+
+@pytest.mark.parametrize("data", [b"", GET + END, poll("castle", b"Prefer: wait=25")], ids=["nothing", "a request", "a poll that waits"])
+def test_a_client_that_closes_tls_politely_is_gone_and_its_thread_free(data, secure):
+    """More of them than there are threads, and each leaves its TCP connection open."""
+    api = secure(max_threads=2)
+    api.server.registry.register_game("castle", api.server.registry.peer_digest(HOST))
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            tls = stack.enter_context(Tls(api, data))
+            if data.startswith(b"GET"):
+                assert tls.answer().status == 200
+            if data.startswith(b"POST"):
+                wait_until(lambda: api.server.registry.counts()["waiting"] == 1)
+            with contextlib.suppress(ssl.SSLError, OSError):
+                tls.socket.setblocking(False)
+                tls.socket.unwrap()
+        assert ask(api, "127.0.0.1", connection=Tls).status == 200
+        wait_until(lambda: len(api.server.connections) == 0)
 
 
 def test_a_server_with_tls_stops_at_once_and_tells_its_clients(secure):

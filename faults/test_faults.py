@@ -434,7 +434,7 @@ def memory():
 def piece(number, count):
     for i in range(count):
         name = f"game {{number}} {{i}}"
-        registry.register_game(name, host, b'{{"map":"castle"}}')
+        registry.register_game(name, host, info=b'{{"map":"castle"}}')
         if i % 4 == 0:
             registry.poll_game(name, host, b'["203.0.113.1:%d"]' % (1024 + i % 60000))
             registry.start_game(name, guest, b'["198.51.100.2:5000"]')
