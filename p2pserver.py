@@ -156,7 +156,7 @@ FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one mo
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
 TOLD = 100                      # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
-ACCEPTED_AT_ONCE = 64           # new clients, before those that there are have their turn
+ACCEPTED_AT_ONCE = 64           # new clients
 REQUEST_TIME = 10.0             # seconds for a request to arrive, from its first byte to its last, and for a TLS handshake
 SEND_TIME = 10.0                # seconds in which a client must read some of an answer
 LINGER_TIME = 2.0               # seconds that a refused request may go on arriving before its connection is closed
@@ -1529,7 +1529,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command, self.path, self.headers = head.method, head.target, head.headers  # type: ignore[assignment]
 
     def handle_one_request(self) -> None:
-        """Do what comes next. MustWait: later. Else the connection is over."""
+        """Do what comes next: send on, answer what was refused or waits, or read a request. MustWait: later. Else the connection is over."""
         connection = self.connection
         if self.is_late and (connection.unsent or connection.closes):
             return
@@ -1781,7 +1781,6 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
     allow_reuse_address = os.name == "posix"    # a restart need not wait for old connections; elsewhere it would let others in
     allow_reuse_port = False                    # some Pythons share a port among servers unless told not to
-    timeout = 0                                 # handle_request() takes only who is there already
 
     def __init__(self, settings: Settings, registry: Optional[GameRegistry] = None) -> None:
         self.settings = settings
@@ -1858,8 +1857,8 @@ class Server(http.server.ThreadingHTTPServer):
         if self._running:
             self.parking.wake_up()
             self.shutdown()
-            for _ in range(self.request_queue_size):    # who has connected, and perhaps asked, is still served
-                self.handle_request()
+            for _ in range(self.request_queue_size // ACCEPTED_AT_ONCE):    # who has connected, and perhaps asked, is still served
+                self.accept_clients()
             ends_at = time.monotonic() + grace
             while self.connections and time.monotonic() < ends_at:
                 self.parking.serve_late(ends_at)
@@ -1880,24 +1879,37 @@ class Server(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Called by serve_forever() after each look for a new client, for which it does not wait: serve who is there already."""
         try:
-            while time.monotonic() < self._next_look:
-                if self.parking.turn(0.1):
-                    self.has_backlog = True
-                    for _ in range(ACCEPTED_AT_ONCE):       # then it is the turn of those that there are
-                        if self.has_backlog:
-                            self._handle_request_noblock()  # type: ignore[attr-defined]
-            self._next_look = time.monotonic() + 0.1
-            self.parking.serve_late()
-            self.registry.expire_games()
-            self.log_events()
-            if self.certificate_is_old:
-                self.certificate_is_old = False
-                self.tls = load_certificate(self.settings)      # for new connections
-                log.info("the certificate was loaded anew")
-        except CannotStart as reason:
-            log.error("%s; the old one stays in use", reason)
+            self.serve_parked()
         except Exception:
             log.exception("the server failed in one thing, and goes on")
+
+    def serve_parked(self) -> None:
+        """Serve all connections for a tenth of a second, and then do what is due."""
+        while time.monotonic() < self._next_look:
+            if self.parking.turn(0.1):
+                self.accept_clients()
+        self._next_look = time.monotonic() + 0.1
+        self.parking.serve_late()
+        self.registry.expire_games()
+        self.log_events()
+        if self.certificate_is_old:
+            self.renew_certificate()
+
+    def accept_clients(self) -> None:
+        """Accept new clients, but not too many before those that there are have their turn."""
+        self.has_backlog = True
+        for _ in range(ACCEPTED_AT_ONCE):
+            if self.has_backlog:
+                self._handle_request_noblock()  # type: ignore[attr-defined]
+
+    def renew_certificate(self) -> None:
+        """Have new connections use the certificate as its file is now."""
+        self.certificate_is_old = False
+        try:
+            self.tls = load_certificate(self.settings)
+            log.info("the certificate was loaded anew")
+        except CannotStart as reason:
+            log.error("%s; the old one stays in use", reason)
 
     def log_events(self) -> None:
         """Log what has happened to games."""
