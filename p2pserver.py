@@ -155,7 +155,7 @@ STUN_BURST = 50                 # answers that one address gets at once, on top 
 FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones cost a token each
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
-TOLD = 100                      # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
+MAX_REFUSALS = 100              # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
 ACCEPTED_AT_ONCE = 64           # new clients
 REQUEST_TIME = 10.0             # seconds for a request to arrive, from its first byte to its last, and for a TLS handshake
 SEND_TIME = 10.0                # seconds in which a client must read some of an answer
@@ -459,7 +459,7 @@ class GameRegistry(Protocol):
         """
 
     def forget_waiter(self, waiter: Waiter) -> None:
-        """Its client has gone, or it is asked again: it is not to be woken any more."""
+        """Its client has gone, or it is asked again: it is not to be woken any more, and has the game's present name."""
 
     def list_games(self) -> Tuple[int, bytes]:
         """The listed games, oldest first, as JSON text, and the version of the list, which grows with every change of it."""
@@ -523,6 +523,10 @@ class Guest(Entry):
         self.game, self.session_id, self.session_key = game, session_id, session_key
         self.reply: Text = None                     # what the host offers this guest in place of the game's addresses
         self.replied = 0                            # version of reply
+
+    @property
+    def name(self) -> str:
+        return self.game.name
 
     @property
     def offer(self) -> Tuple[bytes, int]:
@@ -623,6 +627,7 @@ class Registry:
 
     def forget_waiter(self, waiter: Waiter) -> None:
         with self._lock:
+            waiter.name = waiter.entry.name
             if self._waiters.get(waiter.entry) is waiter:
                 del self._waiters[waiter.entry]
                 self._now = self._clock()
@@ -650,7 +655,7 @@ class Registry:
             self._change({game: {"name": new_name, **shown}})
             if new_name != name:
                 self._games[new_name] = self._games.pop(name)
-                self._wake(game, *game.guests.values(), new_name=new_name)
+                self._wake(game, *game.guests.values(), is_renamed=True)
                 self.events.append(("update_game", name, f"renamed to {new_name!r}"))
             return self._line(game)
 
@@ -737,13 +742,13 @@ class Registry:
         waiter = self._waiters[entry] = Waiter(entry, name, entry.digest, after, wake)
         return waiter
 
-    def _wake(self, *entries: Entry, new_name: str = "", is_replaced: bool = False) -> None:
+    def _wake(self, *entries: Entry, is_renamed: bool = False, is_replaced: bool = False) -> None:
         """Have the polls and starts that wait there asked again."""
         for entry in entries:
             waiter = self._waiters.pop(entry, None)
             if waiter:
                 self._keep_alive(entry)     # until now the wait did
-                waiter.name, waiter.is_renamed, waiter.is_replaced = new_name or waiter.name, bool(new_name), is_replaced
+                waiter.is_renamed, waiter.is_replaced = is_renamed, is_replaced
                 waiter.wake()
 
     def _keep_alive(self, entry: Entry) -> None:
@@ -992,7 +997,7 @@ class Answer(NamedTuple):
         return json_text(self.body).encode("utf-8") if isinstance(self.body, dict) else self.body or b""
 
 
-def with_lease(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool = True) -> Answer:
+def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool = True) -> Answer:
     """The answer with how long the game or guest is remembered and when to ask again, in seconds.
 
     That is later where a poll or start finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
@@ -1017,7 +1022,7 @@ def location(name: str) -> Dict[str, str]:
 def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
     is_new = server.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
-    answer = with_lease(server, request, 200, {"name": request.name}, server.settings.game_ttl)
+    answer = answer_with_ttl(server, request, 200, {"name": request.name}, server.settings.game_ttl)
     return answer._replace(status=201, headers=location(request.name)) if is_new else answer
 
 
@@ -1028,7 +1033,7 @@ def poll_game(server: Server, request: Request) -> Outcome:
     body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor}
     if fields.get("replies") is not None:
         body["gone"] = polled.gone
-    return polled.waiter or with_lease(server, request, 200, body, server.settings.game_ttl, bool(polled.peers or polled.gone))
+    return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, bool(polled.peers or polled.gone))
 
 
 def start_game(server: Server, request: Request) -> Outcome:
@@ -1037,7 +1042,7 @@ def start_game(server: Server, request: Request) -> Outcome:
     host = started.peers[0]
     has_news = host.addresses != NO_ADDRESSES
     body = {"name": started.name, **session_body(host), "cursor": started.cursor}
-    return started.waiter or with_lease(server, request, 200 if has_news else 202, body, server.settings.guest_ttl, has_news)
+    return started.waiter or answer_with_ttl(server, request, 200 if has_news else 202, body, server.settings.guest_ttl, has_news)
 
 
 def list_games(server: Server, request: Request) -> Answer:
@@ -1461,7 +1466,7 @@ class Parking:
     def serve_late(self, ends_at: float = math.inf) -> None:
         """Serve connections whose deadline has passed. When the server ends, what neither arrives nor is sent has no time any more."""
         now = time.monotonic()
-        for connection in list(self._parked):
+        for connection in [each for each in list(self._parked) if each.deadline <= now or self._server.stopping]:
             if self._server.stopping:
                 connection.deadline = min(connection.deadline, ends_at if connection.unsent or connection.buffer else now)
             if connection.deadline <= now:
@@ -1789,7 +1794,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.tls = load_certificate(settings)
         self.proxies, self.watchers = Networks(settings.trusted_proxies), Networks(settings.metrics_from)
         self.limiter = RateLimiter(settings.rate, settings.burst)
-        self.refusals = RateLimiter(settings.rate, TOLD)        # how often a client without tokens is told so
+        self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how often a client without tokens is told so
         self.began = time.monotonic()
         self.cors_fields = (f"Access-Control-Allow-Origin: {settings.cors_origin}\r\n"
                             "Access-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n") if settings.cors_origin else ""
@@ -1932,7 +1937,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Whether to serve a client. One that has no token left, nor one for being told so, is closed without a word; so is one far beyond the limit."""
         client = client_of(client_address[0])
         is_over = self.limiter.pause(client.key) and self.refusals.pause(client.key) and client.address not in self.proxies
-        if is_over or len(self.connections) >= self.settings.max_connections + (0 if self.tls else TOLD):
+        if is_over or len(self.connections) >= self.settings.max_connections + (0 if self.tls else MAX_REFUSALS):
             self.tally(self.refused, "rate" if is_over else "connections")
             return False
         return True

@@ -990,7 +990,7 @@ def test_one_that_was_replaced_does_not_replace_in_turn_when_it_is_asked_again(r
 
 @pytest.mark.parametrize("ends", [lambda registry, waiter: None, lambda registry, waiter: registry.update_game("castle", BY_HOST, "castle"),
                                   lambda registry, waiter: registry.start_game("castle", BY_GUEST, TWO)], ids=["at the deadline", "asked", "woken"])
-def test_a_poll_may_wait_for_longer_than_the_lease_of_its_game(registry, clock, wakes, ends):
+def test_a_poll_may_wait_for_longer_than_the_ttl_of_its_game(registry, clock, wakes, ends):
     registry.register_game("castle", BY_HOST)
     waiter = registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
     clock.tick(60)
@@ -1450,7 +1450,7 @@ def test_the_start_page_is_text_with_the_version_and_every_endpoint(api):
     assert all(re.search(rf"^{route.method} +{re.escape(route.path)} ", answer.text, re.MULTILINE) for route in p2pserver.ROUTES)
 
 
-def test_leases_are_the_settings_and_whole_numbers_where_they_can_be(serve):
+def test_times_are_the_settings_and_whole_numbers_where_they_can_be(serve):
     api = serve(game_ttl=30.0, guest_ttl=12.5, poll_after=0.5)
     assert '"expiresIn":30,' in api.register_game("g").text and '"expiresIn":30,' in api.poll_game("g").text
     assert '"expiresIn":12.5,"pollAfter":0.5' in api.start_game("g").text
@@ -2747,7 +2747,7 @@ def test_a_trusted_proxy_may_have_more_connections_than_a_client(serve):
 
 
 def test_far_too_many_connections_are_closed_without_a_word(serve, monkeypatch):
-    monkeypatch.setattr(p2pserver, "TOLD", 0)
+    monkeypatch.setattr(p2pserver, "MAX_REFUSALS", 0)
     api = serve(max_connections=1)
     with Raw(api, GET + END) as first, Raw(api, GET + END) as second:
         assert first.answer().status == 200

@@ -21,7 +21,8 @@ import urllib.parse
 from fuzz import Fuzz
 from stage import HERE, THERE, WAIT, Connection, call, check_answer, many, open_files, poll, request, serving, wait_until
 
-FLAGS = ["--game-ttl", "6", "--guest-ttl", "4", "--poll-after", "1", "--max-wait", "3", "--idle-timeout", "20", "--stun-rate", "0", "--access-log"]
+FLAGS = ["--game-ttl", "6", "--guest-ttl", "4", "--poll-after", "1", "--max-wait", "3", "--idle-timeout", "20", "--stun-rate", "0", "--access-log",
+         "--max-guests-per-client", "64"]       # all guests call from one address
 
 
 class Soak:
