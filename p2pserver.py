@@ -537,6 +537,13 @@ class Guest(Entry):
 VERSIONS = {"addresses": "changed", "reply": "replied"}     # attributes that have a version; all others of a game are shown to anybody
 
 
+def count_down(counter: collections.Counter[bytes], key: bytes) -> None:
+    """One less for a client. At zero it is forgotten, or all clients that ever came would be kept."""
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
+
+
 def new_session_id() -> str:
     """128 random bits: a sessionId or a sessionKey."""
     return os.urandom(16).hex()
@@ -779,9 +786,7 @@ class Registry:
         for guest in list(entry.guests.values()):
             self._remove(guest)
         del self._games[entry.name]
-        self._games_of[entry.client] -= 1
-        if not self._games_of[entry.client]:
-            del self._games_of[entry.client]
+        count_down(self._games_of, entry.client)
         self._list = None
         self.events.append((operation, entry.name, ""))
 
@@ -1061,9 +1066,9 @@ def get_game(server: Server, request: Request) -> Answer:
 
 def update_game(server: Server, request: Request) -> Answer:
     """its host renames or describes it"""
-    new_name = request.fields["name"] or request.name
+    new_name = request.fields["name"]
     body = server.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
-    return Answer(200, body, location(new_name) if new_name != request.name else {})
+    return Answer(200, body, location(new_name) if new_name not in (None, request.name) else {})
 
 
 def delete_game(server: Server, request: Request) -> Answer:
@@ -1382,9 +1387,8 @@ class TlsConnection(Connection):
         except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             pass
         finally:
-            self.unsent += [self.outgoing.read()] if self.outgoing.pending else []
             with contextlib.suppress(MustWait):     # what is not sent now goes before the next answer
-                self.flush()
+                self.send_records()
         if data and not plaintext and not self.has_ended:
             raise MustWait
         self.silent = 0
@@ -1396,22 +1400,26 @@ class TlsConnection(Connection):
 
     def flush(self) -> None:
         """The same. A long answer is encrypted as it is sent, because the memory that TLS has used once stays its own."""
-        super().flush()
+        self.send_records()
         while self.plaintext:
             self.tls.write(self.plaintext[0][:READ_SIZE])
             self.plaintext[0] = self.plaintext[0][READ_SIZE:]
             if not self.plaintext[0]:
                 del self.plaintext[0]
+            self.send_records()
+
+    def send_records(self) -> None:
+        """Send what TLS has made. MustWait: the client does not read it all now."""
+        if self.outgoing.pending:
             self.unsent.append(self.outgoing.read())
-            super().flush()
+        super().flush()
 
     def end(self) -> None:
         """close_notify (RFC 8446 section 6.1)."""
         with contextlib.suppress(OSError, ValueError):
             self.tls.unwrap()
         with contextlib.suppress(OSError, MustWait):
-            self.unsent.append(self.outgoing.read())
-            super().flush()
+            self.send_records()
 
 
 # ---- HTTP: parking --------------------------------------------------------------------------------------------------
@@ -1624,12 +1632,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if route is None:
             raise Problem(f"{self.command} is not for this path", 405, Allow=allowed(routes))
         fields: Dict[str, Any] = {}
+        digest = b""
         if route.fields:
             if self.body:
                 check_media_type(headers)
             body = parse_body(self.body) if self.body else bearer(headers)
             fields = validate(body, route.fields, Scope(connection.client.is_local, server.settings.max_guests))
-        digest = server.registry.peer_digest(fields.pop("peerId", ""))
+            digest = server.registry.peer_digest(fields.pop("peerId"))
         connection.wait, connection.has_replies = wished_wait(fields, headers, server.settings.max_wait), fields.get("replies") is not None
         connection.deadline = time.monotonic() + connection.wait
         return route.endpoint(server, Request(name or fields.get("name", ""), digest, fields, headers, connection.client, connection.wait, self.waker()))
@@ -1974,9 +1983,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client."""
         with self._lock:
             if connection.counted is not None:
-                self._connections_of[connection.counted] -= 1
-                if not self._connections_of[connection.counted]:
-                    del self._connections_of[connection.counted]
+                count_down(self._connections_of, connection.counted)
             connection.counted = None
             if key is not None:
                 if self._connections_of[key] >= self.settings.max_connections_per_client:
