@@ -5,8 +5,10 @@ A host offers a game under a name, guests look it up, and the two exchange candi
 directly from then on. JSON over HTTP/1.1; fields in brackets are optional:
 
     POST   /games/register  {name, peerId, [info, listed]}                    a host offers a game: 201; its owner again: 200
-    POST   /games/poll      {name, peerId, addresses, [after, replies, wait]} a host publishes its addresses, learns of guests
-    POST   /games/start     {name, peerId, addresses, [wait]}                 a guest asks for the host's addresses: 200, or 202: none yet
+    POST   /games/poll      {name, peerId, addresses, [after, wait,           a host publishes its addresses, learns of guests,
+                             replies, dismiss]}                               answers single ones, or sends them away
+    POST   /games/start     {name, peerId, addresses, [after, wait]}          a guest asks for the host's addresses: 200, or 202: none yet
+    POST   /games/leave     {name, peerId}                                    a guest leaves: 204
     GET    /games                                                             the listed games, oldest first
     GET    /games/<name>                                                      one game
     PATCH  /games/<name>    {peerId, [name, info, listed]}                    its host renames or describes it (PUT does the same)
@@ -15,15 +17,16 @@ directly from then on. JSON over HTTP/1.1; fields in brackets are optional:
     GET    /metrics                                                           counts for Prometheus, for whom --metrics-from allows
     GET    /                                                                  this table, for a person
 
-    register, 201 or 200   {name, expiresIn, pollAfter}
-    poll, 200              {name, guests: [{sessionId, sessionKey, addresses}], cursor, [gone], expiresIn, pollAfter}
-    start, 200 or 202      {name, sessionId, sessionKey, addresses, cursor, expiresIn, pollAfter}
+    register, 201 or 200   {name, stun, expiresIn, pollAfter}
+    poll, 200              {name, guests: [{sessionId, sessionKey, addresses, from}], cursor, [left, gone], expiresIn, pollAfter}
+    start, 200 or 202      {name, sessionId, sessionKey, addresses, cursor, stun, expiresIn, pollAfter}
     list, 200              {games: [{name, info, guests, ready}]}       one game, and PATCH: {name, info, guests, ready}
     any error              application/problem+json (RFC 9457): {type, title, status, detail, [errors: {field: rule}]}
 
 The peerId authorises: whoever registers a game with it owns the game. Only a keyed digest of it is kept. Each pair of host and
-guest has a session, whose sessionKey only the two know. With wait, or Prefer: wait=N (RFC 7240), a poll waits for news and a
-start for addresses of the host; Preference-Applied in the answer says so.
+guest has a session, whose sessionKey only the two know. With after, the cursor of an earlier answer, an answer tells what is
+new since. With wait, or Prefer: wait=N (RFC 7240), a poll waits for news and a start for addresses of the host;
+Preference-Applied in the answer says so.
 
 Threads: 1. One thread accepts and serves all connections; it never waits for a single one. 2. A connection that must wait,
 for bytes or for news of its game, is parked: it costs a record and no thread, until there is something to go on with.
@@ -66,7 +69,7 @@ import types
 import unicodedata
 import urllib.parse
 import zlib
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Protocol, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
 
 __version__ = "0.1.0"
 
@@ -163,6 +166,7 @@ LINGER_TIME = 2.0               # seconds that a refused request may go on arriv
 RETRY_AFTER = 10                # seconds, where a full server or game may have room again
 BUSY_FACTOR = 5                 # times as long between two polls is advised to a client for which no place to wait is left
 GAME_SIZE, GUEST_SIZE = 1200, 1000      # bytes that one takes beside its texts (bench/memory.py measures it)
+MAX_REMEMBERED, MEMBER_SIZE = 256, 200  # sessions that ended, and guests that were dismissed, of which a game knows; bytes of one
 LOG_LINES = 10000               # that wait to be written at the most
 
 
@@ -234,6 +238,11 @@ IP_PORT = re.compile(r"(?:([0-9]+(?:\.[0-9]+){3})|\[([0-9A-Fa-f:.]+(?:%[^\]]*)?)
 # No control character, lone surrogate, line separator or slash; no white space at the ends.
 GAME_NAME = re.compile(rf"(?!\s)[^\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029/]{{1,{MAX_NAME}}}(?<!\s)")
 
+# Two names that look alike must not differ by what is not drawn: category Cf, fillers, blanks, and selectors of variants.
+NOT_DRAWN = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0" + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+EMOJI = "\xa9\xae\u203c-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+EMOJI_JOINER = re.compile(f"(?<=[{EMOJI}])\ufe0f|(?<=[{EMOJI}\ufe0f])\u200d(?=[{EMOJI}])|(?<=[0-9#*])\ufe0f(?=\u20e3)")
+
 
 def check_name(value: Any, scope: Scope) -> str:
     """A game's name, normalised to NFC, so that two ways of typing one name are one game."""
@@ -241,6 +250,8 @@ def check_name(value: Any, scope: Scope) -> str:
     name = unicodedata.normalize("NFC", value[:4 * MAX_NAME + 1]) if isinstance(value, str) else ""
     require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name) is not None,
             f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators and /, white space at its ends, or a reserved word")
+    unseen = [character for character in EMOJI_JOINER.sub("", name) if unicodedata.category(character) == "Cf" or character in NOT_DRAWN]
+    require(not unseen, "must not have characters that cannot be seen, beside joiners within emoji")
     return name
 
 
@@ -274,7 +285,7 @@ def address_fault(value: Any, is_local: bool) -> str:
     if isinstance(value, dict):
         return f"must be at most {MAX_DEPTH} levels deep" if is_too_deep(value) else ""
     if not isinstance(value, str) or len(value) > MAX_ADDRESS:
-        return f"must be an object, or a string of at most {MAX_ADDRESS} characters"
+        return f"must be a string of at most {MAX_ADDRESS} characters, or an object, which may be larger"
     match = IP_PORT.fullmatch(value)
     if not match:
         return ""
@@ -303,6 +314,13 @@ def check_replies(value: Any, scope: Scope) -> Dict[str, bytes]:
     count = sum([len(addresses) for addresses in value.values() if isinstance(addresses, list)])
     require(count <= MAX_REPLY_ADDRESSES, f"must have at most {MAX_REPLY_ADDRESSES} addresses in all")
     return {session_id: check_addresses(addresses, scope) for session_id, addresses in value.items()}
+
+
+def check_dismiss(value: Any, scope: Scope) -> Any:
+    """The sessionIds of guests."""
+    is_good = isinstance(value, list) and len(value) <= scope.max_guests and all(isinstance(each, str) for each in value)
+    require(is_good, f"must be an array of at most {scope.max_guests} sessionIds")
+    return value
 
 
 def check_info(value: Any, scope: Scope) -> bytes:
@@ -399,35 +417,40 @@ Wake = Optional[Callable[[], None]]         # called in any thread, with the reg
 class Waiter:
     """A poll or start that waits for news. When there may be some, wake is called once; then the call is to be made again with these values."""
 
-    __slots__ = ("entry", "name", "digest", "after", "wake", "is_replaced", "is_renamed")
+    __slots__ = ("entry", "name", "digest", "after", "wake", "is_over", "is_busy")
 
     def __init__(self, entry: Any, name: str, digest: bytes, after: Optional[int], wake: Callable[[], None]) -> None:
         self.entry = entry                              # by which the registry knows it
         self.name, self.digest, self.after = name, digest, after    # the game's present name, of the peerId, the cursor
         self.wake = wake
-        self.is_replaced = self.is_renamed = False      # by a later call of the same host or guest; the game: its new name is news
+        self.is_over = self.is_busy = False     # it is to be answered now; another call, which changed nothing, took its place
 
 
 class Session(NamedTuple):
-    """What one of a pair of host and guest may know: the session that the two share, and the addresses of the other as JSON text."""
+    """What one of a pair of host and guest may know: the session that the two share, and the addresses of the other as JSON text.
+
+    seen_at: the IP address from which a guest called, as text.
+    """
 
     session_id: str
     session_key: str
     addresses: bytes
+    seen_at: str = ""
 
 
 class News(NamedTuple):
     """What a host learns from a poll, or a guest from a start: its peers, and the cursor of what it learns.
 
     peers: of a host the guests; of a guest the host alone, with NO_ADDRESSES while there are none for it.
-    gone: the sessions of a host's replies that are gone. waiter: there is no news, and it waits.
+    waiter: there is no news, and it waits. Of a host also: left: the sessions that ended since its cursor; gone: those of its replies that are gone.
     """
 
     name: str
     peers: List[Session]
     cursor: int
-    gone: List[str]
     waiter: Optional[Waiter]
+    left: Sequence[str] = ()
+    gone: Sequence[str] = ()
 
 
 class GameRegistry(Protocol):
@@ -446,17 +469,24 @@ class GameRegistry(Protocol):
         """Offer a game; True if it is new. Its owner keeps it alive, and changes what the list shows of it: info, listed. Conflict: the name is
         taken. Full. TooMany."""
 
-    def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None, wake: Wake = None) -> News:
-        """Publish the host's addresses and replies, where given; learn of the guests that came or moved since the cursor after, or of all.
+    def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
+                  dismiss: Sequence[str] = (), wake: Wake = None) -> News:
+        """Publish the host's addresses and replies, where given; learn of the guests that came, moved or left since the cursor after, or of all there are.
 
+        A reply that was made before after, without the guest's present addresses, is ignored. dismiss: sessions of guests to be sent away.
         With wake, without news and while there is room, the answer has a waiter. A later poll of the host replaces it. NotFound. Forbidden. Full.
         """
 
-    def start_game(self, name: str, digest: bytes, addresses: Text = None, client: bytes = b"", wake: Wake = None) -> News:
-        """Join a game as a guest, or say that one is still there. Without addresses the guest must be there already.
+    def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
+                   wake: Wake = None) -> News:
+        """Join a game as a guest, or say that one is still there, and from which IP address. Without addresses the guest must be there already.
 
-        With wake, without addresses of the host and while there is room, the answer has a waiter. NotFound. Conflict: the host's own game. Full. TooMany.
+        New addresses end the host's reply to the earlier ones. With wake, without addresses of the host that are newer than after and while there is
+        room, the answer has a waiter. NotFound. Forbidden: the host has dismissed it. Conflict: the host's own game. Full. TooMany.
         """
+
+    def leave_game(self, name: str, digest: bytes) -> None:
+        """End a guest's session. NotFound: the game or the session."""
 
     def forget_waiter(self, waiter: Waiter) -> None:
         """Its client has gone, or it is asked again: it is not to be woken any more, and has the game's present name."""
@@ -495,33 +525,37 @@ class Entry:
     def size_with(self, changes: Mapping[str, Any]) -> int:
         """Bytes that it takes once these of its attributes have changed."""
         texts = [changes.get(name, getattr(self, name)) for name in self.texts]
-        return self.own_size + sum([sys.getsizeof(text) for text in texts if text])
+        return self.own_size + sum([len(text) * MEMBER_SIZE if isinstance(text, tuple) else sys.getsizeof(text) for text in texts if text])
 
 
 class Game(Entry):
     """A game while its host is alive."""
 
-    __slots__ = ("name", "info", "listed", "ready", "guests", "news", "born", "line")
-    own_size, texts = GAME_SIZE, ("name", "info", "addresses")
+    __slots__ = ("name", "info", "listed", "ready", "guests", "news", "left", "told", "dismissed", "born", "line")
+    own_size, texts = GAME_SIZE, ("name", "info", "addresses", "left", "dismissed")
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
         super().__init__(digest, client, NO_ADDRESSES)
-        self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses
+        self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses, or replies to guests
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
-        self.news = self.born = version             # when a guest last came or moved; the order of the list, which a rename keeps
+        self.news = self.born = version             # when a guest last came, moved or left; the order of the list, which a rename keeps
+        self.left: Tuple[Tuple[int, str], ...] = () # when a session ended, and which
+        self.told = -1                              # up to when its host knows of these
+        self.dismissed: Tuple[bytes, ...] = ()      # digests of guests that its host has sent away
         self.line: Text = None                      # what anybody may know of it; None: to be made anew
 
 
 class Guest(Entry):
     """One guest's session with one game."""
 
-    __slots__ = ("game", "session_id", "session_key", "reply", "replied")
+    __slots__ = ("game", "session_id", "session_key", "seen_at", "reply", "replied")
     own_size, texts = GUEST_SIZE, ("addresses", "reply")
 
     def __init__(self, game: Game, digest: bytes, client: bytes, session_id: str, session_key: str) -> None:
         super().__init__(digest, client, b"")       # so that its first addresses are news, even if there are none
         self.game, self.session_id, self.session_key = game, session_id, session_key
-        self.reply: Text = None                     # what the host offers this guest in place of the game's addresses
+        self.seen_at = ""                           # the IP address from which it called last
+        self.reply = b""                            # what the host offers this guest in place of the game's addresses, if anything
         self.replied = 0                            # version of reply
 
     @property
@@ -531,10 +565,10 @@ class Guest(Entry):
     @property
     def offer(self) -> Tuple[bytes, int]:
         """The addresses that it gets, and their version."""
-        return (self.game.addresses, self.game.changed) if self.reply is None else (self.reply, self.replied)
+        return (self.reply, self.replied) if self.reply else (self.game.addresses, self.game.changed)
 
 
-VERSIONS = {"addresses": "changed", "reply": "replied"}     # attributes that have a version; all others of a game are shown to anybody
+VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # attributes that have a version; all others change what the list shows
 
 
 def count_down(counter: collections.Counter[bytes], key: bytes) -> None:
@@ -553,8 +587,9 @@ class Registry:
     """The GameRegistry in memory: all games and guests, behind one lock.
 
     clock: seconds that never go back. new_id: a new unguessable string at each call.
-    cursor: the first version. The server passes microseconds since 1970, which is more than an earlier run can have reached.
-    So a cursor that a host kept across a restart does not hide the guests that came since.
+    cursor: the first version. The server passes tenths of milliseconds since 1970, which is more than an earlier run can have reached.
+    So a cursor that a host kept across a restart does not hide the guests that came since. It has 14 digits until the year 2286, which is what
+    JSON libraries of Lua write of a number.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic, new_id: Callable[[], str] = new_session_id, cursor: int = 0) -> None:
@@ -597,40 +632,61 @@ class Registry:
                 self.events.append(("register_game", name, ""))
             return is_new
 
-    def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None, wake: Wake = None) -> News:
+    def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
+                  dismiss: Sequence[str] = (), wake: Wake = None) -> News:
         with self._lock:
             game = self._find(name, digest)
             self._keep_alive(game)
-            offer = game.addresses if addresses is None else addresses
-            gone = self._publish(game, offer, replies or {}) if replies or offer != game.addresses else []
-            # A cursor ahead of ours was given out by an earlier run whose clock was ahead: it says nothing about these guests.
-            since = after if after is not None and after <= self._cursor else -1
+            since, offer = self._since(after), game.addresses if addresses is None else addresses
+            is_busy = offer == game.addresses and not replies and not dismiss
+            known = self._cursor if after is None else since
+            gone = self._publish(game, offer, replies, known) if replies is not None or offer != game.addresses else []
+            for guest in [each for each in game.guests.values() if each.session_id in dismiss] if dismiss else ():
+                self._remove(guest, "dismiss_guest")
+                self._change({game: {"dismissed": (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]}})
+            left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
             guests = [] if game.news <= since else [
-                Session(guest.session_id, guest.session_key, guest.addresses) for guest in game.guests.values() if guest.changed > since]
-            return News(name, guests, game.news, gone, self._wait(game, name, after, wake, bool(guests or gone), addresses is None))
+                Session(guest.session_id, guest.session_key, guest.addresses, guest.seen_at) for guest in game.guests.values() if guest.changed > since]
+            game.told = known
+            waiter = self._wait(game, name, after, wake, bool(guests or left or gone), addresses is None, is_busy)
+            return News(name, guests, game.news, waiter, left, gone)
 
-    def start_game(self, name: str, digest: bytes, addresses: Text = None, client: bytes = b"", wake: Wake = None) -> News:
+    def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
+                   wake: Wake = None) -> News:
         with self._lock:
             game = self._find(name)
             if hmac.compare_digest(game.digest, digest):
                 raise Conflict("a host cannot start its own game")
+            if digest in game.dismissed:
+                raise Forbidden(f"the host of the game {name!r} has sent you away")
             guest = game.guests.get(digest)
             if guest is None:
                 if addresses is None:
                     raise NotFound(f"the session with the game {name!r} is gone")
                 self._check_room("guests", len(game.guests), sum([each.client == client for each in game.guests.values()]))
                 guest = Guest(game, digest, client, self._new_id(), self._new_id())
-            if self._change({guest: {"addresses": addresses}}):
+            has_moved = addresses not in (None, guest.addresses)
+            if has_moved:
+                self._change({guest: {"addresses": addresses, "reply": b""}})
                 game.news = guest.changed
                 self._wake(game)
             self._keep_alive(guest)
+            guest.seen_at = seen_at or guest.seen_at
             if digest not in game.guests:
                 game.guests[digest] = guest
                 game.line = self._list = None
                 self.events.append(("start_game", name, f"guests: {len(game.guests)}"))
             offer, version = guest.offer
-            session = Session(guest.session_id, guest.session_key, offer)
-            return News(name, [session], version, [], self._wait(guest, name, None, wake, offer != NO_ADDRESSES, addresses is None))
+            has_news = offer != NO_ADDRESSES and version > self._since(after)
+            waiter = self._wait(guest, name, after, wake, has_news, addresses is None, not has_moved)
+            return News(name, [Session(guest.session_id, guest.session_key, offer)], version, waiter)
+
+    def leave_game(self, name: str, digest: bytes) -> None:
+        with self._lock:
+            game = self._find(name)
+            if digest not in game.guests:
+                raise NotFound(f"there is no session with the game {name!r} that could end")
+            self._remove(game.guests[digest], "leave_game")
 
     def forget_waiter(self, waiter: Waiter) -> None:
         with self._lock:
@@ -662,7 +718,7 @@ class Registry:
             self._change({game: {"name": new_name, **shown}})
             if new_name != name:
                 self._games[new_name] = self._games.pop(name)
-                self._wake(game, *game.guests.values(), is_renamed=True)
+                self._wake(game, *game.guests.values(), is_over=True)
                 self.events.append(("update_game", name, f"renamed to {new_name!r}"))
             return self._line(game)
 
@@ -720,15 +776,24 @@ class Registry:
                     entry.line = self._list = None
         return any(news.values())
 
-    def _publish(self, game: Game, addresses: bytes, replies: Mapping[str, bytes]) -> List[str]:
-        """Change what the host offers to all guests and to single ones; the sessions of its replies that are gone."""
+    def _since(self, after: Optional[int]) -> int:
+        """The version up to which a caller with this cursor knows all. One ahead of ours was given out by an earlier run whose clock was ahead: it
+        says nothing about this one."""
+        return after if after is not None and after <= self._cursor else -1
+
+    def _publish(self, game: Game, addresses: bytes, replies: Replies, known: int) -> List[str]:
+        """Change what the host offers to all guests and to single ones, of whose addresses it knows up to a version; the sessions of its replies
+        that are gone."""
         guests = {guest.session_id: guest for guest in game.guests.values()} if replies else {}
         is_first = not game.changed
-        if self._change({game: {"addresses": addresses, "ready": addresses != NO_ADDRESSES},
-                         **{guests[session_id]: {"reply": reply} for session_id, reply in replies.items() if session_id in guests}}):
+        is_ready = addresses != NO_ADDRESSES or replies is not None or game.ready and game.addresses == NO_ADDRESSES
+        replies = replies or {}
+        if self._change({game: {"addresses": addresses, "ready": is_ready},
+                         **{guests[session_id]: {"reply": reply} for session_id, reply in replies.items()
+                            if session_id in guests and guests[session_id].changed <= known}}):
             if is_first and game.changed:
                 self.events.append(("poll_game", game.name, "first addresses"))
-            self._wake(*[guest for guest in game.guests.values() if guest.offer[0] != NO_ADDRESSES])
+            self._wake(*[guest for guest in game.guests.values() if guest.offer[1] == self._cursor and guest.offer[0] != NO_ADDRESSES])
         return [session_id for session_id in replies if session_id not in guests]
 
     def _line(self, game: Game) -> bytes:
@@ -737,25 +802,25 @@ class Registry:
             game.line = json_text({"name": game.name, "info": game.info, "guests": len(game.guests), "ready": game.ready}).encode("utf-8")
         return game.line
 
-    def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool, is_again: bool) -> Optional[Waiter]:
+    def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool, is_again: bool, is_busy: bool) -> Optional[Waiter]:
         """Have a poll or start wait in place of an earlier one, if it wishes to; None if there is news, or no room. One that is asked again makes
-        way for a later one."""
+        way for a later one. is_busy: the earlier one did not make way for news."""
         if entry in self._waiters and is_again:
             return None
         if entry in self._waiters:
-            self._wake(entry, is_replaced=True)
+            self._wake(entry, is_over=True, is_busy=is_busy)
         if has_news or wake is None or len(self._waiters) >= self._settings.max_waiting:
             return None
         waiter = self._waiters[entry] = Waiter(entry, name, entry.digest, after, wake)
         return waiter
 
-    def _wake(self, *entries: Entry, is_renamed: bool = False, is_replaced: bool = False) -> None:
+    def _wake(self, *entries: Entry, is_over: bool = False, is_busy: bool = False) -> None:
         """Have the polls and starts that wait there asked again."""
         for entry in entries:
             waiter = self._waiters.pop(entry, None)
             if waiter:
                 self._keep_alive(entry)     # until now the wait did
-                waiter.is_renamed, waiter.is_replaced = is_renamed, is_replaced
+                waiter.is_over, waiter.is_busy = is_over, is_busy
                 waiter.wake()
 
     def _keep_alive(self, entry: Entry) -> None:
@@ -772,23 +837,27 @@ class Registry:
                 if entry in self._waiters:
                     self._keep_alive(entry)
                 else:
-                    self._remove(entry, "expire_game")
+                    self._remove(entry, "expire_game" if isinstance(entry, Game) else "expire_guest")
 
     def _remove(self, entry: Union[Game, Guest], operation: str = "") -> None:
         """Remove a guest, or a game with its guests."""
+        game = entry if isinstance(entry, Game) else entry.game
+        for guest in list(game.guests.values()) if game is entry else ():
+            self._remove(guest)
         self._wake(entry)
         del self._queues[type(entry)][entry]
         self._stored -= entry.size
+        self._list = game.line = None
         if isinstance(entry, Guest):
-            del entry.game.guests[entry.digest]
-            entry.game.line = self._list = None
-            return
-        for guest in list(entry.guests.values()):
-            self._remove(guest)
-        del self._games[entry.name]
-        count_down(self._games_of, entry.client)
-        self._list = None
-        self.events.append((operation, entry.name, ""))
+            del game.guests[entry.digest]
+            untold = [each for each in game.left if each[0] > game.told]
+            self._change({game: {"left": (*untold, (self._cursor + 1, entry.session_id))[-MAX_REMEMBERED:]}})
+            self._wake(game)
+        else:
+            del self._games[game.name]
+            count_down(self._games_of, game.client)
+        if operation:
+            self.events.append((operation, game.name, "" if game is entry else f"guests: {len(game.guests)}"))
 
 
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
@@ -986,7 +1055,7 @@ class Request(NamedTuple):
     client: Client
     wait: int = 0                                   # seconds that it wishes to wait
     wake: Optional[Callable[[], None]] = None       # None: it is to be answered now
-    is_replaced: bool = False                       # while it waited, by a later one of the same host or guest
+    is_busy: bool = False                           # while it waited, another of the same host or guest took its place
 
 
 class Answer(NamedTuple):
@@ -1007,7 +1076,7 @@ def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[st
 
     That is later where a poll or start finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
-    is_busy = request.is_replaced
+    is_busy = request.is_busy
     if request.wake and not has_news:
         server.tally(server.refused, "waiting")
         is_busy = True
@@ -1017,7 +1086,8 @@ def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[st
 
 
 def session_body(session: Session) -> Dict[str, Any]:
-    return {"sessionId": session.session_id, "sessionKey": session.session_key, "addresses": session.addresses}
+    body = {"sessionId": session.session_id, "sessionKey": session.session_key, "addresses": session.addresses}
+    return {**body, "from": session.seen_at} if session.seen_at else body
 
 
 def location(name: str) -> Dict[str, str]:
@@ -1027,27 +1097,39 @@ def location(name: str) -> Dict[str, str]:
 def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
     is_new = server.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
-    answer = answer_with_ttl(server, request, 200, {"name": request.name}, server.settings.game_ttl)
+    answer = answer_with_ttl(server, request, 200, {"name": request.name, "stun": server.stun_ports}, server.settings.game_ttl)
     return answer._replace(status=201, headers=location(request.name)) if is_new else answer
 
 
 def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
     fields = request.fields
-    polled = server.registry.poll_game(request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), request.wake)
+    polled = server.registry.poll_game(
+        request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake)
     body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor}
+    if fields["after"] is not None:
+        body["left"] = polled.left
     if fields.get("replies") is not None:
         body["gone"] = polled.gone
-    return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, bool(polled.peers or polled.gone))
+    has_news = bool(polled.peers or polled.left or polled.gone)
+    return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, has_news)
 
 
 def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
-    started = server.registry.start_game(request.name, request.digest, request.fields.get("addresses"), request.client.key, request.wake)
+    after, client = request.fields["after"], request.client
+    started = server.registry.start_game(
+        request.name, request.digest, request.fields.get("addresses"), after, client.key, client.address.replace(UNKNOWN, ""), request.wake)
     host = started.peers[0]
-    has_news = host.addresses != NO_ADDRESSES
-    body = {"name": started.name, **session_body(host), "cursor": started.cursor}
-    return started.waiter or answer_with_ttl(server, request, 200 if has_news else 202, body, server.settings.guest_ttl, has_news)
+    status = 202 if host.addresses == NO_ADDRESSES else 200
+    body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": server.stun_ports}
+    return started.waiter or answer_with_ttl(server, request, status, body, server.settings.guest_ttl, status == 200 and started.cursor != after)
+
+
+def leave_game(server: Server, request: Request) -> Answer:
+    """leave as a guest, whose place is free then"""
+    server.registry.leave_game(request.name, request.digest)
+    return Answer(204)
 
 
 def list_games(server: Server, request: Request) -> Answer:
@@ -1128,14 +1210,17 @@ class Route(NamedTuple):
 
 NAME, PEER_ID, ADDRESSES = Field(check_name), Field(check_peer_id), Field(check_addresses)
 SHOWN = {"info": Field(check_info, required=False), "listed": Field(check_flag, required=False)}       # what the list shows of a game
-AFTER, REPLIES, WAIT = Field(check_whole_number, required=False), Field(check_replies, required=False), Field(check_whole_number, required=False)
+AFTER = WAIT = Field(check_whole_number, required=False)
+MEETING = {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "after": AFTER, "wait": WAIT}      # what a poll and a start have
+OF_HOST = {"replies": Field(check_replies, required=False), "dismiss": Field(check_dismiss, required=False)}
 CHANGES = {"peerId": PEER_ID, "name": Field(check_name, required=False), **SHOWN}
 HEALTH_PATH = "/healthz"
 
 ROUTES = (
     Route("POST", "/games/register", register_game, {"name": NAME, "peerId": PEER_ID, **SHOWN}),
-    Route("POST", "/games/poll", poll_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "after": AFTER, "replies": REPLIES, "wait": WAIT}),
-    Route("POST", "/games/start", start_game, {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "wait": WAIT}),
+    Route("POST", "/games/poll", poll_game, {**MEETING, **OF_HOST}),
+    Route("POST", "/games/start", start_game, MEETING),
+    Route("POST", "/games/leave", leave_game, {"name": NAME, "peerId": PEER_ID}),
     Route("GET", "/games", list_games),
     Route("GET", "/games/<name>", get_game),
     Route("PATCH", "/games/<name>", update_game, CHANGES),
@@ -1652,9 +1737,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return      # the connection ends
             connection.buffer += data       # the next request comes early, and waits
         server.registry.forget_waiter(waiter)
-        wake = None if waiter.is_replaced or waiter.is_renamed or self.is_late else self.waker()
+        wake = None if waiter.is_over or self.is_late else self.waker()
         fields: Dict[str, Any] = {"after": waiter.after, "replies": {} if connection.has_replies else None}
-        request = Request(waiter.name, waiter.digest, fields, {}, connection.client, connection.wait, wake, waiter.is_replaced)
+        request = Request(waiter.name, waiter.digest, fields, {}, connection.client, connection.wait, wake, waiter.is_busy)
         assert connection.route
         self.respond(functools.partial(connection.route.endpoint, server, request))
 
@@ -1798,7 +1883,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: Settings, registry: Optional[GameRegistry] = None) -> None:
         self.settings = settings
-        self.registry: GameRegistry = registry or Registry(settings, cursor=time.time_ns() // 1000)
+        self.registry: GameRegistry = registry or Registry(settings, cursor=time.time_ns() // 100_000)
         self.stopping = self.certificate_is_old = False
         self.tls = load_certificate(settings)
         self.proxies, self.watchers = Networks(settings.trusted_proxies), Networks(settings.metrics_from)
@@ -1843,6 +1928,11 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)    # without the look-up in DNS that HTTPServer adds, which can take seconds
         self.socket.setblocking(False)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    @property
+    def stun_ports(self) -> List[int]:
+        """The UDP ports on which STUN is answered."""
+        return [self.stun.server_address[1]] if self.stun else []
 
     @property
     def where(self) -> str:
