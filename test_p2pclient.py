@@ -1,6 +1,6 @@
 """The tests of p2pclient and of the simulators: its parts first, then the whole with real servers and processes. Traffic goes to loopback only.
 
-The sections follow the client's.
+The sections follow the client's files.
 """
 
 from __future__ import annotations
@@ -1093,6 +1093,12 @@ def test_without_a_server_there_is_one_clear_line(program, path):
 ])
 def test_bad_usage_is_status_2(program, arguments):
     assert program(*arguments).end()[0] == 2
+
+
+@pytest.mark.parametrize("arguments", [("-m", "p2pclient", "check"), ("simulate_hosts.py",), ("simulate_guest.py",)])
+def test_without_the_library_requests_there_is_one_line_that_says_so(program, arguments):
+    status, text = program("-S", *arguments).end()
+    assert status == 1 and text == "the module requests is missing; python3 -m pip install requests installs it\n"
 
 
 def test_a_guest_without_games_says_so(start_server, program):

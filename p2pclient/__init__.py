@@ -16,7 +16,7 @@ socket: it finds the socket's candidate addresses, punches holes, and carries th
     Everything else on the socket is the game's, as it is: what is STUN is told by its first byte (RFC 7983), cookie and
     FINGERPRINT. It is taken only from addresses from which an authentic check has come.
 
-The files, from leaf to root; none imports one below it:
+The files, from leaf to root; none needs one below it:
 
     deadline.py     what is left of a budget of time
     addresses.py    addresses, and which of a peer's are usable

@@ -41,7 +41,8 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
                 join_game(RendezvousClient(base_url), game.name, endpoint=endpoint) as connection:
             connection.send(b"hello")
             game.accept(5.0).recv(5.0)
-            report(f"ok      CONNECTION: a host and a guest met and talked over {connection.remote_address}, round trip {1000 * connection.rtt:.1f} ms")
+            report(f"ok      CONNECTION: a host and a guest met and talked over {connection.remote_address}, "
+                   f"round trip {1000 * connection.rtt:.1f} ms")
     except (RendezvousError, ConnectFailed, ConnectionError, TimeoutError) as error:
         report(f"FAILED  CONNECTION: {error}")
         return False
@@ -55,7 +56,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m p2pclient", description="The client side of p2pserver; as a program, a doctor.")
     check = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="try whether games can use a server from here")
     check.add_argument("--server", default="http://localhost:8000", metavar="URL", help="the rendezvous server (default: %(default)s)")
-    check.add_argument("--stun", type=parse_server, action="append", metavar="HOST:PORT", help="a STUN server, repeatable (default: the rendezvous server)")
+    check.add_argument("--stun", type=parse_server, action="append", metavar="HOST:PORT",
+                       help="a STUN server, repeatable (default: the rendezvous server)")
     options = parser.parse_args(arguments)
     try:
         return 0 if check_server(options.server, options.stun) else 1

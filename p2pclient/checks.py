@@ -6,23 +6,9 @@ import collections
 import secrets
 from typing import Any, Deque, Iterable, List, Optional, Tuple
 
+from . import stun
 from .addresses import Address, Sending, parse_candidate
 from .candidates import MAX_CANDIDATES
-from .stun import (
-    ICE_CONTROLLED,
-    ICE_CONTROLLING,
-    INDICATION,
-    REQUEST,
-    SUCCESS,
-    USE_CANDIDATE,
-    USERNAME,
-    XOR_MAPPED_ADDRESS,
-    Message,
-    authentic,
-    encode,
-    mapped_address,
-    pack_address,
-)
 
 CHECK_INTERVAL = 0.05       # seconds between two checks of a session (RFC 8445 section 14.2)
 FAST_ROUNDS = 3             # rounds over all addresses, and FAST_CHECKS at least, before it slows down
@@ -95,23 +81,23 @@ class Session:
         self.due = min(self._next_consent if self.selected else self.began + CHECK_TIME, self._next_check(now))
         return sendings
 
-    def receive(self, message: Message, source: Address, now: float) -> List[Sending]:
+    def receive(self, message: stun.Message, source: Address, now: float) -> List[Sending]:
         """Take a message whose USERNAME or transaction is this session's. What is not authentic changes nothing."""
-        if self.over or not authentic(message, self._key):
+        if self.over or not stun.authentic(message, self._key):
             return []
-        if message.kind == SUCCESS:
+        if message.kind == stun.SUCCESS:
             return self._answered(message, source, now)
         # A request or indication of our own role is our own, sent back to us.
-        if (ICE_CONTROLLED if self.controlling else ICE_CONTROLLING) not in message.attributes:
+        if (stun.ICE_CONTROLLED if self.controlling else stun.ICE_CONTROLLING) not in message.attributes:
             return []
         # Each is good from one address: a copy from another is a replay.
         if self._requests.setdefault(message.transaction, source) != source:
             return []
         trim(self._requests)
-        if message.kind == INDICATION:
+        if message.kind == stun.INDICATION:
             self.over = "the other player has left" if source in self.heard else ""
             return []
-        return self._requested(message, source, now) if message.kind == REQUEST else []
+        return self._requested(message, source, now) if message.kind == stun.REQUEST else []
 
     def awaits(self, transaction: bytes) -> bool:
         """Whether a check with this transaction is under way."""
@@ -124,14 +110,15 @@ class Session:
     def goodbye(self) -> List[Sending]:
         """End the session; the peer is told, if it is there."""
         self.over = self.over or "closed"
-        return [(self._encode(INDICATION, secrets.token_bytes(12)), self.selected)] if self.selected else []
+        return [(self._encode(stun.INDICATION, secrets.token_bytes(12)), self.selected)] if self.selected else []
 
-    def _requested(self, message: Message, source: Address, now: float) -> List[Sending]:
-        answer = encode(SUCCESS, message.transaction, [(XOR_MAPPED_ADDRESS, pack_address(source, message.transaction))], self._key)
+    def _requested(self, message: stun.Message, source: Address, now: float) -> List[Sending]:
+        mapped = stun.pack_address(source, message.transaction)
+        answer = stun.encode(stun.SUCCESS, message.transaction, [(stun.XOR_MAPPED_ADDRESS, mapped)], self._key)
         if not self._make_room(source):
             return [(answer, source)]
         self.heard.add(source)
-        if USE_CANDIDATE in message.attributes and not self.controlling:
+        if stun.USE_CANDIDATE in message.attributes and not self.controlling:
             self._nominated = source
             self._follow(now)
         if source not in self._proven and source not in self._triggered:
@@ -139,7 +126,8 @@ class Session:
         return [(answer, source), *self.tick(now)]
 
     def _make_room(self, source: Address) -> bool:
-        """Have a source among the remotes: one that nobody listed is peer-reflexive (RFC 8445 section 7.3.1.3), and worth more than one that never answered."""
+        """Have a source among the remotes: one that nobody listed is peer-reflexive (RFC 8445 section 7.3.1.3), and worth more than one
+        that never answered."""
         if source not in self.remotes:
             if len(self.remotes) >= MAX_CANDIDATES:
                 silent = [remote for remote in self.remotes if remote not in self.heard and remote not in self._proven]
@@ -149,12 +137,12 @@ class Session:
             self.remotes.append(source)
         return True
 
-    def _answered(self, message: Message, source: Address, now: float) -> List[Sending]:
+    def _answered(self, message: stun.Message, source: Address, now: float) -> List[Sending]:
         address, sent_at, nominated = self._pending.get(message.transaction, (None, 0.0, False))
         if address != source or source not in self.remotes:     # RFC 8445 section 7.2.5.2.1: an answer comes from where the check went
             return []
         del self._pending[message.transaction]
-        self.rtt, self.local = now - sent_at, mapped_address(message)
+        self.rtt, self.local = now - sent_at, stun.mapped_address(message)
         self.heard.add(source)
         newly_proven = source not in self._proven
         self._proven.add(source)
@@ -227,12 +215,12 @@ class Session:
         trim(self._pending)
         self._last_check = now
         self.sent += cost
-        return [(self._encode(REQUEST, transaction, nominate), address)]
+        return [(self._encode(stun.REQUEST, transaction, nominate), address)]
 
     def _encode(self, kind: int, transaction: bytes, nominate: bool = False) -> bytes:
-        role = (ICE_CONTROLLING if self.controlling else ICE_CONTROLLED, bytes(8))
-        attributes = [(USERNAME, self.session_id.encode("utf-8")), role] + ([(USE_CANDIDATE, b"")] if nominate else [])
-        return encode(kind, transaction, attributes, self._key)
+        role = (stun.ICE_CONTROLLING if self.controlling else stun.ICE_CONTROLLED, bytes(8))
+        attributes = [(stun.USERNAME, self.session_id.encode("utf-8")), role] + ([(stun.USE_CANDIDATE, b"")] if nominate else [])
+        return stun.encode(kind, transaction, attributes, self._key)
 
 
 def trim(memory: collections.OrderedDict[Any, Any]) -> None:

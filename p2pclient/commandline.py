@@ -10,7 +10,7 @@ from .addresses import Address
 
 def printable(text: str) -> str:
     """A name from the network, safe for a terminal: what does not print (newlines, escapes, changes of direction) is written as an escape."""
-    return "".join(character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode("ascii") for character in text)
+    return "".join(each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode("ascii") for each in text)
 
 
 def seconds(text: str) -> float:

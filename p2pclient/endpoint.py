@@ -60,7 +60,8 @@ class Endpoint:
         self._thread.start()
 
     def expect(self, guest: Guest) -> None:
-        """Begin to connect with a guest that a poll told of; accept() returns it when that has worked. To do so again is to learn its new addresses."""
+        """Begin to connect with a guest that a poll told of; accept() returns it when that has worked. To do so again is to learn its
+        new addresses."""
         self._begin(guest.session_id, guest.session_key, guest.addresses, controlling=False)
 
     def leave_loopback(self) -> bool:

@@ -38,7 +38,8 @@ class HostedGame:
         self._generation = 0        # of the thread that polls; an earlier one ends when it notices
         self.name = client.register_game(name, self._peer_id, info, listed).name
         try:
-            self.endpoint = Endpoint(default_stun(client, stun_servers), client.on_loopback, keepalive=keepalive, report=report, moved=self._poll_anew)
+            self.endpoint = Endpoint(default_stun(client, stun_servers), client.on_loopback, keepalive=keepalive, report=report,
+                                     moved=self._poll_anew)
         except BaseException:       # Ctrl-C while it gathers
             with contextlib.suppress(RendezvousError):
                 client.delete_game(self.name, self._peer_id)
@@ -105,7 +106,8 @@ class HostedGame:
 
     def _refused(self, error: RendezvousError, name: str) -> float:
         """Take the failure of a poll of name. Seconds until the next one."""
-        if self.name != name or refused_for_loopback(error, self.endpoint):     # it was renamed meanwhile; or there is something to mend
+        renamed_meanwhile = self.name != name
+        if renamed_meanwhile or refused_for_loopback(error, self.endpoint):
             return 0.0
         if error.status in (400, 403, 409):     # the name is somebody else's now, or we are not understood
             self._report(f"the game is lost: {error}")
@@ -127,7 +129,7 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
     """
     own = endpoint or Endpoint(default_stun(client, stun_servers), client.on_loopback)
     try:
-        start = start_with_addresses(client, name, own, Deadline(timeout))
+        start = start_with_addresses(client, name, own, timeout)
         connection = connect_or_explain(client, own, start)
         connection.owns_endpoint = endpoint is None
         return connection
@@ -137,10 +139,10 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
         raise
 
 
-def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint, deadline: Deadline) -> Start:
+def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint, timeout: float) -> Start:
     """Start a game until its host has addresses. ConnectFailed: it publishes none in time; RendezvousError."""
-    peer_id = new_peer_id()
-    start = start_game(client, name, peer_id, endpoint, deadline.left(), patience=0.0)
+    peer_id, deadline = new_peer_id(), Deadline(timeout)
+    start = start_game(client, name, peer_id, endpoint, timeout, patience=0.0)
     while not start.addresses:
         pause = 0.0 if start.waited else start.poll_after
         if pause >= deadline.left():
@@ -171,6 +173,7 @@ def refused_for_loopback(error: RendezvousError, endpoint: Endpoint) -> bool:
 
 
 def connect_or_explain(client: RendezvousClient, endpoint: Endpoint, start: Start) -> Connection:
+    """Connect with the host. ConnectFailed: its game is gone, or what the endpoint saw."""
     try:
         return endpoint.connect(start)
     except ConnectFailed as failure:
