@@ -154,13 +154,7 @@ class Endpoint:
                 selector.register(self.socket, selectors.EVENT_READ)
                 selector.register(self._wakened, selectors.EVENT_READ)
                 while not self._closed:
-                    with self._lock:
-                        pause = self._do_what_is_due(time.monotonic())
-                    readable = [key.fileobj for key, _ in selector.select(pause)]
-                    if self._wakened in readable:
-                        self._wakened.recv(4096)
-                    if self.socket in readable:
-                        self._read()
+                    self._serve_once(selector)
         finally:
             with self._lock:
                 self._closed = True
@@ -170,6 +164,16 @@ class Endpoint:
                 self._accepted.notify_all()
             for each in (self.socket, self._waker, self._wakened):
                 each.close()
+
+    def _serve_once(self, selector: selectors.BaseSelector) -> None:
+        """Do what is due, wait for what comes, and take it. Takes the lock itself, and waits without it."""
+        with self._lock:
+            pause = self._do_what_is_due(time.monotonic())
+        readable = [key.fileobj for key, _ in selector.select(pause)]
+        if self._wakened in readable:
+            self._wakened.recv(4096)
+        if self.socket in readable:
+            self._read()
 
     def _do_what_is_due(self, now: float) -> float:
         """Seconds until the next thing is due."""
