@@ -15,6 +15,7 @@ import time
 
 try:
     import p2pclient
+    from p2pclient.commandline import parse_server, printable, seconds
 except ModuleNotFoundError as error:
     sys.exit(f"the module {error.name} is missing; python3 -m pip install {error.name} installs it")
 
@@ -29,8 +30,8 @@ def parse_arguments():
     which.add_argument("--game", metavar="NAME", help="the game to join, listed or not (default: any that is listed)")
     which.add_argument("--all", action="store_true", help="join each listed game in turn")
     parser.add_argument("--messages", type=int, default=5, metavar="N", help="messages to exchange (default: %(default)s)")
-    parser.add_argument("--interval", type=p2pclient.seconds, default=0.1, metavar="S", help="seconds between two messages (default: %(default)s)")
-    parser.add_argument("--stun", type=p2pclient.parse_server, action="append", metavar="HOST:PORT",
+    parser.add_argument("--interval", type=seconds, default=0.1, metavar="S", help="seconds between two messages (default: %(default)s)")
+    parser.add_argument("--stun", type=parse_server, action="append", metavar="HOST:PORT",
                         help="a STUN server, repeatable; two tell the kind of the NAT (default: the rendezvous server)")
     options = parser.parse_args()
     if options.messages < 1:
@@ -41,8 +42,8 @@ def parse_arguments():
 def show(games):
     """The games as a table. What hosts have written is made safe for the terminal."""
     rows = [("NAME", "GUESTS", "READY", "INFO")]
-    rows += [(p2pclient.printable(game.name), str(game.guests), "yes" if game.ready else "no",
-              p2pclient.printable(json.dumps(game.info, ensure_ascii=False))) for game in games]
+    rows += [(printable(game.name), str(game.guests), "yes" if game.ready else "no",
+              printable(json.dumps(game.info, ensure_ascii=False))) for game in games]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]), flush=True)
@@ -99,14 +100,14 @@ def join(name, options):
     """Join a game and talk. The round-trip times; None if no connection came about."""
     client = p2pclient.RendezvousClient(options.server, patience=PATIENCE)
     endpoint = p2pclient.Endpoint([client.stun_server] if options.stun is None else options.stun, client.on_loopback)
-    print(f"joining {p2pclient.printable(name)}; {p2pclient.describe(endpoint.candidates)}", flush=True)
+    print(f"joining {printable(name)}; {p2pclient.describe(endpoint.candidates)}", flush=True)
     began = time.monotonic()
     try:
         with p2pclient.join_game(client, name, endpoint=endpoint) as connection:
             print(f"  connected: {connection.local_address} to {connection.remote_address} in {1000 * connection.connect_time:.0f} ms", flush=True)
             return talk(connection, began, options)
     except (p2pclient.RendezvousError, p2pclient.ConnectFailed) as failure:
-        print(f"  not connected: {p2pclient.printable(str(failure))}", flush=True)
+        print(f"  not connected: {printable(str(failure))}", flush=True)
         return None
     finally:
         endpoint.close()
@@ -123,7 +124,7 @@ def main():
         print(f"simulate_guest: {error}", file=sys.stderr)
         return 2
     except p2pclient.RendezvousError as error:
-        print(f"simulate_guest: {p2pclient.printable(str(error))}", file=sys.stderr)
+        print(f"simulate_guest: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", flush=True)

@@ -15,6 +15,7 @@ import time
 
 try:
     import p2pclient
+    from p2pclient.commandline import parse_server, printable, seconds
 except ModuleNotFoundError as error:
     sys.exit(f"the module {error.name} is missing; python3 -m pip install {error.name} installs it")
 
@@ -39,11 +40,11 @@ def parse_arguments():
     parser.add_argument("--hosts", type=int, default=3, metavar="N", help="games to offer (default: %(default)s)")
     parser.add_argument("--name", metavar="PREFIX", help="name the games PREFIX 1, PREFIX 2 ... (default: names of people and places)")
     parser.add_argument("--info", type=json_object, metavar="JSON", help="what lobbies show of each game, an object")
-    parser.add_argument("--stun", type=p2pclient.parse_server, action="append", metavar="HOST:PORT",
+    parser.add_argument("--stun", type=parse_server, action="append", metavar="HOST:PORT",
                         help="a STUN server, repeatable; two tell the kind of the NAT (default: the rendezvous server)")
-    parser.add_argument("--keepalive", type=p2pclient.seconds, default=p2pclient.KEEPALIVE, metavar="S",
+    parser.add_argument("--keepalive", type=seconds, default=p2pclient.KEEPALIVE, metavar="S",
                         help="seconds between keep-alives (default: %(default)s)")
-    parser.add_argument("--duration", type=p2pclient.seconds, metavar="S", help="end after so many seconds")
+    parser.add_argument("--duration", type=seconds, metavar="S", help="end after so many seconds")
     parser.add_argument("--once", action="store_true", help="each game ends when its first guest has left")
     options = parser.parse_args()
     if options.hosts < 1:
@@ -65,7 +66,7 @@ def names(prefix):
 
 
 def say(name, text):
-    print(f"[{p2pclient.printable(name)}] {p2pclient.printable(text)}", flush=True)
+    print(f"[{printable(name)}] {printable(text)}", flush=True)
 
 
 def offer(options, name):
@@ -138,7 +139,7 @@ def main():
     except KeyboardInterrupt:
         pass
     except (p2pclient.RendezvousError, ValueError) as error:
-        print(f"simulate_hosts: {p2pclient.printable(str(error))}", file=sys.stderr)
+        print(f"simulate_hosts: {printable(str(error))}", file=sys.stderr)
         status = 2 if isinstance(error, ValueError) else 1
     for number in (signal.SIGINT, signal.SIGTERM):      # the next one does not wait for the server to hear of it
         signal.signal(number, signal.SIG_DFL)

@@ -1,6 +1,6 @@
 """The tests of p2pclient and of the simulators: its parts first, then the whole with real servers and processes. Traffic goes to loopback only.
 
-The sections follow the client's.
+The sections follow the client's files.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import pytest
 
 import p2pclient
 import p2pserver
+from p2pclient import __main__ as doctor
+from p2pclient import addresses, candidates, checks, diagnosis, sockets, stun
 from test_p2pserver import ROOT, WAIT, no_thread_stays, wait_until  # noqa: F401
 
 
@@ -64,38 +66,38 @@ RFC5769 = {name: bytes.fromhex(text) for name, text in {
 
 @pytest.mark.parametrize("name", ["request", "response over IPv4", "response over IPv6"])
 def test_a_vector_of_rfc_5769_is_authentic_with_its_key_alone(name):
-    message = p2pclient.decode(RFC5769[name])
+    message = stun.decode(RFC5769[name])
     assert message.fingerprint
-    assert p2pclient.authentic(message, KEY)
-    assert not p2pclient.authentic(message, KEY + "x")
+    assert stun.authentic(message, KEY)
+    assert not stun.authentic(message, KEY + "x")
 
 
 def test_the_long_term_vector_of_rfc_5769_has_the_integrity_that_its_key_gives():
-    message = p2pclient.decode(RFC5769["request with long-term key"])
+    message = stun.decode(RFC5769["request with long-term key"])
     key = hashlib.md5("マトリックス:example.org:TheMatrIX".encode()).digest()
-    assert message.attributes[p2pclient.USERNAME].decode() == "マトリックス"
-    assert message.attributes[p2pclient.MESSAGE_INTEGRITY] == hmac.new(key, message.signed, "sha1").digest()
+    assert message.attributes[stun.USERNAME].decode() == "マトリックス"
+    assert message.attributes[stun.MESSAGE_INTEGRITY] == hmac.new(key, message.signed, "sha1").digest()
 
 
 @pytest.mark.parametrize("name, address", [("response over IPv4", ("192.0.2.1", 32853)),
                                            ("response over IPv6", ("2001:db8:1234:5678:11:2233:4455:6677", 32853))])
 def test_the_mapped_address_of_a_vector_is_that_of_rfc_5769(name, address):
-    assert p2pclient.mapped_address(p2pclient.decode(RFC5769[name])) == address
+    assert stun.mapped_address(stun.decode(RFC5769[name])) == address
 
 
 @pytest.mark.parametrize("address", [("192.0.2.1", 1), ("2001:db8::1", 65535)])
 def test_an_address_survives_packing(address):
     transaction = bytes(range(12))
-    assert p2pclient.unpack_address(p2pclient.pack_address(address, transaction), transaction) == address
+    assert stun.unpack_address(stun.pack_address(address, transaction), transaction) == address
 
 
 def test_every_flipped_bit_of_a_check_is_noticed():
-    check = p2pclient.encode(p2pclient.REQUEST, bytes(12), [(p2pclient.USERNAME, b"session")], "key")
+    check = stun.encode(stun.REQUEST, bytes(12), [(stun.USERNAME, b"session")], "key")
     for bit in range(8 * len(check)):
         flipped = bytearray(check)
         flipped[bit // 8] ^= 1 << bit % 8
-        message = p2pclient.decode(bytes(flipped))
-        assert message is None or not message.fingerprint or not p2pclient.authentic(message, "key"), bit
+        message = stun.decode(bytes(flipped))
+        assert message is None or not message.fingerprint or not stun.authentic(message, "key"), bit
 
 
 @pytest.mark.parametrize("junk", [b"", b"\0" * 19, b"hello, world, this is a game", RFC5769["request"][:-4], RFC5769["request"] + b"\0\0\0\0",
@@ -103,15 +105,15 @@ def test_every_flipped_bit_of_a_check_is_noticed():
                                   struct.pack(">HHI12sHH", 1, 4, 0x2112A442, b"", 6, 9)],
                          ids=["empty", "short", "text", "cut", "longer", "first bits", "cookie", "overrun"])
 def test_what_is_not_stun_decodes_to_nothing(junk):
-    assert p2pclient.decode(junk) is None
+    assert stun.decode(junk) is None
 
 
 def test_what_follows_the_integrity_is_not_taken():
-    inner = p2pclient.encode(p2pclient.REQUEST, bytes(12), [(p2pclient.USERNAME, b"session")], "key")[:-8]
-    added = inner + p2pclient.attribute(p2pclient.USE_CANDIDATE, b"")
-    longer = p2pclient.head(p2pclient.REQUEST, len(added) - 20 + 8, bytes(12)) + added[20:]
-    message = p2pclient.decode(longer + p2pclient.attribute(p2pclient.FINGERPRINT, p2pclient.fingerprint(longer)))
-    assert p2pclient.authentic(message, "key") and p2pclient.USE_CANDIDATE not in message.attributes
+    inner = stun.encode(stun.REQUEST, bytes(12), [(stun.USERNAME, b"session")], "key")[:-8]
+    added = inner + stun.attribute(stun.USE_CANDIDATE, b"")
+    longer = stun.head(stun.REQUEST, len(added) - 20 + 8, bytes(12)) + added[20:]
+    message = stun.decode(longer + stun.attribute(stun.FINGERPRINT, stun.fingerprint(longer)))
+    assert stun.authentic(message, "key") and stun.USE_CANDIDATE not in message.attributes
 
 
 # ---- candidates -----------------------------------------------------------------------------------------------------
@@ -123,33 +125,33 @@ def test_what_follows_the_integrity_is_not_taken():
     ("203.0.113.7:65536", None), ("203.0.113.7:", None), ("203.0.113.7", None), ("host:4000", None), ({"nat": "x"}, None),
 ])
 def test_a_candidate_is_an_address_that_anybody_may_be_sent_to_or_none(text, address):
-    assert p2pclient.parse_candidate(text) == address
+    assert addresses.parse_candidate(text) == address
 
 
 def test_a_socket_has_its_own_addresses_and_loopback_only_on_request():
-    with contextlib.closing(p2pclient.open_socket()) as sock:
+    with contextlib.closing(sockets.open_socket()) as sock:
         port = sock.getsockname()[1]
-        assert f"127.0.0.1:{port}" in p2pclient.gather_addresses(sock, loopback=True)
-        assert not any(map(p2pclient.is_loopback, p2pclient.gather_addresses(sock)))
+        assert f"127.0.0.1:{port}" in candidates.gather_addresses(sock, loopback=True)
+        assert not any(map(addresses.is_loopback, candidates.gather_addresses(sock)))
 
 
 def test_the_server_reflexive_address_is_gathered_from_the_server(start_server):
     server = start_server()
-    with contextlib.closing(p2pclient.open_socket()) as sock:
-        found = p2pclient.gather_candidates(sock, [("127.0.0.1", server.stun.server_address[1])], loopback=True)
+    with contextlib.closing(sockets.open_socket()) as sock:
+        found = candidates.gather_candidates(sock, [("127.0.0.1", server.stun.server_address[1])], loopback=True)
         assert found.mapped == ("127.0.0.1", sock.getsockname()[1]) and found.nat == "none"
 
 
 def test_without_an_answer_gathering_ends_and_says_so(monkeypatch):
-    monkeypatch.setattr(p2pclient, "STUN_PATIENCE", 0.2)
-    with contextlib.closing(p2pclient.open_socket()) as sock, contextlib.closing(p2pclient.open_socket()) as silent:
-        found = p2pclient.gather_candidates(sock, [("127.0.0.1", silent.getsockname()[1])])
+    monkeypatch.setattr(candidates, "STUN_PATIENCE", 0.2)
+    with contextlib.closing(sockets.open_socket()) as sock, contextlib.closing(sockets.open_socket()) as silent:
+        found = candidates.gather_candidates(sock, [("127.0.0.1", silent.getsockname()[1])])
         assert found.mapped is None and found.nat == "no answer"
 
 
 def test_a_question_that_was_lost_is_asked_again():
     """The first datagram is left unanswered."""
-    with contextlib.closing(p2pclient.open_socket()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lossy:
+    with contextlib.closing(sockets.open_socket()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lossy:
         lossy.bind(("127.0.0.1", 0))
         lossy.settimeout(5)
 
@@ -161,13 +163,13 @@ def test_a_question_that_was_lost_is_asked_again():
 
         thread = threading.Thread(target=answer_the_second)
         thread.start()
-        assert p2pclient.ask_stun(sock, [lossy.getsockname()]) == {lossy.getsockname(): ("127.0.0.1", sock.getsockname()[1])}
+        assert candidates.ask_stun(sock, [lossy.getsockname()]) == {lossy.getsockname(): ("127.0.0.1", sock.getsockname()[1])}
         thread.join()
 
 
 def test_an_answer_from_another_address_than_was_asked_does_not_count(monkeypatch):
-    monkeypatch.setattr(p2pclient, "STUN_PATIENCE", 0.3)
-    with contextlib.closing(p2pclient.open_socket()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked, \
+    monkeypatch.setattr(candidates, "STUN_PATIENCE", 0.3)
+    with contextlib.closing(sockets.open_socket()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked, \
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         asked.bind(("127.0.0.1", 0))
         asked.settimeout(5)
@@ -179,7 +181,7 @@ def test_an_answer_from_another_address_than_was_asked_does_not_count(monkeypatc
 
         thread = threading.Thread(target=answer_from_elsewhere)
         thread.start()
-        assert p2pclient.ask_stun(sock, [asked.getsockname()]) == {}
+        assert candidates.ask_stun(sock, [asked.getsockname()]) == {}
         thread.join()
 
 
@@ -196,17 +198,17 @@ OWN = "192.168.0.2:5000"
     ({STUN_A: ("198.51.100.1", 6000), STUN_B: ("2001:db8::2", 5000)}, "unknown"),
 ])
 def test_the_kind_of_the_nat_follows_from_what_the_servers_saw(seen, nat):
-    assert p2pclient.candidates_from([OWN], seen, asked=True).nat == nat
+    assert candidates.candidates_from([OWN], seen, asked=True).nat == nat
 
 
 def test_a_symmetric_nat_is_told_to_the_peer_and_no_other_is():
-    symmetric = p2pclient.candidates_from([OWN], {STUN_A: ("198.51.100.1", 6000), STUN_B: ("198.51.100.1", 6001)}, asked=True)
+    symmetric = candidates.candidates_from([OWN], {STUN_A: ("198.51.100.1", 6000), STUN_B: ("198.51.100.1", 6001)}, asked=True)
     assert {"nat": "symmetric"} in symmetric.published
-    assert p2pclient.candidates_from([OWN], {STUN_A: ("198.51.100.1", 6000)}, asked=True).published == [OWN, "198.51.100.1:6000"]
+    assert candidates.candidates_from([OWN], {STUN_A: ("198.51.100.1", 6000)}, asked=True).published == [OWN, "198.51.100.1:6000"]
 
 
 def test_there_are_at_most_eight_candidates():
-    assert len(p2pclient.candidates_from([f"192.168.0.{i}:5000" for i in range(20)], {}, asked=False).addresses) == 8
+    assert len(candidates.candidates_from([f"192.168.0.{i}:5000" for i in range(20)], {}, asked=False).addresses) == 8
 
 
 # ---- sessions -------------------------------------------------------------------------------------------------------
@@ -220,10 +222,10 @@ class Wire:
 
     def __init__(self, way=lambda source, destination: (source, destination), guest_knows=(HOST_AT,), host_knows=(GUEST_AT,), key="key"):
         self.now, self.way = 1000.0, way
-        self.sessions = {GUEST_AT: p2pclient.Session("session", "key", True, self.now), HOST_AT: p2pclient.Session("session", key, False, self.now)}
+        self.sessions = {GUEST_AT: checks.Session("session", "key", True, self.now), HOST_AT: checks.Session("session", key, False, self.now)}
         self.guest, self.host = self.sessions[GUEST_AT], self.sessions[HOST_AT]
-        self.guest.add(map(p2pclient.text_of, guest_knows))
-        self.host.add(map(p2pclient.text_of, host_knows))
+        self.guest.add(map(addresses.text_of, guest_knows))
+        self.host.add(map(addresses.text_of, host_knows))
         self.sent = []      # (time, source, destination, datagram)
 
     def send(self, source, sendings):
@@ -234,7 +236,7 @@ class Wire:
                 self.deliver(datagram, *passage)
 
     def deliver(self, datagram, source, destination):
-        message = p2pclient.decode(datagram)
+        message = stun.decode(datagram)
         self.send(destination, self.sessions[destination].receive(message, source, self.now) if message else [])
 
     def run(self, seconds, step=0.01):
@@ -247,7 +249,7 @@ class Wire:
 
     def checks(self, source):
         return [(when, destination) for when, sender, destination, datagram in self.sent
-                if sender == source and p2pclient.decode(datagram).kind == p2pclient.REQUEST]
+                if sender == source and stun.decode(datagram).kind == stun.REQUEST]
 
 
 def test_a_guest_and_a_host_find_each_other():
@@ -262,20 +264,20 @@ def test_what_works_in_one_direction_alone_does_not_connect(deaf):
     wire = Wire(way=lambda source, destination: None if destination == deaf else (source, destination))
     wire.run(20)
     assert wire.guest.selected is wire.host.selected is None
-    assert wire.guest.over == wire.host.over == p2pclient.NO_WAY
+    assert wire.guest.over == wire.host.over == checks.NO_WAY
 
 
 def test_a_host_is_not_connected_before_the_guest_has_nominated():
     wire = Wire()
-    wire.guest._encode = lambda kind, transaction, nominate=False: p2pclient.Session._encode(wire.guest, kind, transaction, nominate=False)
+    wire.guest._encode = lambda kind, transaction, nominate=False: checks.Session._encode(wire.guest, kind, transaction, nominate=False)
     wire.run(5)
     assert wire.guest.selected == HOST_AT and wire.host.selected is None and GUEST_AT in wire.host.heard
 
 
 def test_a_host_that_nominates_is_not_followed():
     wire = Wire(guest_knows=())
-    wire.host._encode = lambda kind, transaction, nominate=False: p2pclient.encode(
-        kind, transaction, [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLED, bytes(8)), (p2pclient.USE_CANDIDATE, b"")], "key")
+    wire.host._encode = lambda kind, transaction, nominate=False: stun.encode(
+        kind, transaction, [(stun.USERNAME, b"session"), (stun.ICE_CONTROLLED, bytes(8)), (stun.USE_CANDIDATE, b"")], "key")
     wire.way = lambda source, destination: (source, destination) if source == HOST_AT else None
     wire.run(1)
     assert wire.guest.selected is None
@@ -305,21 +307,21 @@ def test_checks_keep_fifty_milliseconds_apart_and_end_at_a_hundred():
     wire = Wire(way=lambda source, destination: None)
     wire.run(20, step=0.001)
     times = [when for when, _ in wire.checks(GUEST_AT)]
-    assert len(times) == p2pclient.MAX_CHECKS == 100
+    assert len(times) == checks.MAX_CHECKS == 100
     assert min(later - earlier for earlier, later in zip(times, times[1:])) > 0.0499
-    assert times[-1] - times[0] <= p2pclient.CHECK_TIME == 15
-    assert wire.guest.over == p2pclient.NO_WAY
+    assert times[-1] - times[0] <= checks.CHECK_TIME == 15
+    assert wire.guest.over == checks.NO_WAY
 
 
 def test_checks_keep_apart_also_when_the_peer_sends_many_of_its_own():
     wire = Wire(guest_knows=(), host_knows=())
     for i in range(50):
-        check = p2pclient.encode(p2pclient.REQUEST, bytes([i]) * 12, [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLING, bytes(8))], "key")
+        check = stun.encode(stun.REQUEST, bytes([i]) * 12, [(stun.USERNAME, b"session"), (stun.ICE_CONTROLLING, bytes(8))], "key")
         wire.deliver(check, ("192.0.2.99", 2000 + i), HOST_AT)
     wire.run(20, step=0.001)
     times = [when for when, _ in wire.checks(HOST_AT)]
     assert min(later - earlier for earlier, later in zip(times, times[1:])) > 0.0499
-    assert len(times) <= 100 and len({destination for _, destination in wire.checks(HOST_AT)}) <= p2pclient.MAX_CANDIDATES
+    assert len(times) <= 100 and len({destination for _, destination in wire.checks(HOST_AT)}) <= candidates.MAX_CANDIDATES
 
 
 def test_every_address_has_its_turn():
@@ -345,7 +347,7 @@ def test_a_replayed_check_gets_no_answer_and_changes_nothing():
     wire.run(1)
     _, _, _, check = next(sent for sent in wire.sent if sent[1] == GUEST_AT)
     before = (wire.host.selected, list(wire.host.remotes), set(wire.host.heard))
-    assert wire.host.receive(p2pclient.decode(check), STRANGER, wire.now) == []
+    assert wire.host.receive(stun.decode(check), STRANGER, wire.now) == []
     assert (wire.host.selected, wire.host.remotes, wire.host.heard) == before
 
 
@@ -354,11 +356,11 @@ def test_an_answer_from_an_address_that_has_made_room_for_another_is_ignored():
     wire.run(1)
     address = wire.guest.remotes[-1]
     check = next(datagram for _, source, destination, datagram in wire.sent if (source, destination) == (GUEST_AT, address))
-    hosts = [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLED, bytes(8))]
-    wire.deliver(p2pclient.encode(p2pclient.REQUEST, bytes(12), hosts, "key"), STRANGER, GUEST_AT)
+    hosts = [(stun.USERNAME, b"session"), (stun.ICE_CONTROLLED, bytes(8))]
+    wire.deliver(stun.encode(stun.REQUEST, bytes(12), hosts, "key"), STRANGER, GUEST_AT)
     assert address not in wire.guest.remotes
-    transaction = p2pclient.decode(check).transaction
-    answer = p2pclient.encode(p2pclient.SUCCESS, transaction, [(p2pclient.XOR_MAPPED_ADDRESS, p2pclient.pack_address(GUEST_AT, transaction))], "key")
+    transaction = stun.decode(check).transaction
+    answer = stun.encode(stun.SUCCESS, transaction, [(stun.XOR_MAPPED_ADDRESS, stun.pack_address(GUEST_AT, transaction))], "key")
     wire.deliver(answer, address, GUEST_AT)
     wire.run(1)
     assert wire.guest.selected is None
@@ -379,16 +381,16 @@ def test_a_copy_of_an_answer_from_elsewhere_does_not_spoil_the_true_one():
 
 def test_the_same_check_twice_from_its_own_address_is_answered_twice():
     wire = Wire(guest_knows=(), host_knows=())
-    check = p2pclient.encode(p2pclient.REQUEST, bytes(12), [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLING, bytes(8))], "key")
-    answers = [wire.host.receive(p2pclient.decode(check), GUEST_AT, wire.now)[0][0] for _ in range(2)]
-    assert answers[0] == answers[1] and p2pclient.decode(answers[0]).kind == p2pclient.SUCCESS
+    check = stun.encode(stun.REQUEST, bytes(12), [(stun.USERNAME, b"session"), (stun.ICE_CONTROLLING, bytes(8))], "key")
+    answers = [wire.host.receive(stun.decode(check), GUEST_AT, wire.now)[0][0] for _ in range(2)]
+    assert answers[0] == answers[1] and stun.decode(answers[0]).kind == stun.SUCCESS
 
 
 def test_a_check_that_is_sent_back_to_its_sender_is_ignored():
     wire = Wire()
     wire.run(1)
     for _, source, _, datagram in wire.sent:
-        assert wire.sessions[source].receive(p2pclient.decode(datagram), STRANGER, wire.now) == []
+        assert wire.sessions[source].receive(stun.decode(datagram), STRANGER, wire.now) == []
     assert STRANGER not in wire.guest.heard | wire.host.heard
 
 
@@ -473,7 +475,7 @@ def test_a_good_bye_ends_the_other_side_at_once():
 def test_a_good_bye_that_was_forged_ends_nothing():
     wire = Wire()
     wire.run(1)
-    forged = p2pclient.encode(p2pclient.INDICATION, bytes(12), [(p2pclient.USERNAME, b"session"), (p2pclient.ICE_CONTROLLING, bytes(8))], "a guess")
+    forged = stun.encode(stun.INDICATION, bytes(12), [(stun.USERNAME, b"session"), (stun.ICE_CONTROLLING, bytes(8))], "a guess")
     wire.deliver(forged, GUEST_AT, HOST_AT)
     assert not wire.host.over
 
@@ -579,7 +581,7 @@ def test_after_the_end_nothing_can_be_sent(endpoint):
         hosts.send(b"x")
 
 
-@pytest.mark.parametrize("datagram", [bytes(1201), p2pclient.encode(p2pclient.REQUEST, bytes(12))], ids=["too long", "STUN"])
+@pytest.mark.parametrize("datagram", [bytes(1201), stun.encode(stun.REQUEST, bytes(12))], ids=["too long", "STUN"])
 def test_a_datagram_that_could_not_arrive_is_refused(endpoint, datagram):
     hosts, guests = pair(endpoint(), endpoint())
     with pytest.raises(ValueError):
@@ -589,9 +591,9 @@ def test_a_datagram_that_could_not_arrive_is_refused(endpoint, datagram):
 def test_datagrams_from_a_stranger_are_dropped(endpoint):
     hosts, guests = pair(endpoint(), endpoint())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
-        stranger.sendto(b"from a stranger", p2pclient.parse_candidate(guests.remote_address))
-        stranger.sendto(p2pclient.encode(p2pclient.REQUEST, bytes(12), [(p2pclient.USERNAME, b"session")], "a guess"),
-                        p2pclient.parse_candidate(guests.remote_address))
+        stranger.sendto(b"from a stranger", addresses.parse_candidate(guests.remote_address))
+        stranger.sendto(stun.encode(stun.REQUEST, bytes(12), [(stun.USERNAME, b"session")], "a guess"),
+                        addresses.parse_candidate(guests.remote_address))
         guests.send(b"from the guest")
         assert hosts.recv(5) == b"from the guest"
         stranger.settimeout(0.2)
@@ -647,13 +649,13 @@ def test_an_endpoint_works_beside_a_thousand_open_files(endpoint):
 
 def test_loopback_addresses_can_be_left_out(endpoint):
     own = endpoint()
-    assert any(map(p2pclient.is_loopback, own.candidates.addresses)) and own.leave_loopback()
-    assert not any(map(p2pclient.is_loopback, own.candidates.addresses)) and not own.leave_loopback()
+    assert any(map(addresses.is_loopback, own.candidates.addresses)) and own.leave_loopback()
+    assert not any(map(addresses.is_loopback, own.candidates.addresses)) and not own.leave_loopback()
 
 
 def test_loopback_candidates_of_a_peer_are_not_tried_unless_the_server_is_on_loopback(monkeypatch):
-    monkeypatch.setattr(p2pclient, "CHECK_TIME", 0.3)
-    with contextlib.closing(p2pclient.Endpoint(loopback=False)) as guest, contextlib.closing(p2pclient.open_socket()) as service:
+    monkeypatch.setattr(checks, "CHECK_TIME", 0.3)
+    with contextlib.closing(p2pclient.Endpoint(loopback=False)) as guest, contextlib.closing(sockets.open_socket()) as service:
         service.setblocking(False)
         with pytest.raises(p2pclient.ConnectFailed, match="no usable address"):
             guest.connect(p2pclient.Start("game", "session", "key", [f"127.0.0.1:{service.getsockname()[1]}"], 1, 60, 2))
@@ -669,9 +671,9 @@ def test_loopback_candidates_of_a_peer_are_not_tried_unless_the_server_is_on_loo
     ("none", [], "the host never answered"),
 ])
 def test_a_failure_is_explained_from_what_was_seen(own, published, words):
-    session = p2pclient.Session("session", "key", True, 0.0)
-    session.over = p2pclient.NO_WAY
-    assert words in str(p2pclient.why_not(session, p2pclient.Candidates([], nat=own), published))
+    session = checks.Session("session", "key", True, 0.0)
+    session.over = checks.NO_WAY
+    assert words in str(diagnosis.why_not(session, candidates.Candidates([], nat=own), published))
 
 
 # ---- the server's calls ---------------------------------------------------------------------------------------------
@@ -920,7 +922,7 @@ def test_a_host_does_not_hammer_a_server_that_is_sick(start_server, monkeypatch)
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first), patience=0.1), "castle") as game:
         first.stop()
         with Constant(b"502 Bad Gateway") as sick:
-            game._client.base_url = sick.url
+            game._client._transport.base_url = sick.url
             wait_until(lambda: sick.count)
             game._closed.wait(1)
             assert sick.count <= 2
@@ -958,7 +960,7 @@ def test_a_host_that_publishes_nothing_is_named_as_the_reason(start_server):
 
 
 def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):
-    monkeypatch.setattr(p2pclient, "CHECK_TIME", 0.5)
+    monkeypatch.setattr(checks, "CHECK_TIME", 0.5)
     server = start_server()
     host = p2pclient.RendezvousClient(url_of(server))
     host.register_game("castle", "ada")
@@ -970,20 +972,20 @@ def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):
 
 def test_the_doctor_finds_all_well(start_server):
     lines = []
-    assert p2pclient.check_server(url_of(start_server()), report=lines.append)
+    assert doctor.check_server(url_of(start_server()), report=lines.append)
     assert [line.split()[:2] for line in lines] == [["ok", "HTTP:"], ["ok", "STUN:"], ["ok", "NAT:"], ["ok", "CONNECTION:"]]
 
 
 def test_the_doctor_says_what_is_wrong_without_a_server():
     lines = []
-    assert not p2pclient.check_server(f"http://127.0.0.1:{free_port()}", report=lines.append)
+    assert not doctor.check_server(f"http://127.0.0.1:{free_port()}", report=lines.append)
     assert len(lines) == 1 and lines[0].startswith("FAILED  HTTP: cannot reach")
 
 
 def test_the_doctor_says_what_is_wrong_without_stun(start_server, monkeypatch):
-    monkeypatch.setattr(p2pclient, "STUN_PATIENCE", 0.2)
+    monkeypatch.setattr(candidates, "STUN_PATIENCE", 0.2)
     lines = []
-    assert not p2pclient.check_server(url_of(start_server(no_stun=True)), report=lines.append)
+    assert not doctor.check_server(url_of(start_server(no_stun=True)), report=lines.append)
     assert lines[1].startswith("FAILED  STUN: no answer") and lines[3].startswith("ok      CONNECTION")
 
 
@@ -1086,11 +1088,17 @@ def test_without_a_server_there_is_one_clear_line(program, path):
 @pytest.mark.parametrize("arguments", [
     ("simulate_guest.py", "--nonsense"), ("simulate_guest.py", "--server", "ftp://x"), ("simulate_guest.py", "--messages", "0"),
     ("simulate_guest.py", "--all", "--game", "x"), ("simulate_guest.py", "--stun", "x:y"), ("simulate_hosts.py", "--hosts", "0"),
-    ("simulate_hosts.py", "--info", "[]"), ("simulate_hosts.py", "--info", "{"), ("simulate_hosts.py", "--server", "ftp://x"), ("p2pclient.py",),
-    ("p2pclient.py", "check", "--server", "ftp://x"),
+    ("simulate_hosts.py", "--info", "[]"), ("simulate_hosts.py", "--info", "{"), ("simulate_hosts.py", "--server", "ftp://x"), ("-m", "p2pclient"),
+    ("-m", "p2pclient", "check", "--server", "ftp://x"),
 ])
 def test_bad_usage_is_status_2(program, arguments):
     assert program(*arguments).end()[0] == 2
+
+
+@pytest.mark.parametrize("arguments", [("-m", "p2pclient", "check"), ("simulate_hosts.py",), ("simulate_guest.py",)])
+def test_without_the_library_requests_there_is_one_line_that_says_so(program, arguments):
+    status, text = program("-S", *arguments).end()
+    assert status == 1 and text == "the module requests is missing; python3 -m pip install requests installs it\n"
 
 
 def test_a_guest_without_games_says_so(start_server, program):

@@ -31,6 +31,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import p2pclient
 import p2pserver
+from p2pclient import candidates
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
@@ -258,7 +259,7 @@ def test_a_host_and_a_guest_exchange_their_addresses_through_it_and_ask_stun_pas
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         server = ("127.0.0.1", front.upstream)
-        assert p2pclient.ask_stun(sock, [server]) == {server: sock.getsockname()}
+        assert candidates.ask_stun(sock, [server]) == {server: sock.getsockname()}
     host.register_game(name, HOST, info={"map": "castle"})
     host.poll_game(name, HOST, HERS)
     [game] = [game for game in guest.list_games() if game.name == name]
@@ -587,7 +588,7 @@ def test_the_server_does_all_that_it_does_within_what_the_unit_leaves_it(tmp_pat
             assert {answer.status_code for answer in pool.map(lambda _: front.call("GET", "/games"), range(50))} == {200}
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.bind(("127.0.0.1", 0))
-            assert p2pclient.ask_stun(sock, [("127.0.0.1", port)]) == {("127.0.0.1", port): sock.getsockname()}
+            assert candidates.ask_stun(sock, [("127.0.0.1", port)]) == {("127.0.0.1", port): sock.getsockname()}
         server.send_signal(signal.SIGHUP)
         wait_until(lambda: "loaded anew" in log.read_text())
         assert front.call("GET", "/healthz").status_code == 200

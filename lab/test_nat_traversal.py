@@ -13,7 +13,7 @@ import natlab
 import pytest
 from stage import PORT, Stage
 
-import p2pclient  # found by stage
+from p2pclient import addresses, checks, stun  # found by stage
 
 _reason = natlab.check()
 pytestmark = [pytest.mark.skipif(_reason is not None, reason=str(_reason)), pytest.mark.at_once()]
@@ -206,7 +206,7 @@ def test_third_party_whom_a_peer_lists_gets_few_checks_and_slowly(liar):
             call(stage, hostile, "/games/poll", name="game 1", peerId="hostile", addresses=lies)
             assert stage.guest(honest).wait() == 1
         times = sorted(itertools.chain.from_iterable(map(arrival_times, targets)))
-        assert 8 <= len(times) == victim.count_udp() <= p2pclient.MAX_CHECKS == 100
+        assert 8 <= len(times) == victim.count_udp() <= checks.MAX_CHECKS == 100
         for number, first in enumerate(times):     # one in 50 ms, and one more for what a busy machine delays
             assert len([each for each in times[number:] if each < first + 1]) <= 21
 
@@ -244,18 +244,18 @@ class Attack(threading.Thread):
     def _copies(self, datagram):
         yield datagram
         yield flip(datagram, len(datagram))
-        message = p2pclient.decode(datagram)
+        message = stun.decode(datagram)
         if message:
             # What is before MESSAGE-INTEGRITY and FINGERPRINT changed, and FINGERPRINT right again.
             spoiled = flip(datagram[:-8], len(datagram) - 32 if message.signed else 20)
-            yield spoiled + p2pclient.attribute(p2pclient.FINGERPRINT, p2pclient.fingerprint(spoiled))
-            roles = [(p2pclient.ICE_CONTROLLED, bytes(8)), (p2pclient.ICE_CONTROLLING, bytes(8)), (p2pclient.USE_CANDIDATE, b"")]
-            name = [(p2pclient.USERNAME, message.attributes.get(p2pclient.USERNAME, b""))]
-            here = p2pclient.pack_address(("198.51.100.200", 6666), message.transaction)
+            yield spoiled + stun.attribute(stun.FINGERPRINT, stun.fingerprint(spoiled))
+            roles = [(stun.ICE_CONTROLLED, bytes(8)), (stun.ICE_CONTROLLING, bytes(8)), (stun.USE_CANDIDATE, b"")]
+            name = [(stun.USERNAME, message.attributes.get(stun.USERNAME, b""))]
+            here = stun.pack_address(("198.51.100.200", 6666), message.transaction)
             for key in (None, "a guess"):
-                for kind in (p2pclient.REQUEST, p2pclient.INDICATION):
-                    yield p2pclient.encode(kind, random.randbytes(12), name + roles, key)
-                yield p2pclient.encode(p2pclient.SUCCESS, message.transaction, [(p2pclient.XOR_MAPPED_ADDRESS, here)], key)
+                for kind in (stun.REQUEST, stun.INDICATION):
+                    yield stun.encode(kind, random.randbytes(12), name + roles, key)
+                yield stun.encode(stun.SUCCESS, message.transaction, [(stun.XOR_MAPPED_ADDRESS, here)], key)
 
 
 def flip(datagram, size):
@@ -283,9 +283,9 @@ def test_stranger_gets_nothing_and_changes_nothing(nat):
         assert attack.sent > 1000
         assert machine.count_udp() == 0
         joining.expect("30 of 30 messages came back")
-        assert joining.expect(r"connected: \S+ to (\S+)")[1] == p2pclient.text_of(players[0])
+        assert joining.expect(r"connected: \S+ to (\S+)")[1] == addresses.text_of(players[0])
         assert [line.split(" connected: ")[1].split(",")[0] for line in hosting.lines if " connected: " in line] == [
-            f"{p2pclient.text_of(players[0])} to {p2pclient.text_of(players[1])}"]
+            f"{addresses.text_of(players[0])} to {addresses.text_of(players[1])}"]
         assert "public address is now" not in hosting.text
 
 

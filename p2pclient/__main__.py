@@ -1,0 +1,71 @@
+"""The doctor: python -m p2pclient check."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+from typing import Callable, List, Optional, Sequence
+
+from .addresses import Address, text_of
+from .commandline import parse_server
+from .diagnosis import ConnectFailed, describe
+from .endpoint import Endpoint
+from .games import HostedGame, default_stun, join_game
+from .rendezvous import RendezvousClient
+from .transport import RendezvousError
+
+
+def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None, report: Callable[[str], None] = print) -> bool:
+    """Try each thing that a game needs from a server and from this machine's network, and report each in a line. Whether all is well."""
+    client = RendezvousClient(base_url, patience=2.0)
+    began = time.monotonic()
+    try:
+        health = client.health()
+    except RendezvousError as error:
+        report(f"FAILED  HTTP: {error}. Is the server started, the port open (TCP), the URL right?")
+        return False
+    report(f"ok      HTTP: p2pserver {health['version']} at {client.base_url} answers in {1000 * (time.monotonic() - began):.0f} ms")
+    servers = default_stun(client, stun_servers)
+    endpoint = Endpoint(servers, client.on_loopback)
+    found = endpoint.candidates
+    if found.mapped:
+        report(f"ok      STUN: you are seen at {text_of(found.mapped)}")
+    else:
+        report(f"FAILED  STUN: no answer from {', '.join(map(text_of, servers))}. "
+               "Is that port open for UDP, STUN not on another one (--stun), UDP not blocked here?")
+    report(f"{'ok     ' if found.nat not in ('symmetric', 'no answer') else 'FAILED '} NAT: {describe(found)}")
+    try:
+        with HostedGame(client, f"check {secrets.token_hex(4)}", listed=False, stun_servers=servers) as game, \
+                join_game(RendezvousClient(base_url), game.name, endpoint=endpoint) as connection:
+            connection.send(b"hello")
+            game.accept(5.0).recv(5.0)
+            report(f"ok      CONNECTION: a host and a guest met and talked over {connection.remote_address}, "
+                   f"round trip {1000 * connection.rtt:.1f} ms")
+    except (RendezvousError, ConnectFailed, ConnectionError, TimeoutError) as error:
+        report(f"FAILED  CONNECTION: {error}")
+        return False
+    finally:
+        endpoint.close()
+    return found.mapped is not None
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Exit status 0: all is well; 1: something is not; 2: bad usage."""
+    parser = argparse.ArgumentParser(prog="python -m p2pclient", description="The client side of p2pserver; as a program, a doctor.")
+    check = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="try whether games can use a server from here")
+    check.add_argument("--server", default="http://localhost:8000", metavar="URL", help="the rendezvous server (default: %(default)s)")
+    check.add_argument("--stun", type=parse_server, action="append", metavar="HOST:PORT",
+                       help="a STUN server, repeatable (default: the rendezvous server)")
+    options = parser.parse_args(arguments)
+    try:
+        return 0 if check_server(options.server, options.stun) else 1
+    except KeyboardInterrupt:
+        return 1
+    except ValueError as error:
+        parser.error(f"--server {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The calls to the rendezvous server, and what it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import unicodedata
+import urllib.parse
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+import requests
+
+from .addresses import plain_ip
+from .sockets import resolve
+from .transport import RendezvousError, RepeatedNotFound, Transport
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A game is offered. created: it is new; expires_in, poll_after: seconds."""
+
+    name: str
+    created: bool
+    expires_in: float
+    poll_after: float
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A guest as its host learns of it."""
+
+    session_id: str
+    session_key: str = field(repr=False)
+    addresses: List[Any]
+
+
+@dataclass(frozen=True)
+class Poll:
+    """The guests that came or moved. cursor: what to pass as after next time; gone: sessions of the replies that are gone; waited: the
+    server holds polls that want to wait, so the next one can follow at once."""
+
+    name: str
+    guests: List[Guest]
+    cursor: int
+    expires_in: float
+    poll_after: float
+    gone: List[str]
+    waited: bool = False
+
+
+@dataclass(frozen=True)
+class Start:
+    """A guest's session with a game; addresses is empty while the host has none for it; waited: as in Poll."""
+
+    name: str
+    session_id: str
+    session_key: str = field(repr=False)
+    addresses: List[Any]
+    cursor: int
+    expires_in: float
+    poll_after: float
+    waited: bool = False
+
+
+@dataclass(frozen=True)
+class GameInfo:
+    """What anybody may know of a game. ready: a guest that starts it gets the host's addresses at once."""
+
+    name: str
+    info: Dict[str, Any]
+    guests: int
+    ready: bool
+
+
+def new_peer_id() -> str:
+    """A secret that makes its owner the host of a game, or one guest of it: 192 random bits."""
+    return secrets.token_urlsafe(24)
+
+
+class RendezvousClient:
+    """Calls to one server, from any thread.
+
+    base_url: http://host:port; session: a requests.Session of one's own; timeout: seconds for one try; patience: seconds for
+    which a call is repeated when the server does not answer or says 429 or 503: every call here is safe to repeat.
+    All methods raise RendezvousError. ValueError: base_url is no HTTP URL.
+    """
+
+    def __init__(self, base_url: str, session: Optional[requests.Session] = None, timeout: float = 10.0, patience: float = 10.0) -> None:
+        self._transport = Transport(base_url, session, timeout, patience)
+        self.base_url = self._transport.base_url
+        self.stun_server = self._transport.address      # at the same port, over UDP
+        # What this client registered, so that it can do so again when a restarted server has forgotten it.
+        self._registered: Dict[str, Dict[str, Any]] = {}
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether the server is on this very machine, called over loopback: then loopback addresses lead to the peers too."""
+        found = resolve([self.stun_server])
+        return bool(found) and all(plain_ip(host).is_loopback for host, _ in found)
+
+    def register_game(self, name: str, peer_id: str, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None) -> Registration:
+        """Offer a game, or keep one's own alive."""
+        body = without_none(name=name, peerId=peer_id, info=info, listed=listed)
+        status, answer, _ = self._transport.call("POST", "/games/register", body)
+        self._registered[answer["name"]] = {**body, "name": answer["name"]}
+        return Registration(answer["name"], status == 201, answer["expiresIn"], answer["pollAfter"])
+
+    def poll_game(self, name: str, peer_id: str, addresses: Sequence[Any], after: Optional[int] = None,
+                  replies: Optional[Mapping[str, Sequence[Any]]] = None, wait: float = 0) -> Poll:
+        """Publish addresses and learn of guests. A game of ours that the server has forgotten is registered again first.
+
+        wait: seconds for which the server may hold the poll until there is news.
+        """
+        name = normal(name)
+        body = without_none(name=name, peerId=peer_id, addresses=list(addresses), after=after, replies=replies)
+        try:
+            _, answer, waited = self._transport.call("POST", "/games/poll", body, wait)
+        except RendezvousError as error:
+            if error.status != 404 or name not in self._registered:
+                raise
+            self._transport.call("POST", "/games/register", self._registered[name])
+            body.pop("after", None)
+            _, answer, waited = self._transport.call("POST", "/games/poll", body)
+        guests = [Guest(guest["sessionId"], guest["sessionKey"], guest["addresses"]) for guest in answer["guests"]]
+        return Poll(answer["name"], guests, answer["cursor"], answer["expiresIn"], answer["pollAfter"], answer.get("gone", []), waited)
+
+    def start_game(self, name: str, peer_id: str, addresses: Sequence[Any], wait: float = 0) -> Start:
+        """Join a game as a guest, or say that one is still there: to do it again is the same session.
+
+        wait: seconds for which the server may hold the call until the host has addresses.
+        """
+        _, answer, waited = self._transport.call("POST", "/games/start", {"name": name, "peerId": peer_id, "addresses": list(addresses)}, wait)
+        return Start(answer["name"], answer["sessionId"], answer["sessionKey"], answer["addresses"], answer["cursor"],
+                     answer["expiresIn"], answer["pollAfter"], waited)
+
+    def list_games(self) -> List[GameInfo]:
+        """The listed games, oldest first."""
+        return [game_info(game) for game in self._transport.call("GET", "/games").body["games"]]
+
+    def get_game(self, name: str) -> GameInfo:
+        """One game, listed or not."""
+        return game_info(self._transport.call("GET", game_path(name)).body)
+
+    def update_game(self, name: str, peer_id: str, new_name: Optional[str] = None, info: Optional[Dict[str, Any]] = None,
+                    listed: Optional[bool] = None) -> GameInfo:
+        """Rename or describe one's own game."""
+        body = without_none(peerId=peer_id, name=new_name, info=info, listed=listed)
+        # A poll of another thread that the renaming overtakes must not register the old name again.
+        name = normal(name)
+        registered = self._registered.pop(name, None)
+        try:
+            try:
+                answer = self._transport.call("PATCH", game_path(name), body).body
+            except RepeatedNotFound:    # a first try whose answer was lost may have renamed it: only its owner may update the new name
+                answer = self._transport.call("PATCH", game_path(new_name or name), body).body
+        except RendezvousError:
+            if registered:
+                self._registered[name] = registered
+            raise
+        game = game_info(answer)
+        if registered:
+            self._registered[game.name] = {**registered, **body, "name": game.name}
+        return game
+
+    def delete_game(self, name: str, peer_id: str) -> None:
+        """End one's own game."""
+        self._registered.pop(normal(name), None)
+        with contextlib.suppress(RepeatedNotFound):     # a first try whose answer was lost has done it
+            self._transport.call("DELETE", game_path(name), {"peerId": peer_id})
+
+    def health(self) -> Dict[str, Any]:
+        """What the server says of itself: status, version, games, guests."""
+        answer: Dict[str, Any] = self._transport.call("GET", "/healthz").body
+        return answer
+
+
+def without_none(**fields: Any) -> Dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def normal(name: str) -> str:
+    """A name as the server has it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def game_path(name: str) -> str:
+    return "/games/" + urllib.parse.quote(name, safe="")
+
+
+def game_info(answer: Mapping[str, Any]) -> GameInfo:
+    return GameInfo(answer["name"], answer["info"], answer["guests"], answer["ready"])
