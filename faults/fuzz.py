@@ -22,16 +22,18 @@ from stage import FEW_THREADS, HERE, THERE, Connection, call, check_answer, requ
 
 # Few and short-lived games, so that the memory which they take is no more at the end; no holds, so that nothing waits.
 FLAGS = ["--max-games", "300", "--max-guests", "8", "--game-ttl", "3", "--poll-after", "1", "--max-wait", "0", "--stun-rate", "0", "--access-log"]
-NAMES = ["g", "Ada's castle", "e\u0301", "\u00e9", "\u202ex", "\U0001f3b2", "a" * 64, "%2F", "x y", "0"]
+NAMES = ["g", "Ada's castle", "e\u0301", "\u00e9", "\ue000x", "\U0001f3b2", "a" * 64, "%2F", "x y", "0"]
 PEERS = ["host", "guest", "\u00fc", "p" * 128]
 NASTY = [
     None, True, False, 0, -1, 1, 2 ** 53, 2 ** 63, -2 ** 70, 10 ** 400, 0.5, -0.0, 1e308, {"a": 1e309}, "", " ", ".", "..", "register", "\0", "\n",
     "\x1b[2J", "\x7f", "\u2028", "\ufdfa" * 64, "\ufdfa" * 18, "a\u0301" * 64, "\ud800", "\udc00\ud800", "a" * 65, "a" * 257, "/", "\ufeff", "\u200b",
+    "\u202ex",
     [], {}, [[]], {"": {}}, [None], "0.0.0.0:1", "1.2.3.4:0", "1.2.3.4:65536", "1.2.3.4:99999999999", "[::]:1", "[::1%lo]:1", "[fe80::1%25eth0]:5",
     "[::ffff:127.0.0.1]:1", "999.1.1.1:1", "01.2.3.4:1", "\u0661.2.3.4:\u0665", "255.255.255.255:1", "[ff02::1]:9", "127.0.0.1:80", "a" * 513,
     ["1.2.3.4:5"] * 17, {"candidate": "x", "n": [1, {"y": None}]}]
 TARGETS = [
-    "/", "/healthz", "/games", "/games/g", "/games/Ada%27s%20castle", "/games/%F0%9F%8E%B2", "/games/register", "/games/poll", "/games/start", "*",
+    "/", "/healthz", "/games", "/games/g", "/games/Ada%27s%20castle", "/games/%F0%9F%8E%B2", "/games/register", "/games/poll", "/games/start",
+    "/games/leave", "*",
     "http://h/games", "//games", "/games/", "/games//", "/games/..", "/games/%2e%2e", "/games/%00", "/games/%ff", "/games/%", "/games/%zz",
     "/games/a%2Fb", "/games?x=1", "/games/g?%0d%0aX:y", "/games/" + "a" * 65, "/games/" + "%EF%B7%BA" * 64, "/games/" + "a" * 4000, "h:80"]
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]

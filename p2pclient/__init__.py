@@ -41,20 +41,26 @@ Only the HTTP part needs a library, requests.
 
 import sys
 
-try:
-    import requests  # noqa: F401
-except ModuleNotFoundError:
-    if sys.argv[:1] == ["-m"]:      # as python -m p2pclient: Python is just looking for __main__.py
-        sys.exit("the module requests is missing; python3 -m pip install requests installs it")
-    raise
 
-from .connection import Connection, PeerLost
-from .deadline import Deadline
-from .diagnosis import ConnectFailed, describe
-from .endpoint import KEEPALIVE, Endpoint
-from .games import HostedGame, join_game
-from .rendezvous import GameInfo, Guest, Poll, Registration, RendezvousClient, Start, new_peer_id
-from .transport import RendezvousError
+def require_requests() -> None:
+    """SystemExit with one line where the doctor is begun without the library requests; a game gets the usual ModuleNotFoundError."""
+    try:
+        import requests  # noqa: F401
+    except ModuleNotFoundError:
+        if sys.argv[:1] == ["-m"]:      # as python -m p2pclient: Python is just looking for __main__.py
+            sys.exit("the module requests is missing; python3 -m pip install requests installs it")
+        raise
+
+
+require_requests()
+
+from .connection import Connection, PeerLost  # noqa: E402
+from .deadline import Deadline  # noqa: E402
+from .diagnosis import ConnectFailed, describe  # noqa: E402
+from .endpoint import KEEPALIVE, Endpoint  # noqa: E402
+from .games import HostedGame, join_game  # noqa: E402
+from .rendezvous import GameInfo, Guest, Poll, Registration, RendezvousClient, Start, new_peer_id  # noqa: E402
+from .transport import RendezvousError  # noqa: E402
 
 __all__ = ["KEEPALIVE", "ConnectFailed", "Connection", "Deadline", "Endpoint", "GameInfo", "Guest", "HostedGame", "PeerLost", "Poll", "Registration",
            "RendezvousClient", "RendezvousError", "Start", "describe", "join_game", "new_peer_id"]
