@@ -786,14 +786,14 @@ class Registry:
         that are gone."""
         guests = {guest.session_id: guest for guest in game.guests.values()} if replies else {}
         is_first = not game.changed
-        is_ready = addresses != NO_ADDRESSES or replies is not None or game.ready and game.addresses == NO_ADDRESSES
+        is_ready = addresses != NO_ADDRESSES or replies is not None     # and stays so until the addresses change
         replies = replies or {}
         if self._change({game: {"addresses": addresses, "ready": is_ready},
                          **{guests[session_id]: {"reply": reply} for session_id, reply in replies.items()
                             if session_id in guests and guests[session_id].changed <= known}}):
             if is_first and game.changed:
                 self.events.append(("poll_game", game.name, "first addresses"))
-            self._wake(*[guest for guest in game.guests.values() if guest.offer[1] == self._cursor and guest.offer[0] != NO_ADDRESSES])
+            self._wake(*[guest for guest in game.guests.values() if guest.offer[1] == self._cursor])
         return [session_id for session_id in replies if session_id not in guests]
 
     def _line(self, game: Game) -> bytes:

@@ -675,6 +675,16 @@ def test_a_poll_after_a_cursor_tells_which_sessions_left_expired_or_were_dismiss
     assert registry.poll_game("g", BY_HOST, after=news.cursor).left == [] and registry.poll_game("g", BY_HOST).left == []
 
 
+def test_an_ended_session_is_told_until_the_host_shows_by_its_cursor_that_it_knows(registry):
+    registry.register_game("g", BY_HOST)
+    sessions = [started(registry, by=peer)[0].session_id for peer in (b"1", b"2")]
+    cursor = registry.poll_game("g", BY_HOST).cursor
+    registry.leave_game("g", b"1")
+    lost = registry.poll_game("g", BY_HOST, after=cursor)
+    registry.leave_game("g", b"2")
+    assert registry.poll_game("g", BY_HOST, after=cursor).left == sessions and registry.poll_game("g", BY_HOST, after=lost.cursor).left == sessions[1:]
+
+
 def test_a_registry_keeps_of_ended_sessions_what_the_host_does_not_know_yet_and_256_at_most(registry):
     registry.register_game("g", BY_HOST)
     cursor = registry.poll_game("g", BY_HOST).cursor
@@ -702,6 +712,17 @@ def test_a_guest_that_was_dismissed_is_told_so_as_long_as_the_game_lasts(registr
     registry.delete_game("g", BY_HOST)
     registry.register_game("g", BY_HOST)
     assert started(registry)
+
+
+def test_a_game_remembers_the_last_256_guests_that_its_host_has_dismissed(registry):
+    registry.register_game("g", BY_HOST)
+    peers = [b"%d" % i for i in range(257)]
+    for peer in peers:
+        registry.poll_game("g", BY_HOST, dismiss=[started(registry, by=peer)[0].session_id])
+    assert started(registry, by=peers[0])
+    for peer in (peers[1], peers[256]):
+        with pytest.raises(Forbidden):
+            started(registry, by=peer)
 
 
 def test_a_host_cannot_dismiss_the_guest_of_another_game(registry):
@@ -1081,6 +1102,7 @@ def test_the_end_of_a_session_wakes_its_host(registry, clock, wakes):
         end()
         registry.expire_games()
         assert wake.calls == 1 and poll_again(registry, waiter).left == [session]
+        assert registry.poll_game("castle", BY_HOST, ONE, after=waiter.after, wake=wake).waiter is None
 
 
 def test_a_guest_whose_start_waits_is_told_at_once_that_it_is_dismissed(registry, wakes):
@@ -1097,6 +1119,14 @@ def test_a_poll_that_replaces_another_to_say_something_is_no_overload(registry, 
     registry.register_game("castle", BY_HOST)
     first = registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
     assert registry.poll_game("castle", BY_HOST, wake=wakes[1], **{"addresses": ONE, **more}).waiter or "replies" in more
+    assert (first.is_over, first.is_busy) == (True, is_busy)
+
+
+@pytest.mark.parametrize("addresses, is_busy", [(TWO, True), (ONE, False)], ids=["the same", "others"])
+def test_a_start_that_replaces_another_to_send_addresses_is_no_overload(registry, wakes, addresses, is_busy):
+    registry.register_game("castle", BY_HOST)
+    first = registry.start_game("castle", BY_GUEST, TWO, wake=wakes[0]).waiter
+    assert registry.start_game("castle", BY_GUEST, addresses, wake=wakes[1]).waiter
     assert (first.is_over, first.is_busy) == (True, is_busy)
 
 
@@ -1568,6 +1598,15 @@ def test_a_start_with_after_waits_for_a_further_candidate(serve):
         api.poll_game("castle", replies={known["sessionId"]: ["one more"]})
         body = json.loads(raw.answer().body)
     assert body["addresses"] == ["one more"] and body["cursor"] > known["cursor"] and body["sessionId"] == known["sessionId"]
+
+
+def test_a_start_with_after_that_finds_no_place_to_wait_is_asked_for_patience(serve):
+    api = serve(max_waiting=0)
+    api.register_game("castle")
+    api.poll_game("castle")
+    known = api.start_game("castle", wait=20).json()
+    again = api.start_game("castle", after=known["cursor"], wait=20).json()
+    assert (known["pollAfter"], again["pollAfter"], again["addresses"]) == (2, 10, HERE)
 
 
 def test_a_poll_that_is_replaced_to_send_replies_may_be_followed_as_usual(serve):
@@ -3133,6 +3172,14 @@ def test_who_asks_is_by(peer, headers, client):
     proxies = p2pserver.Networks("10.0.0.0/8, 2001:db8::53")
     found = p2pserver.client_behind(p2pserver.client_of(peer), headers, proxies)
     assert (found.address, found.key) == (client, b"unknown" if client == "unknown" else key_of(client))
+
+
+@pytest.mark.parametrize("forwarded, told", [("198.51.100.1", "198.51.100.1"), ("2001:db8::1", "2001:db8::1"), ("unknown", None)])
+def test_a_host_is_told_where_a_guest_behind_a_proxy_calls_from(serve, forwarded, told):
+    api = serve(trusted_proxies="127.0.0.1")
+    api.register_game("castle")
+    api.call("POST", "/games/start", {"name": "castle", "peerId": GUEST, "addresses": THERE}, headers={"X-Forwarded-For": forwarded})
+    assert [guest.get("from") for guest in api.poll_game("castle").json()["guests"]] == [told]
 
 
 def test_a_client_over_its_rate_does_not_stop_others_on_the_connection_of_their_proxy(serve, clock):
