@@ -45,6 +45,7 @@ import hashlib
 import hmac
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -112,7 +113,7 @@ OPTIONS = (
     Option("host", "", "address to listen on; all addresses, IPv6 and IPv4, if not given"),
     Option("port", 8000, "port to listen on, TCP for HTTP and UDP for STUN; 0 picks a free one and prints it", 0, 65535),
     Option("stun_port", 0, "another UDP port for STUN than that of HTTP", 0, 65535),
-    Option("stun_rate", 5.0, "STUN answers a second to one address, and 50 at once; 0 for no limit", 0, 1_000_000),
+    Option("stun_rate", 20.0, "STUN answers a second to one address, and 500 at once; 0 for no limit", 0, 1_000_000),
     Option("no_stun", False, "no STUN: clients then need another STUN server"),
     Option("game_ttl", 60.0, "seconds after which a game whose host is silent is gone", 1, 86400),
     Option("guest_ttl", 60.0, "seconds after which a guest who has not started again is gone", 1, 86400),
@@ -151,7 +152,7 @@ READ_SIZE = 16384               # bytes that are received at once: a connection'
 MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, from its end
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
-STUN_BURST = 50                 # answers that one address gets at once, on top of --stun-rate a second
+STUN_BURST = 500                # answers that one address gets at once, on top of --stun-rate a second: a school may be one
 FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones cost a token each
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
@@ -877,14 +878,15 @@ class RateLimiter:
 
 
 # ---- STUN -----------------------------------------------------------------------------------------------------------
-# RFC 8489 Binding alone: a client asks from which public address its datagrams come. All else gets silence.
+# RFC 8489 Binding alone: a client asks from which public address its datagrams come. All else gets silence. A client of the older
+# RFC 3489 has more of its transaction id where others have the cookie, and gets its address as it is (RFC 8489 section 11).
 
-STUN_COOKIE = 0x2112A442
+STUN_COOKIE = b"\x21\x12\xa4\x42"
 STUN_REQUEST, STUN_SUCCESS, STUN_ERROR = 0x0001, 0x0101, 0x0111     # Binding, by class
-STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS, STUN_FINGERPRINT = 0x0009, 0x000A, 0x0020, 0x8028
-# What ICE agents add for each other (RFC 8445 section 7.1): to be comprehended, not obeyed. USERNAME, MESSAGE-INTEGRITY
-# (SHA-1 and SHA-256), PRIORITY and USE-CANDIDATE.
-STUN_IGNORED = frozenset((0x0006, 0x0008, 0x001C, 0x0024, 0x0025))
+STUN_MAPPED_ADDRESS, STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS, STUN_FINGERPRINT = 0x0001, 0x0009, 0x000A, 0x0020, 0x8028
+STUN_INTEGRITY = (0x0008, 0x001C)       # MESSAGE-INTEGRITY, by SHA-1 and SHA-256: not checked; what follows is ignored (sections 14.5 and 14.6)
+# What ICE agents add for each other (RFC 8445 section 7.1): to be comprehended, not obeyed. USERNAME, PRIORITY and USE-CANDIDATE.
+STUN_IGNORED = (0x0006, 0x0024, 0x0025)
 
 
 def stun_attribute(kind: int, value: bytes) -> bytes:
@@ -898,7 +900,7 @@ def stun_fingerprint(message: bytes) -> bytes:
 
 def stun_attributes(request: bytes) -> Optional[List[int]]:
     """The types of a Binding request's attributes in their order, or None for everything that is not a well-formed one."""
-    if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:8] != struct.pack(">HHI", STUN_REQUEST, len(request) - 20, STUN_COOKIE):
+    if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:4] != struct.pack(">HH", STUN_REQUEST, len(request) - 20):
         return None
     kinds: List[int] = []
     position = 20
@@ -916,15 +918,19 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
     kinds = stun_attributes(request)
     if kinds is None:
         return None
-    unknown = [kind for kind in kinds if kind < 0x8000 and kind not in STUN_IGNORED]
+    obeyed = itertools.takewhile(lambda kind: kind not in STUN_INTEGRITY, kinds)
+    unknown = [kind for kind in obeyed if kind < 0x8000 and kind not in STUN_IGNORED]
+    has_cookie = request[4:8] == STUN_COOKIE
+    if unknown and not has_cookie:
+        return None     # the section asks for 420, but old clients that get it ask again at once
     if unknown:     # RFC 8489 section 6.3.1
         body = (stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
                 + stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown)))
     else:
         address = packed_address(source[0])
-        family = 1 if len(address) == 4 else 2
-        xored = bytes(a ^ b for a, b in zip(address, request[4:20]))    # with the cookie; for IPv6 the transaction id after it as well (section 14.2)
-        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS, struct.pack(">HH", family, source[1] ^ STUN_COOKIE >> 16) + xored)
+        mask = request[4:6] + request[4:20] if has_cookie else bytes(18)    # of port and address (section 14.2)
+        masked = bytes(a ^ b for a, b in zip(struct.pack(">H", source[1]) + address, mask))
+        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS if has_cookie else STUN_MAPPED_ADDRESS, (b"\0\1" if len(address) == 4 else b"\0\2") + masked)
     length = len(body) + (8 if STUN_FINGERPRINT in kinds else 0)
     message = struct.pack(">HH", STUN_ERROR if unknown else STUN_SUCCESS, length) + request[4:20] + body
     return message + stun_fingerprint(message) if STUN_FINGERPRINT in kinds else message

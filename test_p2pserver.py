@@ -1127,10 +1127,10 @@ def stun(*attributes, kind=1, cookie=COOKIE, length=None, fingerprint=False):
     return message + attribute(FINGERPRINT, checksum(message)) if fingerprint else message
 
 
-def taken_apart(answer):
+def taken_apart(answer, cookie=COOKIE):
     """The kind and the attributes of an answer, as a list of (kind, value); its head is checked."""
-    kind, length, cookie = struct.unpack_from(">HHI", answer)
-    assert (length, cookie, length % 4) == (len(answer) - 20, COOKIE, 0)
+    kind, *head = struct.unpack_from(">HHI", answer)
+    assert head == [len(answer) - 20, cookie] and len(answer) % 4 == 0
     attributes, rest = [], answer[20:]
     while rest:
         each, length = struct.unpack_from(">HH", rest)
@@ -1152,8 +1152,8 @@ REQUEST = stun()
 SILENT = {
     "nothing": b"",
     "nineteen bytes": REQUEST[:19],
-    "a wrong cookie": stun(cookie=0x2112A443),
-    "no cookie, as in RFC 3489": stun(cookie=0),
+    "CHANGE-REQUEST without the cookie": stun(attribute(0x0003, b"\0\0\0\6"), cookie=0),
+    "an attribute that nobody knows without the cookie": stun(attribute(0x7FFF), cookie=0x2112A443),
     "a length that is too small": stun(attribute(0x8022, b"test"), length=4),
     "a length that is too large": stun(length=4),
     "a length that ends within a word": stun(length=2) + b"\0\0",
@@ -1176,6 +1176,7 @@ SILENT = {
     "RFC 5769 2.2": RFC5769_2,
     "RFC 5769 2.3": RFC5769_3,
     "a request of HTTP": GET + END,
+    "a query of DNS": bytes.fromhex("000101000001000000000000") + b"\7example\3org\0\0\1\0\1",
 }
 
 
@@ -1189,6 +1190,30 @@ def test_stun_is_silent_to(datagram):
 def test_stun_answers(datagram):
     answer = p2pserver.stun_answer(datagram, SOURCE)
     assert mapped(answer) == SOURCE and answer[4:20] == datagram[4:20]
+
+
+@pytest.mark.parametrize("source, value", rows({
+    "IPv4": (("203.0.113.7", 40000), "0001 9c40 cb007107"),
+    "IPv6": (("2001:db8::1", 40000, 0, 0), "0002 9c40 20010db8000000000000000000000001"),
+    "IPv4-mapped IPv6": (("::ffff:203.0.113.7", 40000, 0, 0), "0001 9c40 cb007107"),
+}))
+@pytest.mark.parametrize("more", [[], [attribute(0x8022, b"nice")], [attribute(0x0006, b"user"), attribute(0x0024, b"1234")], [attribute(0x0008, bytes(20))]],
+                         ids=["alone", "SOFTWARE", "USERNAME and PRIORITY", "MESSAGE-INTEGRITY"])
+@pytest.mark.parametrize("cookie", [0, 0x2112A443, 0x42A41221])
+def test_stun_answers_a_request_without_the_cookie_with_mapped_address_and_its_16_bytes_of_transaction(cookie, more, source, value):
+    """RFC 8489 section 11."""
+    request = stun(*more, cookie=cookie)
+    answer = p2pserver.stun_answer(request, source)
+    assert taken_apart(answer, cookie) == (0x0101, [(0x0001, bytes.fromhex(value))]) and answer[4:20] == request[4:20]
+
+
+@pytest.mark.parametrize("integrity", [attribute(0x0008, bytes(20)), attribute(0x001C, bytes(32))], ids=["MESSAGE-INTEGRITY", "MESSAGE-INTEGRITY-SHA256"])
+def test_an_unknown_attribute_is_ignored_after_and_not_before(integrity):
+    """RFC 8489 sections 14.5 and 14.6. A FINGERPRINT is none of those."""
+    after = p2pserver.stun_answer(stun(integrity, attribute(0x7FFF), fingerprint=True), SOURCE)
+    assert mapped(after) == SOURCE and taken_apart(after)[1][-1][0] == FINGERPRINT
+    assert taken_apart(p2pserver.stun_answer(stun(attribute(0x7FFE), integrity, attribute(0x7FFF)), SOURCE))[1][1] == (0x000A, b"\x7f\xfe")
+    assert p2pserver.stun_answer(stun(attribute(0x7FFE), integrity, cookie=0), SOURCE) is None
 
 
 @pytest.mark.parametrize("fingerprint", [False, True], ids=["without", "with"])
@@ -1236,6 +1261,21 @@ def test_an_answer_of_stun_is_at_most_32_bytes_longer_than_its_request(fingerpri
     assert max(len(p2pserver.stun_answer(request, source)) - len(request) for request in requests) == 32
 
 
+def test_what_a_forged_source_gets_of_stun_is_as_the_threat_model_says():
+    """Bytes of UDP, and with the 28 of the heads of IPv4 and UDP; the most for each byte that the forger sends."""
+    requests = [stun(*[attribute(0x7000)] * count, fingerprint=fingerprint) for fingerprint in (False, True) for count in range(17 - fingerprint)]
+    requests += [stun(cookie=0), stun(fingerprint=True, cookie=0)]
+    sizes = [(len(p2pserver.stun_answer(request, (source, 1))), len(request)) for request in requests for source in ("203.0.113.1", "2001:db8::1")]
+    most, rate, burst = max(sizes)[0], Settings().stun_rate, p2pserver.STUN_BURST
+    said = (f"{most} bytes at the most; one address gets {burst} at once and then `--stun-rate` {rate:g} a second",
+            f"{most * burst // 1000} KB at once and then {most * rate / 1000:.1f} KB a second, "
+            f"{(most + 28) * burst // 1000} KB and {(most + 28) * rate / 1000:.1f} KB with the heads",
+            f"at most {max(answer / request for answer, request in sizes):.1f}, with these heads "
+            f"{max((answer + 28) / (request + 28) for answer, request in sizes):.1f},")
+    threats = (ROOT / "docs" / "SECURITY.md").read_text()
+    assert all(words in threats for words in said), said
+
+
 @pytest.mark.parametrize("kind, value", rows({
     "USERNAME": (0x0006, b"a:b"), "MESSAGE-INTEGRITY": (0x0008, bytes(20)), "MESSAGE-INTEGRITY-SHA256": (0x001C, bytes(32)), "PRIORITY": (0x0024, b"1234"),
     "USE-CANDIDATE": (0x0025, b""), "ICE-CONTROLLED": (0x8029, bytes(8)), "ICE-CONTROLLING": (0x802A, bytes(8)), "one that may be ignored": (0xFFFF, b"x"),
@@ -1266,7 +1306,7 @@ def test_no_junk_makes_stun_fail():
             junk[chance.randrange(len(junk))] = chance.randrange(256)
         junk[2:4] = struct.pack(">H", len(junk) - 20)
         answer = p2pserver.stun_answer(bytes(junk), SOURCE)
-        assert answer is None or taken_apart(answer)[0] in (0x0101, 0x0111)
+        assert answer is None or taken_apart(answer, int.from_bytes(junk[4:8], "big"))[0] in (0x0101, 0x0111)
 
 
 @contextlib.contextmanager
@@ -1309,8 +1349,25 @@ def test_the_stun_socket_is_silent_to_junk_and_serves_on(serve):
         assert answer[8:20] == RFC5769_1[8:20]
 
 
-def test_a_flooding_source_gets_its_burst_from_the_stun_socket_and_others_are_served(serve):
+def test_a_school_behind_one_address_gets_all_its_answers_by_default(clock):
+    """120 players that ask every 15 s, all in the same moment, and with them, every minute, 120 newcomers with three requests each."""
+    limiter = p2pserver.RateLimiter(Settings().stun_rate, p2pserver.STUN_BURST, clock)
+    for moment in range(40):
+        requests = 120 + (0 if moment % 4 else 360)
+        assert [limiter.acquire(b"the school") for _ in range(requests)] == [0] * requests, moment
+        clock.tick(15)
+
+
+def test_newcomers_of_a_school_are_answered_by_the_stun_socket(serve):
+    port = serve(no_stun=False).port
+    with contextlib.ExitStack() as stack:
+        for player in [stack.enter_context(udp(port)) for _ in range(120)]:
+            assert [mapped(player.ask(REQUEST)[0]) for _ in range(3)] == [player.address] * 3
+
+
+def test_a_flooding_source_gets_its_burst_from_the_stun_socket_and_others_are_served(serve, monkeypatch):
     require("127.0.0.3")
+    monkeypatch.setattr(p2pserver, "STUN_BURST", 50)    # 500 answers are more than a socket keeps for who does not read them
     port = serve(no_stun=False, stun_rate=0.001).port
     with udp(port) as flooder, contextlib.ExitStack() as stack:
         flooder.ask(*[REQUEST] * 100)
