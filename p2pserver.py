@@ -99,10 +99,16 @@ class Option:
 
 
 class Networks:
-    """Addresses and networks with commas between, as "192.0.2.1, 2001:db8::/32". ValueError if the text is anything else."""
+    """Addresses and networks with commas between, as "192.0.2.1, 2001:db8::/32". ValueError if the text is anything else.
+
+    An IPv4-mapped one is the IPv4 one, as it is where clients' addresses are read (packed_address).
+    """
 
     def __init__(self, text: str) -> None:
-        self._networks = [ipaddress.ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip()]
+        self._networks = []
+        for network in [ipaddress.ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip()]:
+            mapped = network.network_address.ipv4_mapped if network.version == 6 else None
+            self._networks.append(ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network)
 
     def __contains__(self, address: str) -> bool:
         """Whether the text of an IP address is in one of them; UNKNOWN never is."""

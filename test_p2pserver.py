@@ -2972,6 +2972,24 @@ def test_a_client_over_its_rate_does_not_stop_others_on_the_connection_of_their_
             assert proxy.answer().status == status
 
 
+@pytest.mark.parametrize("text, member, stranger", rows({
+    "an IPv4-mapped address": ("::ffff:127.0.0.1", "127.0.0.1", "127.0.0.2"),
+    "one in hexadecimal": ("::FFFF:7f00:1", "127.0.0.1", "127.0.0.2"),
+    "an IPv4-mapped network": ("::ffff:10.1.2.3/104", "10.255.0.1", "11.0.0.1"),
+    "all IPv4-mapped addresses": ("::ffff:0:0/96", "203.0.113.1", "2001:db8::1"),
+    "IPv6, which is not IPv4": ("::/0", "2001:db8::1", "127.0.0.1"),
+}))
+def test_the_networks_of_proxies_have_a_member_by(text, member, stranger):
+    networks = p2pserver.Networks(text)
+    assert member in networks and stranger not in networks
+
+
+def test_a_proxy_named_by_its_ipv4_mapped_address_is_believed(serve):
+    api = serve(trusted_proxies="::ffff:127.0.0.1", metrics_from="::ffff:203.0.113.0/120")
+    for client, status in ((b"203.0.113.9", 200), (b"198.51.100.1", 403)):
+        assert ask(api, "127.0.0.1", b"GET /metrics HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: " + client + b"\r\n\r\n").status == status
+
+
 def test_who_comes_through_a_proxy_is_not_taken_for_a_user_of_this_machine(serve):
     proxies = p2pserver.Networks("127.0.0.1")
     peer = p2pserver.client_of("127.0.0.1")
