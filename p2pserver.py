@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import difflib
 import errno
 import functools
 import hashlib
@@ -2135,13 +2136,24 @@ class JsonFormatter(logging.Formatter):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+def ignored_variables(environment: Mapping[str, str]) -> Dict[str, str]:
+    """Variables that look like an option's and are none, each with what helps."""
+    known = [option.variable for option in OPTIONS]
+    ignored = {name: f"the option with the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}"
+               for name in environment if name.startswith("P2P_") and name not in known}
+    if environment.get("P2P_PORT", "").startswith("tcp://"):
+        ignored.update({name: "Kubernetes sets it for a service named p2p" for name in environment if re.match("P2P_(PORT|SERVICE)(_|$)", name)})
+    return ignored
+
+
 def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str]) -> Settings:
     """The settings from flags, else the environment, else the table. SystemExit 2 with one line if they are no good."""
     parser = argparse.ArgumentParser(prog="p2pserver", description="A rendezvous server: through it two players behind home routers find each other.",
                                      epilog="In the environment --game-ttl is P2P_GAME_TTL.", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"p2pserver {__version__}")
+    environment = {name: value for name, value in environment.items() if name not in ignored_variables(environment)}
     if "PORT" in environment:       # hosting services say PORT
-        environment = {"P2P_PORT": environment["PORT"], **environment}
+        environment.setdefault("P2P_PORT", environment["PORT"])
     for option in OPTIONS:
         text = f"{option.help} (default: {option.default})" if option.default not in ("", False) else option.help
         kind: Dict[str, Any] = {"type": int, "nargs": "?", "const": 1} if option.default is False else {"type": type(option.default)}
@@ -2174,6 +2186,8 @@ def main(arguments: Optional[List[str]] = None) -> None:
     settings = parse_settings(arguments, os.environ)
     writer = LogQueue(JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[writer])
+    for name, advice in ignored_variables(os.environ).items():
+        log.warning("%s in the environment is ignored; %s", name, advice)
     allow_many_files()
     sys.setswitchinterval(0.001)    # seconds; while a thread works for TLS, others would wait five times as long for their turn
     try:

@@ -314,11 +314,29 @@ def test_the_defaults_are_those_of_the_contract():
     "the table": ([], {}, 8000),
     "PORT": ([], {"PORT": "1"}, 1),
     "P2P_PORT before PORT": ([], {"PORT": "1", "P2P_PORT": "2"}, 2),
+    "PORT, as P2P_PORT is Kubernetes'": ([], {"PORT": "1", "P2P_PORT": "tcp://10.0.0.1:8000"}, 1),
+    "the table, as P2P_PORT is Kubernetes'": ([], {"P2P_PORT": "tcp://10.0.0.1:8000"}, 8000),
     "the flag before both": (["--port=3"], {"PORT": "1", "P2P_PORT": "2"}, 3),
     "a flag of zero, which is not none": (["--port", "0"], {"P2P_PORT": "2"}, 0),
 }))
 def test_the_port_is_taken_from(flags, environment, port):
     assert parse(*flags, **environment).port == port
+
+
+KUBERNETES = {"P2P_PORT": "tcp://10.0.0.1:8000", "P2P_PORT_8000_TCP": "tcp://10.0.0.1:8000", "P2P_PORT_8000_TCP_ADDR": "10.0.0.1",
+              "P2P_SERVICE_HOST": "10.0.0.1", "P2P_SERVICE_PORT": "8000"}
+
+
+@pytest.mark.parametrize("environment, ignored", rows({
+    "a slip of the keyboard": ({"P2P_GAME_TLL": "9", "P2P_GAME_TTL": "9"}, {"P2P_GAME_TLL": "P2P_GAME_TTL"}),
+    "what is like no option": ({"P2P_X": "9"}, {"P2P_X": "P2P_"}),
+    "Kubernetes' for a service named p2p": (KUBERNETES, dict.fromkeys(KUBERNETES, "Kubernetes sets it for a service named p2p")),
+    "others' variables": ({"PORT": "1", "P2PSERVER": "1", "p2p_x": "1"}, {}),
+}))
+def test_a_variable_that_looks_like_an_options_and_is_none_is_ignored_with_advice(environment, ignored):
+    found = p2pserver.ignored_variables(environment)
+    assert found.keys() == ignored.keys() and all(words in found[name] for name, words in ignored.items())
+    assert parse(**environment).port == int(environment.get("PORT", 8000))
 
 
 @pytest.mark.parametrize("flags, environment, words", rows({
@@ -3623,6 +3641,16 @@ def test_a_port_that_is_not_permitted_is_explained():
 def test_one_line_and_status_2_is_the_answer_to(flags, more, words):
     status, out, err = run(*flags, **more)
     assert (status, out, err.count("\n")) == (2, "", 1) and words in err
+
+
+@pytest.mark.parametrize("log_format, level", rows({"text": ("text", " WARNING "), "json": ("json", '"level": "warning"')}))
+def test_the_process_warns_of_variables_that_it_ignores_and_tells_no_value(log_format, level):
+    with running("--port", "0", "--log-format", log_format, P2P_GAME_TLL="a secret", P2P_PORT="tcp://10.0.0.1:8000") as process:
+        err = end(process)[2]
+    for name, words in (("P2P_GAME_TLL", "nearest name is P2P_GAME_TTL"), ("P2P_PORT", "Kubernetes")):
+        [line] = [line for line in err.splitlines() if f"{name} in the environment is ignored" in line]
+        assert words in line and level in line
+    assert "secret" not in err and "tcp:" not in err
 
 
 def test_version_is_printed():
