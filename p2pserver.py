@@ -28,7 +28,7 @@ start for addresses of the host; Preference-Applied in the answer says so.
 Threads: 1. One thread accepts and serves all connections; it never waits for a single one. 2. A connection that must wait,
 for bytes or for news of its game, is parked: it costs a record and no thread, until there is something to go on with.
 3. Under TLS each burst of a connection has a thread of ThreadingHTTPServer's, because OpenSSL may work for long. 4. One
-thread answers STUN, one writes the log. 5. All games live in the Registry behind its one lock.
+thread for each address answers STUN, one writes the log. 5. All games live in the Registry behind its one lock.
 
 Sections: options, problems, fields, registry, clients and rate limiter, STUN, endpoints and routes, HTTP (reading a request,
 connections, parking, handler, server), log, command line.
@@ -117,7 +117,7 @@ class Networks:
 
 
 OPTIONS = (
-    Option("host", "", "address to listen on; all addresses, IPv6 and IPv4, if not given"),
+    Option("host", "", "address to listen on, or a name: all its addresses; all addresses, IPv6 and IPv4, if not given"),
     Option("port", 8000, "port to listen on, TCP for HTTP and UDP for STUN; 0 picks a free one and prints it", 0, 65535),
     Option("stun_port", 0, "another UDP port for STUN than that of HTTP", 0, 65535),
     Option("stun_rate", 20.0, "STUN answers a second to one address, and 500 at once; 0 for no limit", 0, 1_000_000),
@@ -946,13 +946,13 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
 class StunServer(socketserver.UDPServer):
     """Answers on one UDP socket, always from the address that was asked (RFC 8489 section 6.3.1).
 
-    address: as bind() takes it; rate: answers a second to one source, 0 for no limit.
+    address: as bind() takes it; limiter: how many answers one source gets.
     OSError from the constructor: the port is in use, or not permitted.
     """
 
-    def __init__(self, family: int, address: Any, rate: float) -> None:
+    def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
         self.address_family = family
-        self._limiter = RateLimiter(rate, STUN_BURST)
+        self._limiter = limiter
         self.answered = self.silent = 0     # datagrams so far
         super().__init__(address, socketserver.BaseRequestHandler)
 
@@ -1101,7 +1101,7 @@ def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
     if not request.client.is_local and request.client.address not in server.watchers:
         raise Forbidden("metrics are for this machine and for whom --metrics-from names")
-    counts, stun = server.registry.counts(), server.stun
+    counts, stuns = server.registry.counts(), server.stuns
     text = ""
     for name, meaning, labels, samples in (
         ("games", "games on offer", "", {(): counts["games"]}),
@@ -1113,7 +1113,8 @@ def show_metrics(server: Server, request: Request) -> Answer:
         ("uptime_seconds", "seconds since the start", "", {(): round(time.monotonic() - server.began, 3)}),
         ("requests_total", "requests answered", '{operation="%s",status="%s"}', server.answered),
         ("refused_total", "requests and connections refused because a limit was reached", '{limit="%s"}', server.refused),
-        ("stun_total", "datagrams to STUN, by what they got", '{result="%s"}', {"answer": stun.answered, "silence": stun.silent} if stun else {}),
+        ("stun_total", "datagrams to STUN, by what they got", '{result="%s"}',
+         {"answer": sum([stun.answered for stun in stuns]), "silence": sum([stun.silent for stun in stuns])} if stuns else {}),
     ):
         text += f"# HELP p2pserver_{name} {meaning}\n# TYPE p2pserver_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
         text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(samples.items())])
@@ -1447,7 +1448,7 @@ class Parking:
         self._waker, self._wakened = socket.socketpair()        # a byte through these ends the wait, and so does a new client
         for each in (self._waker, self._wakened):
             each.setblocking(False)
-        for listener in (server, self._wakened):
+        for listener in (*server.listeners, self._wakened):
             self._selector.register(listener, selectors.EVENT_READ)
         self._parked: Set[Connection] = set()
         self.queue: collections.deque[Connection] = collections.deque()     # to be looked at; safe at its ends without a lock
@@ -1806,8 +1807,6 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = 1024
-    allow_reuse_address = os.name == "posix"    # a restart need not wait for old connections; elsewhere it would let others in
-    allow_reuse_port = False                    # some Pythons share a port among servers unless told not to
 
     def __init__(self, settings: Settings, registry: Optional[GameRegistry] = None) -> None:
         self.settings = settings
@@ -1828,51 +1827,58 @@ class Server(http.server.ThreadingHTTPServer):
         self.refused: collections.Counter[str] = collections.Counter()      # by the option that was reached
         self.connections: Set[Connection] = set()
         self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
+        socketserver.BaseServer.__init__(self, (settings.host, settings.port), Handler)     # TCPServer's would listen on one address alone
+        self.server_port = 0
+        self.listeners: List[socket.socket] = []        # one for each address of the host
+        self.stuns: List[StunServer] = []               # likewise
         self._bind()
+        self.socket = self.listeners[0]
         self.parking = Parking(self)
         self._next_look = 0.0
         self.has_backlog = False            # clients that are not accepted yet
         self._running: List[threading.Thread] = []
 
     def _bind(self) -> None:
-        settings, address = self.settings, ("", 0)      # type: Settings, Any
+        """Listen on each address of the host, everywhere on one port for TCP and one for UDP."""
+        settings, limiter, dualstack = self.settings, RateLimiter(self.settings.stun_rate, STUN_BURST), socket.has_dualstack_ipv6()
+        host = settings.host or ("::" if dualstack else "0.0.0.0")
         protocol, port = "TCP", settings.port
-        self.stun: Optional[StunServer] = None
         try:
-            host = settings.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-            self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            super().__init__(address, Handler)
-            if not settings.no_stun:
+            for family, address in dict.fromkeys([(row[0], row[4]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]):
+                protocol, port = "TCP", self.server_port or settings.port
+                listener = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
+                                                backlog=self.request_queue_size)
+                listener.setblocking(False)
+                self.listeners.append(listener)
+                self.server_port = listener.getsockname()[1]
                 protocol, port = "UDP", settings.stun_port or self.server_port
-                self.stun = StunServer(self.address_family, (address[0], port, *address[2:]), settings.stun_rate)
+                if not settings.no_stun:
+                    self.stuns.append(StunServer(family, (address[0], port, *address[2:]), limiter))
         except OSError as error:
-            if protocol == "UDP":
-                self.server_close()
+            if error.errno == errno.EADDRNOTAVAIL and self.listeners:
+                return      # this machine has no IPv6, say: such addresses come last (RFC 6724 section 6, rule 1)
+            self.server_close()
             raise CannotListen(protocol, settings.host, port, error) from None
 
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.settings.host not in ("", "::"))
-        socketserver.TCPServer.server_bind(self)    # without the look-up in DNS that HTTPServer adds, which can take seconds
-        self.socket.setblocking(False)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+    def server_close(self) -> None:
+        for each in (*self.listeners, *[stun.socket for stun in self.stuns]):
+            each.close()
 
     @property
     def where(self) -> str:
         """What listens where, for a person."""
         scheme = "https" if self.tls else "http"
-        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        stun = f"STUN on UDP port {self.stun.server_address[1]}" if self.stun else "no STUN"
+        stun = f"STUN on UDP port {self.stuns[0].server_address[1]}" if self.stuns else "no STUN"
         if self.settings.host:
-            return f"{scheme}://{host}:{self.server_port}/ and {stun}"
-        versions = "addresses, IPv6 and IPv4" if self.address_family == socket.AF_INET6 else "IPv4 addresses"
+            hosts = [listener.getsockname()[0] for listener in self.listeners]
+            return " and ".join([f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}/" for host in hosts] + [stun])
+        versions = "addresses, IPv6 and IPv4" if self.socket.family == socket.AF_INET6 else "IPv4 addresses"
         return f"{scheme}://localhost:{self.server_port}/ and {stun} (all {versions})"
 
     def start(self) -> None:
         """Serve in threads of its own, and return."""
         self._running = [threading.Thread(target=self.serve_forever, args=(0.0,), daemon=True)]
-        if self.stun:
-            self._running.append(threading.Thread(target=self.stun.serve_forever, args=(0.1,), daemon=True))
+        self._running += [threading.Thread(target=stun.serve_forever, args=(0.1,), daemon=True) for stun in self.stuns]
         for thread in self._running:
             thread.start()
 
@@ -1891,16 +1897,14 @@ class Server(http.server.ThreadingHTTPServer):
                 self.parking.serve_late(ends_at)
                 self.parking.turn(0.05)
             self.parking.serve_late(ends_at)
-            if self.stun:
-                self.stun.shutdown()
+            for stun in self.stuns:
+                stun.shutdown()
         for _ in range(self.settings.max_threads):      # each ends its burst
             self.threads.acquire(timeout=grace)
         for connection in list(self.connections):
             self.close(connection)
         self.parking.close()
-        for each in (self, self.stun):
-            if each:
-                each.server_close()
+        self.server_close()
         self.log_events()
 
     def service_actions(self) -> None:
@@ -1924,10 +1928,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def accept_clients(self) -> None:
         """Accept new clients, but not too many before those that there are have their turn."""
-        self.has_backlog = True
-        for _ in range(ACCEPTED_AT_ONCE):
-            if self.has_backlog:
-                self._handle_request_noblock()  # type: ignore[attr-defined]
+        for listener in self.listeners:
+            self.socket, self.has_backlog = listener, True      # the base class accepts from this one
+            for _ in range(ACCEPTED_AT_ONCE):
+                if self.has_backlog:
+                    self._handle_request_noblock()  # type: ignore[attr-defined]
 
     def renew_certificate(self) -> None:
         """Have new connections use the certificate as its file is now."""

@@ -3512,9 +3512,9 @@ def run(*flags, **more):
 
 
 @contextlib.contextmanager
-def running(*flags, **more):
-    """A server as its own process on loopback: its Popen with line, the one it prints at start, and port."""
-    process = subprocess.Popen([sys.executable, SERVER, *flags], env=variables(**{"P2P_HOST": "127.0.0.1", **more}),
+def running(*flags, before=(), **more):
+    """A server as its own process on loopback: its Popen with line, the one it prints at start, and port. before: what its command begins with."""
+    process = subprocess.Popen([*before, sys.executable, SERVER, *flags], env=variables(**{"P2P_HOST": "127.0.0.1", **more}),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert select.select([process.stdout], [], [], WAIT)[0], "it says nothing"
@@ -3590,6 +3590,61 @@ def test_a_server_on_all_addresses_is_reached_by_both_versions_of_ip(serve):
         with socket.create_connection((address, port), WAIT) as sock:
             sock.sendall(GET + END)
             assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.fixture
+def in_world(tmp_path):
+    """The beginning of a command for which localhost has the addresses of a text like that of /etc/hosts."""
+    def world(hosts):
+        (tmp_path / "hosts").write_text(hosts)
+        command = ["unshare", *(["--map-root-user"] if os.geteuid() else []), "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"',
+                   str(tmp_path / "hosts")]
+        if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True, timeout=WAIT).returncode:
+            pytest.skip("this machine lets nobody have a file /etc/hosts of his own")
+        return command
+
+    return world
+
+
+def test_a_server_on_a_name_listens_on_every_address_that_it_resolves_to(in_world):
+    require("::1")
+    require("127.0.0.2")
+    addresses = ["127.0.0.1", "127.0.0.2", "::1"]
+    before = in_world("".join(f"{address} localhost\n" for address in [*addresses, "127.0.0.1"]))
+    with running("--host", "localhost", "--port", "0", before=before) as process:
+        for address in addresses:
+            for _ in range(2):
+                with socket.create_connection((address, process.port), WAIT) as sock:
+                    sock.sendall(GET + END)
+                    assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+            with udp(process.port, address) as client:
+                answer, sender = client.ask(REQUEST)
+                assert sender == (address, process.port) and mapped(answer) == client.address
+            assert f"http://{f'[{address}]' if ':' in address else address}:{process.port}/ and " in process.line
+        assert Api(process, process.port).call("GET", "/metrics").text.count('p2pserver_stun_total{result="answer"} 3\n') == 1
+        assert process.line.count("127.0.0.1") == 1, "that it is found twice is no matter"
+        assert end(process)[0] == 0
+    for address in addresses:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((address, process.port), WAIT)
+
+
+def test_a_server_on_a_name_does_without_the_addresses_that_this_machine_has_not(in_world):
+    with running("--host", "localhost", "--port", "0", before=in_world("127.0.0.1 localhost\n2001:db8::1 localhost\n")) as process:
+        assert is_healthy(process) and f"http://127.0.0.1:{process.port}/ and STUN" in process.line
+
+
+def test_a_port_in_use_on_one_address_of_a_name_is_one_line_and_status_1(in_world):
+    before = in_world("127.0.0.1 localhost\n127.0.0.5 localhost\n")
+    with taken(socket.SOCK_STREAM, ["{}"]) as (port,):
+        process = subprocess.run([*before, sys.executable, SERVER, "--host", "localhost", "--port", port], env=variables(), capture_output=True, text=True,
+                                 timeout=WAIT)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1) and f"TCP port {port} of localhost is in use" in process.stderr
+
+
+def test_a_name_that_is_none_is_one_line_and_status_1():
+    status, out, err = run("--host", "nosuch.invalid", "--port", "0")
+    assert (status, out, err.count("\n")) == (1, "", 1) and "nosuch.invalid" in err
 
 
 @pytest.mark.parametrize("flags, more", rows({
