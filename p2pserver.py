@@ -105,6 +105,8 @@ class Networks:
     An IPv4-mapped one is the IPv4 one, as it is where clients' addresses are read (packed_address).
     """
 
+    has_warned = False      # of an address outside that speaks for others
+
     def __init__(self, text: str) -> None:
         self._networks = []
         for network in [ipaddress.ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip()]:
@@ -171,6 +173,7 @@ LINGER_TIME = 2.0               # seconds that a refused request may go on arriv
 RETRY_AFTER = 10                # seconds, where a full server or game may have room again
 BUSY_FACTOR = 5                 # times as long between two polls is advised to a client for which no place to wait is left
 GAME_SIZE, GUEST_SIZE = 1200, 1000      # bytes that one takes beside its texts (bench/memory.py measures it)
+REPORT_EVERY = 60.0             # seconds between two lines that tell how often one limit was reached
 LOG_LINES = 10000               # that wait to be written at the most
 
 
@@ -831,6 +834,9 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
     if forwarded is None:
         return peer
     if peer.address not in proxies:
+        if not proxies.has_warned:
+            proxies.has_warned = True
+            log.warning("X-Forwarded-For from %s is not believed, as --trusted-proxies does not name it: all who come through it are one client", peer.address)
         return peer._replace(is_local=False)
     for member in reversed(forwarded[-MAX_FORWARDED:].split(",")):      # the last ones are the proxies' own
         try:
@@ -1825,6 +1831,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()
         self.answered: collections.Counter[Tuple[str, Union[int, str]]] = collections.Counter()     # by operation and status
         self.refused: collections.Counter[str] = collections.Counter()      # by the option that was reached
+        self._logged: collections.Counter[str] = collections.Counter()      # how many of these the log has told
         self.connections: Set[Connection] = set()
         self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
         socketserver.BaseServer.__init__(self, (settings.host, settings.port), Handler)     # TCPServer's would listen on one address alone
@@ -1835,6 +1842,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket = self.listeners[0]
         self.parking = Parking(self)
         self._next_look = 0.0
+        self.next_report = self.began + REPORT_EVERY
         self.has_backlog = False            # clients that are not accepted yet
         self._running: List[threading.Thread] = []
 
@@ -1906,6 +1914,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.parking.close()
         self.server_close()
         self.log_events()
+        self.log_refusals()
 
     def service_actions(self) -> None:
         """Called by serve_forever() after each look for a new client, for which it does not wait: serve who is there already."""
@@ -1923,6 +1932,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.parking.serve_late()
         self.registry.expire_games()
         self.log_events()
+        if time.monotonic() >= self.next_report:
+            self.log_refusals()
         if self.certificate_is_old:
             self.renew_certificate()
 
@@ -1948,6 +1959,14 @@ class Server(http.server.ThreadingHTTPServer):
         while self.registry.events:
             operation, name, detail = self.registry.events.popleft()
             log_fields("{operation} {name!r} {detail}", operation=operation, name=name, detail=detail)
+
+    def log_refusals(self) -> None:
+        """Log how often each limit has been reached since the last time."""
+        self.next_report = time.monotonic() + REPORT_EVERY
+        with self._lock:
+            recent, self._logged = self.refused - self._logged, self.refused.copy()
+        for limit, count in sorted(recent.items()):
+            log_fields("limit {limit}: {count} refused", logging.WARNING, limit=limit, count=count)
 
     # A new connection.
 
@@ -2124,9 +2143,9 @@ class LogQueue(logging.handlers.QueueHandler):
         return not ending.is_alive()
 
 
-def log_fields(text: str, **fields: Any) -> None:
+def log_fields(text: str, level: int = logging.INFO, **fields: Any) -> None:
     """Log a line of these fields. Names are quoted as Python does it, so that none can forge a line or steer a terminal."""
-    log.info("%s", text.format_map(fields).rstrip(), extra={"fields": fields})
+    log.log(level, "%s", text.format_map(fields).rstrip(), extra={"fields": fields})
 
 
 class JsonFormatter(logging.Formatter):

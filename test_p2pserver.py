@@ -2622,6 +2622,34 @@ def test_requests_are_logged_without_their_query_and_only_where_access_log_is(ac
     assert len(lines) == len(expected) and all(line.startswith(beginning) for line, beginning in zip(lines, expected))
 
 
+def test_refusals_are_a_line_for_each_limit_once_a_minute_with_their_count(serve, lines):
+    api = serve(max_games=1, max_guests=1)
+    api.register_game("game 0")
+    api.start_game("game 0")
+    said = []
+
+    def is_told(words):
+        return any(line.endswith(words) for line in lines)
+
+    def told():
+        return [line for line in lines if line.startswith("limit")]
+
+    for i, refused in enumerate((3, 0, 2)):
+        assert [api.register_game(f"other {j}").status_code for j in range(refused)] == [503] * refused
+        assert api.start_game(f"game {i}", OTHER).status_code == 503
+        for old, new in ((f"game {i}", f"meanwhile {i}"), (f"meanwhile {i}", f"game {i + 1}")):
+            api.update_game(old, name=new)
+            wait_until(functools.partial(is_told, f"renamed to {new!r}"))       # so the server has looked at what is due
+            assert told() == said, "the minute is not over"
+        api.server.next_report = 0.0
+        said = [*said, *[f"limit games: {refused} refused"] * bool(refused), "limit guests: 1 refused"]
+        wait_until(functools.partial(lambda count: len(told()) == count, len(said)))
+        assert told() == said
+    api.register_game("other")
+    api.server.stop()
+    assert told() == [*said, "limit games: 1 refused"], "what is left is told in the end"
+
+
 # ---- concurrency ----------------------------------------------------------------------------------------------------
 
 def test_nothing_is_lost_or_double_when_32_clients_register_poll_and_start_at_once(serve):
@@ -3015,6 +3043,17 @@ def test_who_comes_through_a_proxy_is_not_taken_for_a_user_of_this_machine(serve
     for forwarded in ("203.0.113.1", "junk", "", "_hidden", "127.0.0.1", "127.0.0.2, 127.0.0.1"):
         assert not p2pserver.client_behind(peer, {"x-forwarded-for": forwarded}, proxies).is_local
         assert not p2pserver.client_behind(peer, {"x-forwarded-for": forwarded}, p2pserver.Networks("")).is_local, "also behind one that is not trusted"
+
+
+def test_the_first_request_with_x_forwarded_for_of_an_address_that_is_not_trusted_is_a_warning(serve, lines):
+    api = serve(trusted_proxies="127.0.0.2")
+    for source, header in (("127.0.0.2", b"X-Forwarded-For: 203.0.113.1"), ("127.0.0.1", b"X-Other: 1")):
+        assert ask(api, source, GET + header + b"\r\n\r\n").status == 200
+    assert lines == []
+    for source in ("127.0.0.3", "127.0.0.3", "127.0.0.1"):
+        assert ask(api, source, GET + b"X-Forwarded-For: 203.0.113.1\r\n\r\n").status == 200
+    [line] = lines
+    assert "127.0.0.3" in line and "--trusted-proxies" in line and "203.0.113" not in line
 
 
 def test_each_client_behind_a_trusted_proxy_has_a_rate_of_its_own(serve, clock):
