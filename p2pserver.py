@@ -448,7 +448,7 @@ class GameRegistry(Protocol):
     digest is that of the caller's peerId; client is the client key of its address.
     """
 
-    events: collections.deque[Tuple[str, str, str]]     # what has happened to games: operation, name, detail
+    events: collections.deque[Tuple[str, str, str, bytes]]     # what has happened to games: operation, name, detail, client key
 
     def peer_digest(self, peer_id: str) -> bytes:
         """What stands for a peerId in all other methods."""
@@ -584,7 +584,7 @@ class Registry:
         self._waiters: Dict[Entry, Waiter] = {}             # the polls of hosts and the starts of guests
         self._stored = 0                                    # bytes that games and guests take
         # Appended to under the lock. A deque's ends are safe without it.
-        self.events: collections.deque[Tuple[str, str, str]] = collections.deque()
+        self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
 
     def peer_digest(self, peer_id: str) -> bytes:
         """A keyed digest: what is kept reveals nothing, and to look it up takes no time that depends on the secret."""
@@ -605,7 +605,7 @@ class Registry:
                 self._games[name] = game
                 self._games_of[client] += 1
                 self._list = None
-                self.events.append(("register_game", name, ""))
+                self.events.append(("register_game", name, "", client))
             return is_new
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None, wake: Wake = None) -> News:
@@ -638,7 +638,7 @@ class Registry:
             if digest not in game.guests:
                 game.guests[digest] = guest
                 game.line = self._list = None
-                self.events.append(("start_game", name, f"guests: {len(game.guests)}"))
+                self.events.append(("start_game", name, f"guests: {len(game.guests)}", client))
             offer, version = guest.offer
             session = Session(guest.session_id, guest.session_key, offer)
             return News(name, [session], version, [], self._wait(guest, name, None, wake, offer != NO_ADDRESSES, addresses is None))
@@ -674,7 +674,7 @@ class Registry:
             if new_name != name:
                 self._games[new_name] = self._games.pop(name)
                 self._wake(game, *game.guests.values(), is_renamed=True)
-                self.events.append(("update_game", name, f"renamed to {new_name!r}"))
+                self.events.append(("update_game", name, f"renamed to {new_name!r}", game.client))
             return self._line(game)
 
     def delete_game(self, name: str, digest: bytes) -> None:
@@ -738,7 +738,7 @@ class Registry:
         if self._change({game: {"addresses": addresses, "ready": addresses != NO_ADDRESSES},
                          **{guests[session_id]: {"reply": reply} for session_id, reply in replies.items() if session_id in guests}}):
             if is_first and game.changed:
-                self.events.append(("poll_game", game.name, "first addresses"))
+                self.events.append(("poll_game", game.name, "first addresses", game.client))
             self._wake(*[guest for guest in game.guests.values() if guest.offer[0] != NO_ADDRESSES])
         return [session_id for session_id in replies if session_id not in guests]
 
@@ -799,12 +799,12 @@ class Registry:
         del self._games[entry.name]
         count_down(self._games_of, entry.client)
         self._list = None
-        self.events.append((operation, entry.name, ""))
+        self.events.append((operation, entry.name, "", entry.client))
 
 
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
 
-UNKNOWN = "unknown"     # stands for the address of a client of which its proxy tells nothing
+UNKNOWN, UNKNOWN_KEY = "unknown", b"unknown"        # stand for the address and client key of a client of which its proxy tells nothing
 BUCKETS = 65536         # 512 KiB
 
 
@@ -822,6 +822,13 @@ def client_of(host: str) -> Client:
     packed = packed_address(host)
     text = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
     return Client(text, packed if len(packed) == 4 else packed[:7], is_loopback(packed))
+
+
+def key_text(key: bytes) -> str:
+    """A client key for a person: an IPv4 address, an IPv6 /56, or UNKNOWN."""
+    if key == UNKNOWN_KEY:
+        return UNKNOWN
+    return socket.inet_ntop(socket.AF_INET, key) if len(key) == 4 else str(ipaddress.ip_network((key.ljust(16, b"\0"), 56)))
 
 
 def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -> Client:
@@ -842,7 +849,7 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
         try:
             client = client_of(host_of(member))._replace(is_local=False)
         except OSError:
-            return Client(UNKNOWN, b"unknown", False)
+            return Client(UNKNOWN, UNKNOWN_KEY, False)
         if client.address not in proxies:
             break
     return client
@@ -1955,10 +1962,11 @@ class Server(http.server.ThreadingHTTPServer):
             log.error("%s; the old one stays in use", reason)
 
     def log_events(self) -> None:
-        """Log what has happened to games."""
+        """Log what has happened to games, and at the level debug the client key of the guest that starts, else of the host."""
         while self.registry.events:
-            operation, name, detail = self.registry.events.popleft()
-            log_fields("{operation} {name!r} {detail}", operation=operation, name=name, detail=detail)
+            operation, name, detail, key = self.registry.events.popleft()
+            fields: Dict[str, Any] = {"client": key_text(key)} if log.isEnabledFor(logging.DEBUG) else {}
+            log_fields("{client} " * len(fields) + "{operation} {name!r} {detail}", operation=operation, name=name, detail=detail, **fields)
 
     def log_refusals(self) -> None:
         """Log how often each limit has been reached since the last time."""

@@ -767,7 +767,7 @@ def test_what_happens_to_games_is_one_event_each(registry, clock):
     registry.register_game("i", BY_HOST)
     clock.tick(60)
     registry.expire_games()
-    assert [f"{operation} {name}" for operation, name, _ in registry.events] == [
+    assert [f"{operation} {name}" for operation, name, *_ in registry.events] == [
         "register_game g", "start_game g", "poll_game g", "update_game g", "delete_game h", "register_game i", "expire_game i"]
 
 
@@ -2578,7 +2578,7 @@ def test_no_secret_is_in_any_log_line_or_in_an_answer_to_anybody_else(lines):
         ask("guest", api.start_game("i", guest + "2"))
         ask("host", api.delete_by_header("i", f"Bearer {host}"), api.register_game("j", host))
         clock.tick(60)
-        wait_until(lambda: any(line.startswith("expire_game 'j'") for line in lines))
+        wait_until(lambda: any("expire_game 'j'" in line for line in lines))
     assert {text[:3] for _, text in answers} >= {"200", "201", "202", "204", "400", "403", "404", "405", "409", "413", "415", "500", "501"}
     assert any("RuntimeError" in line for line in lines) and len(lines) > len(answers) > 40
     for secret, knowing in ((host, ()), (guest, ()), (other, ()), (key, ("host", "guest"))):
@@ -2598,7 +2598,7 @@ def test_each_thing_that_happens_to_a_game_is_one_line_and_nothing_else_is(serve
     wait_until(lambda: len(lines) == 6)
     clock.tick(60)
     wait_until(lambda: len(lines) == 7)
-    assert [" ".join(line.split()[:2]) for line in lines] == [
+    assert [" ".join(line.split()[1:3]) for line in lines] == [
         "register_game 'g'", "poll_game 'g'", "start_game 'g'", "update_game 'g'", "delete_game 'h'", "register_game 'i'", "expire_game 'i'"]
     assert lines[3].endswith("renamed to 'h'")
 
@@ -2608,8 +2608,26 @@ def test_an_event_quotes_its_name_in_one_printable_line(serve, lines):
     names = [api.register_game(name).json()["name"] for name in NAMES]
     wait_until(lambda: len(lines) == len(names))
     for line, name in zip(lines, names):
-        operation, quoted = line.split(" ", 1)
+        _, operation, quoted = line.split(" ", 2)
         assert line.isprintable() and (operation, ast.literal_eval(quoted)) == ("register_game", name)
+
+
+def test_an_event_tells_its_client_at_debug_level_and_at_no_other(serve, clock, lines):
+    """By client key, so that one can see whose limits it counts for."""
+    api = serve(clock, trusted_proxies="127.0.0.1")
+    for level, expected in ((logging.DEBUG, ["203.0.113.1 register_game", "2001:db8:1:200::/56 start_game", "unknown start_game", "203.0.113.1 poll_game",
+                                             "203.0.113.1 expire_game"]),
+                            (logging.INFO, ["register_game", "start_game", "start_game", "poll_game", "expire_game"])):
+        lines.clear()
+        p2pserver.log.setLevel(level)
+        api.call("POST", "/games/register", {"name": "g", "peerId": HOST}, headers={"X-Forwarded-For": "203.0.113.1"})
+        for peer, client in ((GUEST, "2001:db8:1:2ff::1"), (OTHER, "junk")):
+            api.call("POST", "/games/start", {"name": "g", "peerId": peer, "addresses": THERE}, headers={"X-Forwarded-For": client})
+        api.poll_game("g")
+        wait_until(lambda: any("poll_game" in line for line in lines))
+        clock.tick(60)
+        wait_until(lambda: any("expire_game" in line for line in lines))
+        assert [line.split(" 'g'")[0] for line in lines] == expected
 
 
 @pytest.mark.parametrize("access_log", [False, True])
