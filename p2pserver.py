@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import datetime
 import difflib
 import errno
 import functools
@@ -1892,8 +1893,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve in threads of its own, and return."""
-        self._running = [threading.Thread(target=self.serve_forever, args=(0.0,), daemon=True)]
-        self._running += [threading.Thread(target=stun.serve_forever, args=(0.1,), daemon=True) for stun in self.stuns]
+        self._running = [threading.Thread(target=each.serve_forever, args=(0.0 if each is self else 0.1,), daemon=True) for each in (self, *self.stuns)]
         for thread in self._running:
             thread.start()
 
@@ -1957,7 +1957,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.certificate_is_old = False
         try:
             self.tls = load_certificate(self.settings)
-            log.info("the certificate was loaded anew")
+            log.info("the certificate was loaded anew" if self.tls else "SIGHUP is ignored: without --tls-cert there is no certificate to load anew")
         except CannotStart as reason:
             log.error("%s; the old one stays in use", reason)
 
@@ -2109,11 +2109,16 @@ def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION
+    certificate, key = settings.tls_cert, settings.tls_key or settings.tls_cert
     try:
-        # Without a password it would ask for one on the terminal.
-        context.load_cert_chain(settings.tls_cert, settings.tls_key or None, password="")
+        for path, kind in ((certificate, "CERTIFICATE"), (key, "PRIVATE KEY")):
+            with open(path, encoding="latin-1") as file:
+                text = file.read()
+            require(f"{kind}-----" in text, f"there is no {kind} in {path} as PEM")     # of OpenSSL's own errors few say what is wrong
+        require("ENCRYPTED" not in text, f"the key in {path} is encrypted, and nobody is there to type its password")
+        context.load_cert_chain(certificate, key, password="")      # without a password it would ask for one on the terminal
     except (OSError, ValueError) as error:
-        raise CannotStart(f"the certificate cannot be used: {error}; look at --tls-cert and --tls-key") from None
+        raise CannotStart(f"the certificate {certificate} with the key {key} cannot be used: {error}; look at --tls-cert and --tls-key") from None
     return context
 
 
@@ -2156,7 +2161,14 @@ def log_fields(text: str, level: int = logging.INFO, **fields: Any) -> None:
     log.log(level, "%s", text.format_map(fields).rstrip(), extra={"fields": fields})
 
 
-class JsonFormatter(logging.Formatter):
+class TextFormatter(logging.Formatter):
+    """Each line a text, whose time is that of ISO 8601 with the offset from UTC."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
+        return datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+
+
+class JsonFormatter(TextFormatter):
     """Each line an object: {time, level, message}, and the fields of log_fields() by their names."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -2213,10 +2225,34 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 10240, hard))
 
 
+def handle_signals(server: Server) -> None:
+    """Have a signal that ends the server raise KeyboardInterrupt, once: SIGINT, SIGTERM, and SIGHUP where its terminal is closed.
+
+    Else SIGHUP has the certificate loaded anew.
+    """
+    hang_up, terminal = getattr(signal, "SIGHUP", None), -1     # Windows has none
+    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:     # who ignores it, as nohup, outlives the terminal
+        with contextlib.suppress(OSError):      # there is none
+            terminal = os.open("/dev/tty", os.O_RDONLY)
+
+    def handle(number: int, frame: Any) -> None:
+        if number == hang_up and (terminal < 0 or os.isatty(terminal)):
+            server.certificate_is_old = True
+            return
+        for each in handled:    # the next one ends the process as it stands; but a closed terminal may send several
+            signal.signal(each, signal.SIG_IGN if each == hang_up else signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    handled = [each for each in (signal.SIGINT, signal.SIGTERM, hang_up) if each]
+    for each in handled:        # the first process of a container ignores SIGTERM unless it is handled
+        signal.signal(each, handle)
+
+
 def main(arguments: Optional[List[str]] = None) -> None:
     """Serve until a signal comes. SystemExit 1 with one line if the server cannot start."""
     settings = parse_settings(arguments, os.environ)
-    writer = LogQueue(JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter("%(asctime)s %(levelname)s %(message)s")
+    writer = LogQueue(formatter)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[writer])
     for name, advice in ignored_variables(os.environ).items():
         log.warning("%s in the environment is ignored; %s", name, advice)
@@ -2227,26 +2263,21 @@ def main(arguments: Optional[List[str]] = None) -> None:
     except CannotStart as reason:
         sys.exit(f"p2pserver: {reason}")
 
-    def renew_certificate(number: int, frame: Any) -> None:
-        server.certificate_is_old = True
-
-    if server.tls and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, renew_certificate)
     try:
-        # The first process of a container ignores SIGTERM unless it is handled.
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler)     # raises KeyboardInterrupt
+        handle_signals(server)
         server.start()
+        text = f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"
+        if settings.log_format == "json":
+            text = formatter.format(logging.makeLogRecord({"levelname": "INFO", "msg": text}))
         with contextlib.suppress(OSError):      # nobody reads it
-            os.write(1, f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it\n".encode())
+            os.write(1, f"{text}\n".encode())
         while True:
             time.sleep(0.5)     # a signal that another thread has taken is acted upon when this one wakes
     except KeyboardInterrupt:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)     # the next one ends the process as it stands
         server.stop()
-        if not writer.end():
-            os._exit(0)     # Python's own end would wait for the stream that the log is still written to
+        log.info("the server has ended")
+        writer.end()
+        os._exit(0)     # Python's own end would wait for the stream of the log, or fail where its terminal is closed
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import functools
 import gc
@@ -3284,20 +3285,54 @@ def shown_by(api):
         return tls.socket.getpeercert(binary_form=True)
 
 
+KEYS, CHAINS = zip(*[text.split("-----BEGIN CERT") for text in CERTIFICATES])
+CHAINS = ["-----BEGIN CERT" + chain for chain in CHAINS]
+# The first key again, encrypted with the password "x", in the two forms that OpenSSL writes.
+ENCRYPTED = (
+    """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAhFu9qbvTV0DAICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEASoEEK9w/Gd/K9G8Xkq8aBFz/zIEgZB+
+VNOWd7aXSBiSlVQJbGVgHCI/dhQMZx7zM2v70QnjhW7DFX7+PA3Ox3T+8VdNFOi3
+JcH7523QbEN1juEk4qizjVnGgpc0ENZINecinNIn1r3CnEN6g3zgTO7O8nUnqxdi
++0pzdj+f/zHRUVw2Jgz9y3uVrGUPaly7rUb5dmS+4j4JbNXK6g/xp6h9V3Fu8fQ=
+-----END ENCRYPTED PRIVATE KEY-----
+""",
+    """\
+-----BEGIN EC PRIVATE KEY-----
+Proc-Type: 4,ENCRYPTED
+DEK-Info: AES-128-CBC,B5B4228937CBC9AD2C6E23C7D5D7DF8F
+
+nisSYj2nINurVf/F50nl26iPvAp35HCavicp1ONzHkaJcF7f4FsA64ToSuAkPV7I
+hcl1hM4yPpTJla+sUjhbsufHNN9jBKO8s/7iaj9Q2lgRNoKtDleb9Q2n/tsoAmAb
+x/qsVfGJsR0r01GcSviIBcdr7VC2u0vaCCjW3tqppqI=
+-----END EC PRIVATE KEY-----
+""",
+)
 BAD_CERTIFICATES = {
-    "missing": None, "empty": "", "junk": "junk", "without a key": CERTIFICATES[0][CERTIFICATES[0].index("-----BEGIN CERT"):],
-    "another's key": CERTIFICATES[1][:CERTIFICATES[1].index("-----BEGIN CERT")] + CERTIFICATES[0][CERTIFICATES[0].index("-----BEGIN CERT"):],
+    "missing": (None, KEYS[0], "No such file or directory: '{0}'"), "its key missing": (CHAINS[0], None, "No such file or directory: '{1}'"),
+    "empty": ("", KEYS[0], "there is no CERTIFICATE in {0}"), "junk": ("junk", KEYS[0], "there is no CERTIFICATE in {0}"),
+    "a key in its place": (KEYS[0], KEYS[0], "there is no CERTIFICATE in {0}"), "without a key": (CHAINS[0], CHAINS[0], "there is no PRIVATE KEY in {1}"),
+    "with an encrypted key": (CHAINS[0], ENCRYPTED[0], "the key in {1} is encrypted"),
+    "with a key encrypted the old way": (CHAINS[0], ENCRYPTED[1], "the key in {1} is encrypted"),
+    "another's key": (CHAINS[0], KEYS[1], "certificate {0} with the key {1} cannot be used: [X509: KEY_VALUES_MISMATCH]"),
+    "damaged": (CHAINS[0].replace("MII", "!"), KEYS[0], "certificate {0} with the key {1} cannot be used"),
 }
 
 
-@pytest.mark.parametrize("text", BAD_CERTIFICATES.values(), ids=BAD_CERTIFICATES)
-def test_a_bad_certificate_is_refused_and_the_old_one_stays(text, secure, certificate, lines):
-    api = secure()
-    certificate.unlink()
-    if text is not None:
-        certificate.write_text(text)
-    with pytest.raises(p2pserver.CannotStart, match="--tls-cert"):
+@pytest.mark.parametrize("chain, key, words", rows(BAD_CERTIFICATES))
+def test_a_bad_certificate_is_refused_with_file_and_fault_and_the_old_one_stays(chain, key, words, serve, tmp_path, lines):
+    files = tmp_path / "chain.pem", tmp_path / "key.pem"
+    for file, text in zip(files, (CHAINS[0], KEYS[0])):
+        file.write_text(text)
+    api = serve(tls_cert=str(files[0]), tls_key=str(files[1]))
+    for file, text in zip(files, (chain, key)):
+        file.unlink()
+        if text is not None:
+            file.write_text(text)
+    with pytest.raises(p2pserver.CannotStart, match="--tls-cert") as refused:
         p2pserver.open_server(api.server.settings)
+    assert words.format(*files) in str(refused.value) and "MIH" not in str(refused.value)
     api.server.certificate_is_old = True
     wait_until(lambda: any(line.endswith("look at --tls-cert and --tls-key; the old one stays in use") for line in lines))
     assert shown_by(api) == certificate_of(CERTIFICATES[0])
@@ -3314,6 +3349,54 @@ def test_sighup_loads_the_certificate_anew_and_says_so(certificate):
                 assert "the old one stays in use" in process.stderr.readline()
             else:
                 assert "the certificate was loaded anew" in process.stderr.readline()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="SIGHUP is for POSIX")
+def test_sighup_without_tls_is_ignored_with_a_line():
+    with running("--port", "0") as process:
+        for _ in range(2):
+            process.send_signal(signal.SIGHUP)
+            assert "SIGHUP is ignored" in process.stderr.readline() and is_healthy(process)
+
+
+@contextlib.contextmanager
+def on_terminal(command):
+    """A server on loopback that is the first process on a terminal of its own, and listens already; with hang_up(), which closes the terminal."""
+    import pty
+    ours, its = pty.openpty()
+    process = subprocess.Popen(command, stdin=its, stdout=subprocess.PIPE, stderr=its, env=variables(P2P_HOST="127.0.0.1"), start_new_session=True,
+                               preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)))     # the first one that it opens becomes its own
+    os.close(its)
+    with os.fdopen(ours, "rb", 0) as terminal:
+        try:
+            process.port = int(re.search(rb":(\d+)/", process.stdout.readline())[1])
+            process.terminal, process.hang_up = terminal, terminal.close
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="SIGHUP is for POSIX")
+@pytest.mark.parametrize("with_tls", [False, True], ids=["without TLS", "with TLS"])
+def test_the_server_ends_when_its_terminal_is_closed_and_not_by_another_sighup(with_tls, certificate):
+    flags = ["--tls-cert", str(certificate)] if with_tls else []
+    with on_terminal([sys.executable, SERVER, "--port", "0", *flags]) as process:
+        process.send_signal(signal.SIGHUP)
+        assert (b"loaded anew" if with_tls else b"is ignored") in process.terminal.read(1000)
+        assert ask(process, "127.0.0.1", connection=Tls if with_tls else Raw).status == 200
+        process.hang_up()
+        assert process.wait(WAIT) == 0
+
+
+@pytest.mark.skipif(not shutil.which("nohup"), reason="nohup is not installed")
+def test_a_server_under_nohup_outlives_its_terminal():
+    with on_terminal(["nohup", sys.executable, SERVER, "--port", "0"]) as process:
+        process.hang_up()
+        process.send_signal(signal.SIGHUP)
+        assert is_healthy(process)
+        process.terminate()
+        process.wait(WAIT)
 
 
 @pytest.mark.parametrize("data", [b"", GET + END, poll("castle", b"Prefer: wait=25")], ids=["nothing", "a request", "a poll that waits"])
@@ -3389,14 +3472,29 @@ def test_metrics_are_for_this_machine_and_whom_metrics_from_names(serve):
 HOSTILE = "a\u202eb\u2066 \x1b[31m\U0001f600".replace("\x1b", "\u200b")     # marks that turn the text, as a name may have them
 
 
+def is_iso_8601(text):
+    """Whether it is a time with its offset from UTC: within the last minute, so that the offset is right."""
+    is_one = re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", text)
+    return is_one and 0 <= time.time() - datetime.datetime.fromisoformat(text).timestamp() < 60
+
+
+@pytest.mark.parametrize("zone, offset", [("UTC0", "+00:00"), ("XXX-5:30", "+05:30"), ("XXX3:30", "-03:30")])
+def test_times_in_the_log_are_iso_8601_with_offset(zone, offset):
+    with running("--port", "0", TZ=zone) as process:
+        [line] = end(process)[2].splitlines()
+    at, words = line.split(" ", 1)
+    assert is_iso_8601(at) and at.endswith(offset) and words == "INFO the server has ended"
+
+
 def test_each_line_of_a_json_log_is_an_object_that_says_what_happened():
     with running("--port", "0", "--log-format", "json", "--access-log") as process:
         api = Api(process, process.port)
         api.register_game(HOSTILE)
         ask(api, "127.0.0.1", b"GET /a%0A%1B[31m?secret=1 HTTP/1.1\r\nHost: h\r\n\r\n")
         status, _, err = end(process)
-    lines = [json.loads(line) for line in err.splitlines()]
-    assert status == 0 and err.isascii() and all(line["level"] == "info" and line["time"] for line in lines)
+    lines = [json.loads(line) for line in [process.line, *err.splitlines()]]
+    assert status == 0 and err.isascii() and all(line["level"] == "info" and is_iso_8601(line["time"]) for line in lines)
+    assert f"listens on http://127.0.0.1:{process.port}/" in lines[0]["message"] and lines[-1]["message"] == "the server has ended"
     event, = (line for line in lines if line.get("operation") == "register_game")
     assert event["name"] == HOSTILE
     first, second = (line for line in lines if "method" in line)
@@ -3774,7 +3872,7 @@ def test_the_process_logs_by_level(level, logged):
     with running("--port", "0", "--access-log", "--log-level", level) as process:
         assert is_healthy(process)
         err = end(process)[2]
-        assert bool(re.search(r"^\S+ \S+ INFO 127\.0\.0\.1 GET '/healthz' 200 \d+\n", err)) is logged and (logged or err == "")
+        assert bool(re.search(r"^\S+ INFO 127\.0\.0\.1 GET '/healthz' 200 \d+\n", err)) is logged and (logged or err == "")
 
 
 def test_the_server_imports_nothing_outside_the_standard_library():
