@@ -805,7 +805,7 @@ class Registry:
 
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
 
-UNKNOWN, UNKNOWN_KEY = "unknown", b"unknown"        # stand for the address and client key of a client of which its proxy tells nothing
+UNKNOWN = "unknown"     # stands for the address of a client of which its proxy tells nothing
 BUCKETS = 65536         # 512 KiB
 
 
@@ -823,13 +823,6 @@ def client_of(host: str) -> Client:
     packed = packed_address(host)
     text = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
     return Client(text, packed if len(packed) == 4 else packed[:7], is_loopback(packed))
-
-
-def key_text(key: bytes) -> str:
-    """A client key for a person: an IPv4 address, an IPv6 /56, or UNKNOWN."""
-    if key == UNKNOWN_KEY:
-        return UNKNOWN
-    return socket.inet_ntop(socket.AF_INET, key) if len(key) == 4 else str(ipaddress.ip_network((key.ljust(16, b"\0"), 56)))
 
 
 def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -> Client:
@@ -850,7 +843,7 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
         try:
             client = client_of(host_of(member))._replace(is_local=False)
         except OSError:
-            return Client(UNKNOWN, UNKNOWN_KEY, False)
+            return Client(UNKNOWN, b"", False)
         if client.address not in proxies:
             break
     return client
@@ -879,8 +872,6 @@ class RateLimiter:
 
     def pause(self, key: bytes) -> float:
         """Seconds until there is a token; 0 if there is one."""
-        if not self._interval:
-            return 0.0
         now = self._clock()
         pause = max(self._full_at[hash(key) % BUCKETS], now) + self._interval - now - self._depth
         return pause if pause > 1e-6 else 0.0      # sums of fractions are not exact
@@ -967,7 +958,7 @@ class StunServer(socketserver.UDPServer):
     def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
         self.address_family = family
         self._limiter = limiter
-        self.answered = self.silent = 0     # datagrams so far
+        self.results = {"answer": 0, "silence": 0}      # datagrams so far, by what they got
         super().__init__(address, socketserver.BaseRequestHandler)
 
     def server_bind(self) -> None:
@@ -988,13 +979,10 @@ class StunServer(socketserver.UDPServer):
         # The limiter first: to parse costs more than to refuse.
         is_over = self._limiter.acquire(client_of(client_address[0]).key)
         answer = None if is_over else stun_answer(request[0], client_address)
-        if answer is None:
-            self.silent += 1
-            return
-        self.answered += 1
-        if sys.platform == "linux":
+        self.results["answer" if answer else "silence"] += 1
+        if answer and sys.platform == "linux":
             self.socket.sendmsg([answer], request[1], 0, client_address)
-        else:
+        elif answer:
             self.socket.sendto(answer, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1115,7 +1103,7 @@ def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
     if not request.client.is_local and request.client.address not in server.watchers:
         raise Forbidden("metrics are for this machine and for whom --metrics-from names")
-    counts, stuns = server.registry.counts(), server.stuns
+    counts = server.registry.counts()
     text = ""
     for name, meaning, labels, samples in (
         ("games", "games on offer", "", {(): counts["games"]}),
@@ -1128,7 +1116,7 @@ def show_metrics(server: Server, request: Request) -> Answer:
         ("requests_total", "requests answered", '{operation="%s",status="%s"}', server.answered),
         ("refused_total", "requests and connections refused because a limit was reached", '{limit="%s"}', server.refused),
         ("stun_total", "datagrams to STUN, by what they got", '{result="%s"}',
-         {"answer": sum([stun.answered for stun in stuns]), "silence": sum([stun.silent for stun in stuns])} if stuns else {}),
+         {result: sum([stun.results[result] for stun in server.stuns]) for result in ("answer", "silence") if server.stuns}),
     ):
         text += f"# HELP p2pserver_{name} {meaning}\n# TYPE p2pserver_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
         text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(samples.items())])
@@ -1847,7 +1835,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.listeners: List[socket.socket] = []        # one for each address of the host
         self.stuns: List[StunServer] = []               # likewise
         self._bind()
-        self.socket = self.listeners[0]
         self.parking = Parking(self)
         self._next_look = 0.0
         self.next_report = self.began + REPORT_EVERY
@@ -1862,11 +1849,11 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             for family, address in dict.fromkeys([(row[0], row[4]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]):
                 protocol, port = "TCP", self.server_port or settings.port
-                listener = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
-                                                backlog=self.request_queue_size)
-                listener.setblocking(False)
-                self.listeners.append(listener)
-                self.server_port = listener.getsockname()[1]
+                self.socket = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
+                                                   backlog=self.request_queue_size)
+                self.socket.setblocking(False)
+                self.listeners.append(self.socket)
+                self.server_port = self.socket.getsockname()[1]
                 protocol, port = "UDP", settings.stun_port or self.server_port
                 if not settings.no_stun:
                     self.stuns.append(StunServer(family, (address[0], port, *address[2:]), limiter))
@@ -1885,11 +1872,10 @@ class Server(http.server.ThreadingHTTPServer):
         """What listens where, for a person."""
         scheme = "https" if self.tls else "http"
         stun = f"STUN on UDP port {self.stuns[0].server_address[1]}" if self.stuns else "no STUN"
-        if self.settings.host:
-            hosts = [listener.getsockname()[0] for listener in self.listeners]
-            return " and ".join([f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}/" for host in hosts] + [stun])
+        hosts = [listener.getsockname()[0] for listener in self.listeners] if self.settings.host else ["localhost"]
+        urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}/" for host in hosts]
         versions = "addresses, IPv6 and IPv4" if self.socket.family == socket.AF_INET6 else "IPv4 addresses"
-        return f"{scheme}://localhost:{self.server_port}/ and {stun} (all {versions})"
+        return " and ".join([*urls, stun]) + ("" if self.settings.host else f" (all {versions})")
 
     def start(self) -> None:
         """Serve in threads of its own, and return."""
@@ -1965,8 +1951,9 @@ class Server(http.server.ThreadingHTTPServer):
         """Log what has happened to games, and at the level debug the client key of the guest that starts, else of the host."""
         while self.registry.events:
             operation, name, detail, key = self.registry.events.popleft()
-            fields: Dict[str, Any] = {"client": key_text(key)} if log.isEnabledFor(logging.DEBUG) else {}
-            log_fields("{client} " * len(fields) + "{operation} {name!r} {detail}", operation=operation, name=name, detail=detail, **fields)
+            # Of a /56 the first address, and :: of who is unknown.
+            client = {"client": str(ipaddress.ip_address(key if len(key) == 4 else key.ljust(16, b"\0")))} if log.isEnabledFor(logging.DEBUG) else {}
+            log_fields("{client} " * len(client) + "{operation} {name!r} {detail}", operation=operation, name=name, detail=detail, **client)
 
     def log_refusals(self) -> None:
         """Log how often each limit has been reached since the last time."""
@@ -2139,8 +2126,7 @@ class LogQueue(logging.handlers.QueueHandler):
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """The record as it is: only the formatter makes text of it. Ahead of it the number of lines that were lost."""
-        lost = self.lost
-        if lost:
+        if lost := self.lost:
             self.enqueue(logging.makeLogRecord({"levelname": "WARNING", "msg": f"{lost} lines of the log were lost"}))
             self.lost -= lost
         return record
@@ -2148,15 +2134,14 @@ class LogQueue(logging.handlers.QueueHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         self.lost += 1      # there is no room, or it could not be written
 
-    def end(self, seconds: float = 0.5) -> bool:
-        """Write what there is, within so many seconds; whether that was enough."""
+    def end(self, seconds: float = 0.5) -> None:
+        """Write what there is, within so many seconds."""
         ending = threading.Thread(target=self._listener.stop, daemon=True)
         ending.start()
         ending.join(seconds)
-        return not ending.is_alive()
 
 
-def log_fields(text: str, level: int = logging.INFO, **fields: Any) -> None:
+def log_fields(text: str, level: int = logging.INFO, /, **fields: Any) -> None:
     """Log a line of these fields. Names are quoted as Python does it, so that none can forge a line or steer a terminal."""
     log.log(level, "%s", text.format_map(fields).rstrip(), extra={"fields": fields})
 
@@ -2183,11 +2168,10 @@ class JsonFormatter(TextFormatter):
 def ignored_variables(environment: Mapping[str, str]) -> Dict[str, str]:
     """Variables that look like an option's and are none, each with what helps."""
     known = [option.variable for option in OPTIONS]
-    ignored = {name: f"the option with the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}"
-               for name in environment if name.startswith("P2P_") and name not in known}
-    if environment.get("P2P_PORT", "").startswith("tcp://"):
-        ignored.update({name: "Kubernetes sets it for a service named p2p" for name in environment if re.match("P2P_(PORT|SERVICE)(_|$)", name)})
-    return ignored
+    return {name: "Kubernetes sets it for a service named p2p" if value.startswith("tcp://")
+            else f"the option with the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}"
+            for name, value in environment.items()
+            if name.startswith("P2P_") and name not in known or name == "P2P_PORT" and value.startswith("tcp://")}
 
 
 def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str]) -> Settings:
@@ -2230,13 +2214,11 @@ def handle_signals(server: Server) -> None:
 
     Else SIGHUP has the certificate loaded anew.
     """
-    hang_up, terminal = getattr(signal, "SIGHUP", None), -1     # Windows has none
-    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:     # who ignores it, as nohup, outlives the terminal
-        with contextlib.suppress(OSError):      # there is none
-            terminal = os.open("/dev/tty", os.O_RDONLY)
+    hang_up = getattr(signal, "SIGHUP", None)       # Windows has none
+    terminal = next(filter(os.isatty, (0, 1, 2)), None)     # under nohup none of the three is one
 
     def handle(number: int, frame: Any) -> None:
-        if number == hang_up and (terminal < 0 or os.isatty(terminal)):
+        if number == hang_up and (terminal is None or os.isatty(terminal)):
             server.certificate_is_old = True
             return
         for each in handled:    # the next one ends the process as it stands; but a closed terminal may send several
@@ -2267,10 +2249,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
         handle_signals(server)
         server.start()
         text = f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"
-        if settings.log_format == "json":
-            text = formatter.format(logging.makeLogRecord({"levelname": "INFO", "msg": text}))
+        line = formatter.format(logging.makeLogRecord({"levelname": "INFO", "msg": text})) if settings.log_format == "json" else text
         with contextlib.suppress(OSError):      # nobody reads it
-            os.write(1, f"{text}\n".encode())
+            os.write(1, f"{line}\n".encode())
         while True:
             time.sleep(0.5)     # a signal that another thread has taken is acted upon when this one wakes
     except KeyboardInterrupt:
