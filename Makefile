@@ -2,7 +2,7 @@
 # make check   the linters                  make lab     hole punching through real NATs (root, Linux)
 # make bench   beside the frameworks        make memory  what games and guests weigh
 # make faults  what the server survives     make soak    ten minutes of everything at once
-# make deploy-test    what is in deploy/, with real nginx and Caddy (root, Linux, Debian's packages)
+# make deploy-test    what is in deploy/, with real nginx, Caddy and HAProxy (root, Linux, Debian's packages)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -51,8 +51,8 @@ $(LAB): requirements.txt lab/requirements.txt
 
 # nginx and systemd-analyze may be where only root looks. What is missing is installed, which takes root.
 deploy-test: $(DEPLOY)
-	@missing=; for program in nginx caddy curl openssl systemd-analyze; do PATH=$$PATH:/usr/sbin:/sbin command -v $$program >/dev/null || missing=yes; done; \
-	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light caddy curl openssl systemd; }
+	@missing=; for program in nginx caddy haproxy curl openssl systemd-analyze; do PATH=$$PATH:/usr/sbin:/sbin command -v $$program >/dev/null || missing=yes; done; \
+	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light caddy haproxy curl openssl systemd; }
 	$(VENV)-deploy/bin/python -m pytest deploy
 
 $(DEPLOY): requirements.txt deploy/requirements.txt

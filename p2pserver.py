@@ -31,7 +31,7 @@ Preference-Applied in the answer says so.
 Threads: 1. One thread accepts and serves all connections; it never waits for a single one. 2. A connection that must wait,
 for bytes or for news of its game, is parked: it costs a record and no thread, until there is something to go on with.
 3. Under TLS each burst of a connection has a thread of ThreadingHTTPServer's, because OpenSSL may work for long. 4. One
-thread answers STUN, one writes the log. 5. All games live in the Registry behind its one lock.
+thread for each address answers STUN, one writes the log. 5. All games live in the Registry behind its one lock.
 
 Sections: options, problems, fields, registry, clients and rate limiter, STUN, endpoints and routes, HTTP (reading a request,
 connections, parking, handler, server), log, command line.
@@ -42,12 +42,15 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import datetime
+import difflib
 import errno
 import functools
 import hashlib
 import hmac
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -101,10 +104,18 @@ class Option:
 
 
 class Networks:
-    """Addresses and networks with commas between, as "192.0.2.1, 2001:db8::/32". ValueError if the text is anything else."""
+    """Addresses and networks with commas between, as "192.0.2.1, 2001:db8::/32". ValueError if the text is anything else.
+
+    An IPv4-mapped one is the IPv4 one, as it is where clients' addresses are read (packed_address).
+    """
+
+    has_warned = False      # of an address outside that speaks for others
 
     def __init__(self, text: str) -> None:
-        self._networks = [ipaddress.ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip()]
+        self._networks = []
+        for network in [ipaddress.ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip()]:
+            mapped = network.network_address.ipv4_mapped if network.version == 6 else None
+            self._networks.append(ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network)
 
     def __contains__(self, address: str) -> bool:
         """Whether the text of an IP address is in one of them; UNKNOWN never is."""
@@ -112,10 +123,10 @@ class Networks:
 
 
 OPTIONS = (
-    Option("host", "", "address to listen on; all addresses, IPv6 and IPv4, if not given"),
+    Option("host", "", "address to listen on, or a name: all its addresses; all addresses, IPv6 and IPv4, if not given"),
     Option("port", 8000, "port to listen on, TCP for HTTP and UDP for STUN; 0 picks a free one and prints it", 0, 65535),
     Option("stun_port", 0, "another UDP port for STUN than that of HTTP", 0, 65535),
-    Option("stun_rate", 5.0, "STUN answers a second to one address, and 50 at once; 0 for no limit", 0, 1_000_000),
+    Option("stun_rate", 20.0, "STUN answers a second to one address, and 500 at once; 0 for no limit", 0, 1_000_000),
     Option("no_stun", False, "no STUN: clients then need another STUN server"),
     Option("game_ttl", 60.0, "seconds after which a game whose host is silent is gone", 1, 86400),
     Option("guest_ttl", 60.0, "seconds after which a guest who has not started again is gone", 1, 86400),
@@ -154,7 +165,7 @@ READ_SIZE = 16384               # bytes that are received at once: a connection'
 MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, from its end
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
-STUN_BURST = 50                 # answers that one address gets at once, on top of --stun-rate a second
+STUN_BURST = 500                # answers that one address gets at once, on top of --stun-rate a second: a school may be one
 FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones cost a token each
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
@@ -167,6 +178,7 @@ RETRY_AFTER = 10                # seconds, where a full server or game may have 
 BUSY_FACTOR = 5                 # times as long between two polls is advised to a client for which no place to wait is left
 GAME_SIZE, GUEST_SIZE = 1200, 1000      # bytes that one takes beside its texts (bench/memory.py measures it)
 MAX_REMEMBERED, MEMBER_SIZE = 256, 200  # sessions that ended, and guests that were dismissed, of which a game knows; bytes of one
+REPORT_EVERY = 60.0             # seconds between two lines that tell how often one limit was reached
 LOG_LINES = 10000               # that wait to be written at the most
 
 
@@ -460,7 +472,7 @@ class GameRegistry(Protocol):
     digest is that of the caller's peerId; client is the client key of its address.
     """
 
-    events: collections.deque[Tuple[str, str, str]]     # what has happened to games: operation, name, detail
+    events: collections.deque[Tuple[str, str, str, bytes]]     # what has happened to games: operation, name, detail, client key
 
     def peer_digest(self, peer_id: str) -> bytes:
         """What stands for a peerId in all other methods."""
@@ -608,7 +620,7 @@ class Registry:
         self._waiters: Dict[Entry, Waiter] = {}             # the polls of hosts and the starts of guests
         self._stored = 0                                    # bytes that games and guests take
         # Appended to under the lock. A deque's ends are safe without it.
-        self.events: collections.deque[Tuple[str, str, str]] = collections.deque()
+        self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
 
     def peer_digest(self, peer_id: str) -> bytes:
         """A keyed digest: what is kept reveals nothing, and to look it up takes no time that depends on the secret."""
@@ -629,7 +641,7 @@ class Registry:
                 self._games[name] = game
                 self._games_of[client] += 1
                 self._list = None
-                self.events.append(("register_game", name, ""))
+                self.events.append(("register_game", name, "", client))
             return is_new
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
@@ -675,7 +687,7 @@ class Registry:
             if digest not in game.guests:
                 game.guests[digest] = guest
                 game.line = self._list = None
-                self.events.append(("start_game", name, f"guests: {len(game.guests)}"))
+                self.events.append(("start_game", name, f"guests: {len(game.guests)}", client))
             offer, version = guest.offer
             has_news = offer != NO_ADDRESSES and version > self._since(after)
             waiter = self._wait(guest, name, after, wake, has_news, addresses is None, not has_moved)
@@ -719,7 +731,7 @@ class Registry:
             if new_name != name:
                 self._games[new_name] = self._games.pop(name)
                 self._wake(game, *game.guests.values(), is_over=True)
-                self.events.append(("update_game", name, f"renamed to {new_name!r}"))
+                self.events.append(("update_game", name, f"renamed to {new_name!r}", game.client))
             return self._line(game)
 
     def delete_game(self, name: str, digest: bytes) -> None:
@@ -792,7 +804,7 @@ class Registry:
                          **{guests[session_id]: {"reply": reply} for session_id, reply in replies.items()
                             if session_id in guests and guests[session_id].changed <= known}}):
             if is_first and game.changed:
-                self.events.append(("poll_game", game.name, "first addresses"))
+                self.events.append(("poll_game", game.name, "first addresses", game.client))
             self._wake(*[guest for guest in game.guests.values() if guest.offer[1] == self._cursor])
         return [session_id for session_id in replies if session_id not in guests]
 
@@ -857,7 +869,7 @@ class Registry:
             del self._games[game.name]
             count_down(self._games_of, game.client)
         if operation:
-            self.events.append((operation, game.name, "" if game is entry else f"guests: {len(game.guests)}"))
+            self.events.append((operation, game.name, "" if game is entry else f"guests: {len(game.guests)}", entry.client))
 
 
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
@@ -892,12 +904,15 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
     if forwarded is None:
         return peer
     if peer.address not in proxies:
+        if not proxies.has_warned:
+            proxies.has_warned = True
+            log.warning("X-Forwarded-For from %s is not believed, as --trusted-proxies does not name it: all who come through it are one client", peer.address)
         return peer._replace(is_local=False)
     for member in reversed(forwarded[-MAX_FORWARDED:].split(",")):      # the last ones are the proxies' own
         try:
             client = client_of(host_of(member))._replace(is_local=False)
         except OSError:
-            return Client(UNKNOWN, b"unknown", False)
+            return Client(UNKNOWN, b"", False)
         if client.address not in proxies:
             break
     return client
@@ -926,8 +941,6 @@ class RateLimiter:
 
     def pause(self, key: bytes) -> float:
         """Seconds until there is a token; 0 if there is one."""
-        if not self._interval:
-            return 0.0
         now = self._clock()
         pause = max(self._full_at[hash(key) % BUCKETS], now) + self._interval - now - self._depth
         return pause if pause > 1e-6 else 0.0      # sums of fractions are not exact
@@ -946,14 +959,15 @@ class RateLimiter:
 
 
 # ---- STUN -----------------------------------------------------------------------------------------------------------
-# RFC 8489 Binding alone: a client asks from which public address its datagrams come. All else gets silence.
+# RFC 8489 Binding alone: a client asks from which public address its datagrams come. All else gets silence. A client of the older
+# RFC 3489 has more of its transaction id where others have the cookie, and gets its address as it is (RFC 8489 section 11).
 
-STUN_COOKIE = 0x2112A442
+STUN_COOKIE = b"\x21\x12\xa4\x42"
 STUN_REQUEST, STUN_SUCCESS, STUN_ERROR = 0x0001, 0x0101, 0x0111     # Binding, by class
-STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS, STUN_FINGERPRINT = 0x0009, 0x000A, 0x0020, 0x8028
-# What ICE agents add for each other (RFC 8445 section 7.1): to be comprehended, not obeyed. USERNAME, MESSAGE-INTEGRITY
-# (SHA-1 and SHA-256), PRIORITY and USE-CANDIDATE.
-STUN_IGNORED = frozenset((0x0006, 0x0008, 0x001C, 0x0024, 0x0025))
+STUN_MAPPED_ADDRESS, STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS, STUN_FINGERPRINT = 0x0001, 0x0009, 0x000A, 0x0020, 0x8028
+STUN_INTEGRITY = (0x0008, 0x001C)       # MESSAGE-INTEGRITY, by SHA-1 and SHA-256: not checked; what follows is ignored (sections 14.5 and 14.6)
+# What ICE agents add for each other (RFC 8445 section 7.1): to be comprehended, not obeyed. USERNAME, PRIORITY and USE-CANDIDATE.
+STUN_IGNORED = (0x0006, 0x0024, 0x0025)
 
 
 def stun_attribute(kind: int, value: bytes) -> bytes:
@@ -967,7 +981,7 @@ def stun_fingerprint(message: bytes) -> bytes:
 
 def stun_attributes(request: bytes) -> Optional[List[int]]:
     """The types of a Binding request's attributes in their order, or None for everything that is not a well-formed one."""
-    if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:8] != struct.pack(">HHI", STUN_REQUEST, len(request) - 20, STUN_COOKIE):
+    if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:4] != struct.pack(">HH", STUN_REQUEST, len(request) - 20):
         return None
     kinds: List[int] = []
     position = 20
@@ -985,15 +999,19 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
     kinds = stun_attributes(request)
     if kinds is None:
         return None
-    unknown = [kind for kind in kinds if kind < 0x8000 and kind not in STUN_IGNORED]
+    obeyed = itertools.takewhile(lambda kind: kind not in STUN_INTEGRITY, kinds)
+    unknown = [kind for kind in obeyed if kind < 0x8000 and kind not in STUN_IGNORED]
+    has_cookie = request[4:8] == STUN_COOKIE
+    if unknown and not has_cookie:
+        return None     # the section asks for 420, but old clients that get it ask again at once
     if unknown:     # RFC 8489 section 6.3.1
         body = (stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
                 + stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown)))
     else:
         address = packed_address(source[0])
-        family = 1 if len(address) == 4 else 2
-        xored = bytes(a ^ b for a, b in zip(address, request[4:20]))    # with the cookie; for IPv6 the transaction id after it as well (section 14.2)
-        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS, struct.pack(">HH", family, source[1] ^ STUN_COOKIE >> 16) + xored)
+        mask = request[4:6] + request[4:20] if has_cookie else bytes(18)    # of port and address (section 14.2)
+        masked = bytes(a ^ b for a, b in zip(struct.pack(">H", source[1]) + address, mask))
+        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS if has_cookie else STUN_MAPPED_ADDRESS, (b"\0\1" if len(address) == 4 else b"\0\2") + masked)
     length = len(body) + (8 if STUN_FINGERPRINT in kinds else 0)
     message = struct.pack(">HH", STUN_ERROR if unknown else STUN_SUCCESS, length) + request[4:20] + body
     return message + stun_fingerprint(message) if STUN_FINGERPRINT in kinds else message
@@ -1002,14 +1020,14 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
 class StunServer(socketserver.UDPServer):
     """Answers on one UDP socket, always from the address that was asked (RFC 8489 section 6.3.1).
 
-    address: as bind() takes it; rate: answers a second to one source, 0 for no limit.
+    address: as bind() takes it; limiter: how many answers one source gets.
     OSError from the constructor: the port is in use, or not permitted.
     """
 
-    def __init__(self, family: int, address: Any, rate: float) -> None:
+    def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
         self.address_family = family
-        self._limiter = RateLimiter(rate, STUN_BURST)
-        self.answered = self.silent = 0     # datagrams so far
+        self._limiter = limiter
+        self.results = {"answer": 0, "silence": 0}      # datagrams so far, by what they got
         super().__init__(address, socketserver.BaseRequestHandler)
 
     def server_bind(self) -> None:
@@ -1030,13 +1048,10 @@ class StunServer(socketserver.UDPServer):
         # The limiter first: to parse costs more than to refuse.
         is_over = self._limiter.acquire(client_of(client_address[0]).key)
         answer = None if is_over else stun_answer(request[0], client_address)
-        if answer is None:
-            self.silent += 1
-            return
-        self.answered += 1
-        if sys.platform == "linux":
+        self.results["answer" if answer else "silence"] += 1
+        if answer and sys.platform == "linux":
             self.socket.sendmsg([answer], request[1], 0, client_address)
-        else:
+        elif answer:
             self.socket.sendto(answer, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1170,7 +1185,7 @@ def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
     if not request.client.is_local and request.client.address not in server.watchers:
         raise Forbidden("metrics are for this machine and for whom --metrics-from names")
-    counts, stun = server.registry.counts(), server.stun
+    counts = server.registry.counts()
     text = ""
     for name, meaning, labels, samples in (
         ("games", "games on offer", "", {(): counts["games"]}),
@@ -1182,7 +1197,8 @@ def show_metrics(server: Server, request: Request) -> Answer:
         ("uptime_seconds", "seconds since the start", "", {(): round(time.monotonic() - server.began, 3)}),
         ("requests_total", "requests answered", '{operation="%s",status="%s"}', server.answered),
         ("refused_total", "requests and connections refused because a limit was reached", '{limit="%s"}', server.refused),
-        ("stun_total", "datagrams to STUN, by what they got", '{result="%s"}', {"answer": stun.answered, "silence": stun.silent} if stun else {}),
+        ("stun_total", "datagrams to STUN, by what they got", '{result="%s"}',
+         {result: sum([stun.results[result] for stun in server.stuns]) for result in ("answer", "silence") if server.stuns}),
     ):
         text += f"# HELP p2pserver_{name} {meaning}\n# TYPE p2pserver_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
         text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(samples.items())])
@@ -1519,7 +1535,7 @@ class Parking:
         self._waker, self._wakened = socket.socketpair()        # a byte through these ends the wait, and so does a new client
         for each in (self._waker, self._wakened):
             each.setblocking(False)
-        for listener in (server, self._wakened):
+        for listener in (*server.listeners, self._wakened):
             self._selector.register(listener, selectors.EVENT_READ)
         self._parked: Set[Connection] = set()
         self.queue: collections.deque[Connection] = collections.deque()     # to be looked at; safe at its ends without a lock
@@ -1878,8 +1894,6 @@ class Server(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = 1024
-    allow_reuse_address = os.name == "posix"    # a restart need not wait for old connections; elsewhere it would let others in
-    allow_reuse_port = False                    # some Pythons share a port among servers unless told not to
 
     def __init__(self, settings: Settings, registry: Optional[GameRegistry] = None) -> None:
         self.settings = settings
@@ -1898,58 +1912,64 @@ class Server(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()
         self.answered: collections.Counter[Tuple[str, Union[int, str]]] = collections.Counter()     # by operation and status
         self.refused: collections.Counter[str] = collections.Counter()      # by the option that was reached
+        self._logged: collections.Counter[str] = collections.Counter()      # how many of these the log has told
         self.connections: Set[Connection] = set()
         self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
+        socketserver.BaseServer.__init__(self, (settings.host, settings.port), Handler)     # TCPServer's would listen on one address alone
+        self.server_port = 0
+        self.listeners: List[socket.socket] = []        # one for each address of the host
+        self.stuns: List[StunServer] = []               # likewise
         self._bind()
         self.parking = Parking(self)
         self._next_look = 0.0
+        self.next_report = self.began + REPORT_EVERY
         self.has_backlog = False            # clients that are not accepted yet
         self._running: List[threading.Thread] = []
 
     def _bind(self) -> None:
-        settings, address = self.settings, ("", 0)      # type: Settings, Any
+        """Listen on each address of the host, everywhere on one port for TCP and one for UDP."""
+        settings, limiter, dualstack = self.settings, RateLimiter(self.settings.stun_rate, STUN_BURST), socket.has_dualstack_ipv6()
+        host = settings.host or ("::" if dualstack else "0.0.0.0")
         protocol, port = "TCP", settings.port
-        self.stun: Optional[StunServer] = None
         try:
-            host = settings.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-            self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            super().__init__(address, Handler)
-            if not settings.no_stun:
+            for family, address in dict.fromkeys([(row[0], row[4]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]):
+                protocol, port = "TCP", self.server_port or settings.port
+                self.socket = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
+                                                   backlog=self.request_queue_size)
+                self.socket.setblocking(False)
+                self.listeners.append(self.socket)
+                self.server_port = self.socket.getsockname()[1]
                 protocol, port = "UDP", settings.stun_port or self.server_port
-                self.stun = StunServer(self.address_family, (address[0], port, *address[2:]), settings.stun_rate)
+                if not settings.no_stun:
+                    self.stuns.append(StunServer(family, (address[0], port, *address[2:]), limiter))
         except OSError as error:
-            if protocol == "UDP":
-                self.server_close()
+            if error.errno == errno.EADDRNOTAVAIL and self.listeners:
+                return      # this machine has no IPv6, say: such addresses come last (RFC 6724 section 6, rule 1)
+            self.server_close()
             raise CannotListen(protocol, settings.host, port, error) from None
 
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.settings.host not in ("", "::"))
-        socketserver.TCPServer.server_bind(self)    # without the look-up in DNS that HTTPServer adds, which can take seconds
-        self.socket.setblocking(False)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+    def server_close(self) -> None:
+        for each in (*self.listeners, *[stun.socket for stun in self.stuns]):
+            each.close()
 
     @property
     def stun_ports(self) -> List[int]:
         """The UDP ports on which STUN is answered."""
-        return [self.stun.server_address[1]] if self.stun else []
+        return [stun.server_address[1] for stun in self.stuns[:1]]      # each listens on the same one
 
     @property
     def where(self) -> str:
         """What listens where, for a person."""
         scheme = "https" if self.tls else "http"
-        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        stun = f"STUN on UDP port {self.stun.server_address[1]}" if self.stun else "no STUN"
-        if self.settings.host:
-            return f"{scheme}://{host}:{self.server_port}/ and {stun}"
-        versions = "addresses, IPv6 and IPv4" if self.address_family == socket.AF_INET6 else "IPv4 addresses"
-        return f"{scheme}://localhost:{self.server_port}/ and {stun} (all {versions})"
+        stun = f"STUN on UDP port {self.stuns[0].server_address[1]}" if self.stuns else "no STUN"
+        hosts = [listener.getsockname()[0] for listener in self.listeners] if self.settings.host else ["localhost"]
+        urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}/" for host in hosts]
+        versions = "addresses, IPv6 and IPv4" if self.socket.family == socket.AF_INET6 else "IPv4 addresses"
+        return " and ".join([*urls, stun]) + ("" if self.settings.host else f" (all {versions})")
 
     def start(self) -> None:
         """Serve in threads of its own, and return."""
-        self._running = [threading.Thread(target=self.serve_forever, args=(0.0,), daemon=True)]
-        if self.stun:
-            self._running.append(threading.Thread(target=self.stun.serve_forever, args=(0.1,), daemon=True))
+        self._running = [threading.Thread(target=each.serve_forever, args=(0.0 if each is self else 0.1,), daemon=True) for each in (self, *self.stuns)]
         for thread in self._running:
             thread.start()
 
@@ -1968,17 +1988,16 @@ class Server(http.server.ThreadingHTTPServer):
                 self.parking.serve_late(ends_at)
                 self.parking.turn(0.05)
             self.parking.serve_late(ends_at)
-            if self.stun:
-                self.stun.shutdown()
+            for stun in self.stuns:
+                stun.shutdown()
         for _ in range(self.settings.max_threads):      # each ends its burst
             self.threads.acquire(timeout=grace)
         for connection in list(self.connections):
             self.close(connection)
         self.parking.close()
-        for each in (self, self.stun):
-            if each:
-                each.server_close()
+        self.server_close()
         self.log_events()
+        self.log_refusals()
 
     def service_actions(self) -> None:
         """Called by serve_forever() after each look for a new client, for which it does not wait: serve who is there already."""
@@ -1996,30 +2015,43 @@ class Server(http.server.ThreadingHTTPServer):
         self.parking.serve_late()
         self.registry.expire_games()
         self.log_events()
+        if time.monotonic() >= self.next_report:
+            self.log_refusals()
         if self.certificate_is_old:
             self.renew_certificate()
 
     def accept_clients(self) -> None:
         """Accept new clients, but not too many before those that there are have their turn."""
-        self.has_backlog = True
-        for _ in range(ACCEPTED_AT_ONCE):
-            if self.has_backlog:
-                self._handle_request_noblock()  # type: ignore[attr-defined]
+        for listener in self.listeners:
+            self.socket, self.has_backlog = listener, True      # the base class accepts from this one
+            for _ in range(ACCEPTED_AT_ONCE):
+                if self.has_backlog:
+                    self._handle_request_noblock()  # type: ignore[attr-defined]
 
     def renew_certificate(self) -> None:
         """Have new connections use the certificate as its file is now."""
         self.certificate_is_old = False
         try:
             self.tls = load_certificate(self.settings)
-            log.info("the certificate was loaded anew")
+            log.info("the certificate was loaded anew" if self.tls else "SIGHUP is ignored: without --tls-cert there is no certificate to load anew")
         except CannotStart as reason:
             log.error("%s; the old one stays in use", reason)
 
     def log_events(self) -> None:
-        """Log what has happened to games."""
+        """Log what has happened to games, and at the level debug the client key of the guest that starts, else of the host."""
         while self.registry.events:
-            operation, name, detail = self.registry.events.popleft()
-            log_fields("{operation} {name!r} {detail}", operation=operation, name=name, detail=detail)
+            operation, name, detail, key = self.registry.events.popleft()
+            # Of a /56 the first address, and :: of who is unknown.
+            client = {"client": str(ipaddress.ip_address(key if len(key) == 4 else key.ljust(16, b"\0")))} if log.isEnabledFor(logging.DEBUG) else {}
+            log_fields("{client} " * len(client) + "{operation} {name!r} {detail}", operation=operation, name=name, detail=detail, **client)
+
+    def log_refusals(self) -> None:
+        """Log how often each limit has been reached since the last time."""
+        self.next_report = time.monotonic() + REPORT_EVERY
+        with self._lock:
+            recent, self._logged = self.refused - self._logged, self.refused.copy()
+        for limit, count in sorted(recent.items()):
+            log_fields("limit {limit}: {count} refused", logging.WARNING, limit=limit, count=count)
 
     # A new connection.
 
@@ -2154,11 +2186,16 @@ def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION
+    certificate, key = settings.tls_cert, settings.tls_key or settings.tls_cert
     try:
-        # Without a password it would ask for one on the terminal.
-        context.load_cert_chain(settings.tls_cert, settings.tls_key or None, password="")
+        for path, kind in ((certificate, "CERTIFICATE"), (key, "PRIVATE KEY")):
+            with open(path, encoding="latin-1") as file:
+                text = file.read()
+            require(f"{kind}-----" in text, f"there is no {kind} in {path} as PEM")     # of OpenSSL's own errors few say what is wrong
+        require("ENCRYPTED" not in text, f"the key in {path} is encrypted, and nobody is there to type its password")
+        context.load_cert_chain(certificate, key, password="")      # without a password it would ask for one on the terminal
     except (OSError, ValueError) as error:
-        raise CannotStart(f"the certificate cannot be used: {error}; look at --tls-cert and --tls-key") from None
+        raise CannotStart(f"the certificate {certificate} with the key {key} cannot be used: {error}; look at --tls-cert and --tls-key") from None
     return context
 
 
@@ -2179,8 +2216,7 @@ class LogQueue(logging.handlers.QueueHandler):
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """The record as it is: only the formatter makes text of it. Ahead of it the number of lines that were lost."""
-        lost = self.lost
-        if lost:
+        if lost := self.lost:
             self.enqueue(logging.makeLogRecord({"levelname": "WARNING", "msg": f"{lost} lines of the log were lost"}))
             self.lost -= lost
         return record
@@ -2188,20 +2224,26 @@ class LogQueue(logging.handlers.QueueHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         self.lost += 1      # there is no room, or it could not be written
 
-    def end(self, seconds: float = 0.5) -> bool:
-        """Write what there is, within so many seconds; whether that was enough."""
+    def end(self, seconds: float = 0.5) -> None:
+        """Write what there is, within so many seconds."""
         ending = threading.Thread(target=self._listener.stop, daemon=True)
         ending.start()
         ending.join(seconds)
-        return not ending.is_alive()
 
 
-def log_fields(text: str, **fields: Any) -> None:
+def log_fields(text: str, level: int = logging.INFO, /, **fields: Any) -> None:
     """Log a line of these fields. Names are quoted as Python does it, so that none can forge a line or steer a terminal."""
-    log.info("%s", text.format_map(fields).rstrip(), extra={"fields": fields})
+    log.log(level, "%s", text.format_map(fields).rstrip(), extra={"fields": fields})
 
 
-class JsonFormatter(logging.Formatter):
+class TextFormatter(logging.Formatter):
+    """Each line a text, whose time is that of ISO 8601 with the offset from UTC."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
+        return datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+
+
+class JsonFormatter(TextFormatter):
     """Each line an object: {time, level, message}, and the fields of log_fields() by their names."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -2213,13 +2255,23 @@ class JsonFormatter(logging.Formatter):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
+def ignored_variables(environment: Mapping[str, str]) -> Dict[str, str]:
+    """Variables that look like an option's and are none, each with what helps."""
+    known = [option.variable for option in OPTIONS]
+    return {name: "Kubernetes sets it for a service named p2p" if value.startswith("tcp://")
+            else f"the option with the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}"
+            for name, value in environment.items()
+            if name.startswith("P2P_") and name not in known or name == "P2P_PORT" and value.startswith("tcp://")}
+
+
 def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str]) -> Settings:
     """The settings from flags, else the environment, else the table. SystemExit 2 with one line if they are no good."""
     parser = argparse.ArgumentParser(prog="p2pserver", description="A rendezvous server: through it two players behind home routers find each other.",
                                      epilog="In the environment --game-ttl is P2P_GAME_TTL.", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"p2pserver {__version__}")
+    environment = {name: value for name, value in environment.items() if name not in ignored_variables(environment)}
     if "PORT" in environment:       # hosting services say PORT
-        environment = {"P2P_PORT": environment["PORT"], **environment}
+        environment.setdefault("P2P_PORT", environment["PORT"])
     for option in OPTIONS:
         text = f"{option.help} (default: {option.default})" if option.default not in ("", False) else option.help
         kind: Dict[str, Any] = {"type": int, "nargs": "?", "const": 1} if option.default is False else {"type": type(option.default)}
@@ -2247,11 +2299,35 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 10240, hard))
 
 
+def handle_signals(server: Server) -> None:
+    """Have a signal that ends the server raise KeyboardInterrupt, once: SIGINT, SIGTERM, and SIGHUP where its terminal is closed.
+
+    Else SIGHUP has the certificate loaded anew.
+    """
+    hang_up = getattr(signal, "SIGHUP", None)       # Windows has none
+    terminal = next(filter(os.isatty, (0, 1, 2)), None)     # under nohup none of the three is one
+
+    def handle(number: int, frame: Any) -> None:
+        if number == hang_up and (terminal is None or os.isatty(terminal)):
+            server.certificate_is_old = True
+            return
+        for each in handled:    # the next one ends the process as it stands; but a closed terminal may send several
+            signal.signal(each, signal.SIG_IGN if each == hang_up else signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    handled = [each for each in (signal.SIGINT, signal.SIGTERM, hang_up) if each]
+    for each in handled:        # the first process of a container ignores SIGTERM unless it is handled
+        signal.signal(each, handle)
+
+
 def main(arguments: Optional[List[str]] = None) -> None:
     """Serve until a signal comes. SystemExit 1 with one line if the server cannot start."""
     settings = parse_settings(arguments, os.environ)
-    writer = LogQueue(JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter("%(asctime)s %(levelname)s %(message)s")
+    writer = LogQueue(formatter)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[writer])
+    for name, advice in ignored_variables(os.environ).items():
+        log.warning("%s in the environment is ignored; %s", name, advice)
     allow_many_files()
     sys.setswitchinterval(0.001)    # seconds; while a thread works for TLS, others would wait five times as long for their turn
     try:
@@ -2259,26 +2335,20 @@ def main(arguments: Optional[List[str]] = None) -> None:
     except CannotStart as reason:
         sys.exit(f"p2pserver: {reason}")
 
-    def renew_certificate(number: int, frame: Any) -> None:
-        server.certificate_is_old = True
-
-    if server.tls and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, renew_certificate)
     try:
-        # The first process of a container ignores SIGTERM unless it is handled.
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler)     # raises KeyboardInterrupt
+        handle_signals(server)
         server.start()
+        text = f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"
+        line = formatter.format(logging.makeLogRecord({"levelname": "INFO", "msg": text})) if settings.log_format == "json" else text
         with contextlib.suppress(OSError):      # nobody reads it
-            os.write(1, f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it\n".encode())
+            os.write(1, f"{line}\n".encode())
         while True:
             time.sleep(0.5)     # a signal that another thread has taken is acted upon when this one wakes
     except KeyboardInterrupt:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)     # the next one ends the process as it stands
         server.stop()
-        if not writer.end():
-            os._exit(0)     # Python's own end would wait for the stream that the log is still written to
+        log.info("the server has ended")
+        writer.end()
+        os._exit(0)     # Python's own end would wait for the stream of the log, or fail where its terminal is closed
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def test_a_socket_has_its_own_addresses_and_loopback_only_on_request():
 def test_the_server_reflexive_address_is_gathered_from_the_server(start_server):
     server = start_server()
     with contextlib.closing(sockets.open_socket()) as sock:
-        found = candidates.gather_candidates(sock, [("127.0.0.1", server.stun.server_address[1])], loopback=True)
+        found = candidates.gather_candidates(sock, [("127.0.0.1", server.stuns[0].server_address[1])], loopback=True)
         assert found.mapped == ("127.0.0.1", sock.getsockname()[1]) and found.nat == "none"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import functools
 import gc
@@ -219,7 +220,8 @@ def name():
 @pytest.fixture
 def lines(api):
     """What the server logs at any level, each entry as it would be written."""
-    api.call("GET", "/healthz")     # what went before on this connection has been logged once this is answered
+    wait_until(lambda: not api.server.registry.events)
+    api.call("GET", "/healthz")     # what went before has been logged once this is answered
     entries, handler, level = [], logging.Handler(), p2pserver.log.level
     handler.emit = lambda record: entries.append(handler.format(record))
     p2pserver.log.setLevel(logging.DEBUG)
@@ -314,11 +316,30 @@ def test_the_defaults_are_those_of_the_contract():
     "the table": ([], {}, 8000),
     "PORT": ([], {"PORT": "1"}, 1),
     "P2P_PORT before PORT": ([], {"PORT": "1", "P2P_PORT": "2"}, 2),
+    "PORT, as P2P_PORT is Kubernetes'": ([], {"PORT": "1", "P2P_PORT": "tcp://10.0.0.1:8000"}, 1),
+    "the table, as P2P_PORT is Kubernetes'": ([], {"P2P_PORT": "tcp://10.0.0.1:8000"}, 8000),
     "the flag before both": (["--port=3"], {"PORT": "1", "P2P_PORT": "2"}, 3),
     "a flag of zero, which is not none": (["--port", "0"], {"P2P_PORT": "2"}, 0),
 }))
 def test_the_port_is_taken_from(flags, environment, port):
     assert parse(*flags, **environment).port == port
+
+
+KUBERNETES = {"P2P_PORT": "tcp://10.0.0.1:8000", "P2P_PORT_8000_TCP": "tcp://10.0.0.1:8000", "P2P_PORT_8000_TCP_ADDR": "10.0.0.1",
+              "P2P_SERVICE_HOST": "10.0.0.1", "P2P_SERVICE_PORT": "8000"}
+
+
+@pytest.mark.parametrize("environment, ignored", rows({
+    "a slip of the keyboard": ({"P2P_GAME_TLL": "9", "P2P_GAME_TTL": "9"}, {"P2P_GAME_TLL": "P2P_GAME_TTL"}),
+    "what is like no option": ({"P2P_X": "9"}, {"P2P_X": "P2P_"}),
+    "Kubernetes' for a service named p2p": (KUBERNETES, {**dict.fromkeys(KUBERNETES, "Kubernetes"), "P2P_SERVICE_HOST": "P2P_", "P2P_SERVICE_PORT": "P2P_",
+                                                         "P2P_PORT_8000_TCP_ADDR": "P2P_"}),
+    "others' variables": ({"PORT": "1", "P2PSERVER": "1", "p2p_x": "1"}, {}),
+}))
+def test_a_variable_that_looks_like_an_options_and_is_none_is_ignored_with_advice(environment, ignored):
+    found = p2pserver.ignored_variables(environment)
+    assert found.keys() == ignored.keys() and all(words in found[name] for name, words in ignored.items())
+    assert parse(**environment).port == int(environment.get("PORT", 8000))
 
 
 @pytest.mark.parametrize("flags, environment, words", rows({
@@ -889,7 +910,7 @@ def test_what_happens_to_games_is_one_event_each(registry, clock):
     registry.register_game("i", BY_HOST)
     clock.tick(60)
     registry.expire_games()
-    assert [f"{operation} {name}" for operation, name, _ in registry.events] == [
+    assert [f"{operation} {name}" for operation, name, *_ in registry.events] == [
         "register_game g", "start_game g", "poll_game g", "update_game g", "delete_game h", "register_game i", "expire_game i"]
 
 
@@ -1317,10 +1338,10 @@ def stun(*attributes, kind=1, cookie=COOKIE, length=None, fingerprint=False):
     return message + attribute(FINGERPRINT, checksum(message)) if fingerprint else message
 
 
-def taken_apart(answer):
+def taken_apart(answer, cookie=COOKIE):
     """The kind and the attributes of an answer, as a list of (kind, value); its head is checked."""
-    kind, length, cookie = struct.unpack_from(">HHI", answer)
-    assert (length, cookie, length % 4) == (len(answer) - 20, COOKIE, 0)
+    kind, *head = struct.unpack_from(">HHI", answer)
+    assert head == [len(answer) - 20, cookie] and len(answer) % 4 == 0
     attributes, rest = [], answer[20:]
     while rest:
         each, length = struct.unpack_from(">HH", rest)
@@ -1342,8 +1363,8 @@ REQUEST = stun()
 SILENT = {
     "nothing": b"",
     "nineteen bytes": REQUEST[:19],
-    "a wrong cookie": stun(cookie=0x2112A443),
-    "no cookie, as in RFC 3489": stun(cookie=0),
+    "CHANGE-REQUEST without the cookie": stun(attribute(0x0003, b"\0\0\0\6"), cookie=0),
+    "an attribute that nobody knows without the cookie": stun(attribute(0x7FFF), cookie=0x2112A443),
     "a length that is too small": stun(attribute(0x8022, b"test"), length=4),
     "a length that is too large": stun(length=4),
     "a length that ends within a word": stun(length=2) + b"\0\0",
@@ -1366,6 +1387,7 @@ SILENT = {
     "RFC 5769 2.2": RFC5769_2,
     "RFC 5769 2.3": RFC5769_3,
     "a request of HTTP": GET + END,
+    "a query of DNS": bytes.fromhex("000101000001000000000000") + b"\7example\3org\0\0\1\0\1",
 }
 
 
@@ -1379,6 +1401,30 @@ def test_stun_is_silent_to(datagram):
 def test_stun_answers(datagram):
     answer = p2pserver.stun_answer(datagram, SOURCE)
     assert mapped(answer) == SOURCE and answer[4:20] == datagram[4:20]
+
+
+@pytest.mark.parametrize("source, value", rows({
+    "IPv4": (("203.0.113.7", 40000), "0001 9c40 cb007107"),
+    "IPv6": (("2001:db8::1", 40000, 0, 0), "0002 9c40 20010db8000000000000000000000001"),
+    "IPv4-mapped IPv6": (("::ffff:203.0.113.7", 40000, 0, 0), "0001 9c40 cb007107"),
+}))
+@pytest.mark.parametrize("more", [[], [attribute(0x8022, b"nice")], [attribute(0x0006, b"user"), attribute(0x0024, b"1234")], [attribute(0x0008, bytes(20))]],
+                         ids=["alone", "SOFTWARE", "USERNAME and PRIORITY", "MESSAGE-INTEGRITY"])
+@pytest.mark.parametrize("cookie", [0, 0x2112A443, 0x42A41221])
+def test_stun_answers_a_request_without_the_cookie_with_mapped_address_and_its_16_bytes_of_transaction(cookie, more, source, value):
+    """RFC 8489 section 11."""
+    request = stun(*more, cookie=cookie)
+    answer = p2pserver.stun_answer(request, source)
+    assert taken_apart(answer, cookie) == (0x0101, [(0x0001, bytes.fromhex(value))]) and answer[4:20] == request[4:20]
+
+
+@pytest.mark.parametrize("integrity", [attribute(0x0008, bytes(20)), attribute(0x001C, bytes(32))], ids=["MESSAGE-INTEGRITY", "MESSAGE-INTEGRITY-SHA256"])
+def test_an_unknown_attribute_is_ignored_after_and_not_before(integrity):
+    """RFC 8489 sections 14.5 and 14.6. A FINGERPRINT is none of those."""
+    after = p2pserver.stun_answer(stun(integrity, attribute(0x7FFF), fingerprint=True), SOURCE)
+    assert mapped(after) == SOURCE and taken_apart(after)[1][-1][0] == FINGERPRINT
+    assert taken_apart(p2pserver.stun_answer(stun(attribute(0x7FFE), integrity, attribute(0x7FFF)), SOURCE))[1][1] == (0x000A, b"\x7f\xfe")
+    assert p2pserver.stun_answer(stun(attribute(0x7FFE), integrity, cookie=0), SOURCE) is None
 
 
 @pytest.mark.parametrize("fingerprint", [False, True], ids=["without", "with"])
@@ -1426,6 +1472,21 @@ def test_an_answer_of_stun_is_at_most_32_bytes_longer_than_its_request(fingerpri
     assert max(len(p2pserver.stun_answer(request, source)) - len(request) for request in requests) == 32
 
 
+def test_what_a_forged_source_gets_of_stun_is_as_the_threat_model_says():
+    """Bytes of UDP, and with the 28 of the heads of IPv4 and UDP; the most for each byte that the forger sends."""
+    requests = [stun(*[attribute(0x7000)] * count, fingerprint=fingerprint) for fingerprint in (False, True) for count in range(17 - fingerprint)]
+    requests += [stun(cookie=0), stun(fingerprint=True, cookie=0)]
+    sizes = [(len(p2pserver.stun_answer(request, (source, 1))), len(request)) for request in requests for source in ("203.0.113.1", "2001:db8::1")]
+    most, rate, burst = max(sizes)[0], Settings().stun_rate, p2pserver.STUN_BURST
+    said = (f"{most} bytes at the most; one address gets {burst} at once and then `--stun-rate` {rate:g} a second",
+            f"{most * burst // 1000} KB at once and then {most * rate / 1000:.1f} KB a second, "
+            f"{(most + 28) * burst // 1000} KB and {(most + 28) * rate / 1000:.1f} KB with the heads",
+            f"at most {max(answer / request for answer, request in sizes):.1f}, with these heads "
+            f"{max((answer + 28) / (request + 28) for answer, request in sizes):.1f},")
+    threats = (ROOT / "docs" / "SECURITY.md").read_text()
+    assert all(words in threats for words in said), said
+
+
 @pytest.mark.parametrize("kind, value", rows({
     "USERNAME": (0x0006, b"a:b"), "MESSAGE-INTEGRITY": (0x0008, bytes(20)), "MESSAGE-INTEGRITY-SHA256": (0x001C, bytes(32)), "PRIORITY": (0x0024, b"1234"),
     "USE-CANDIDATE": (0x0025, b""), "ICE-CONTROLLED": (0x8029, bytes(8)), "ICE-CONTROLLING": (0x802A, bytes(8)), "one that may be ignored": (0xFFFF, b"x"),
@@ -1456,7 +1517,7 @@ def test_no_junk_makes_stun_fail():
             junk[chance.randrange(len(junk))] = chance.randrange(256)
         junk[2:4] = struct.pack(">H", len(junk) - 20)
         answer = p2pserver.stun_answer(bytes(junk), SOURCE)
-        assert answer is None or taken_apart(answer)[0] in (0x0101, 0x0111)
+        assert answer is None or taken_apart(answer, int.from_bytes(junk[4:8], "big"))[0] in (0x0101, 0x0111)
 
 
 @contextlib.contextmanager
@@ -1499,8 +1560,25 @@ def test_the_stun_socket_is_silent_to_junk_and_serves_on(serve):
         assert answer[8:20] == RFC5769_1[8:20]
 
 
-def test_a_flooding_source_gets_its_burst_from_the_stun_socket_and_others_are_served(serve):
+def test_a_school_behind_one_address_gets_all_its_answers_by_default(clock):
+    """120 players that ask every 15 s, all in the same moment, and with them, every minute, 120 newcomers with three requests each."""
+    limiter = p2pserver.RateLimiter(Settings().stun_rate, p2pserver.STUN_BURST, clock)
+    for moment in range(40):
+        requests = 120 + (0 if moment % 4 else 360)
+        assert [limiter.acquire(b"the school") for _ in range(requests)] == [0] * requests, moment
+        clock.tick(15)
+
+
+def test_newcomers_of_a_school_are_answered_by_the_stun_socket(serve):
+    port = serve(no_stun=False).port
+    with contextlib.ExitStack() as stack:
+        for player in [stack.enter_context(udp(port)) for _ in range(120)]:
+            assert [mapped(player.ask(REQUEST)[0]) for _ in range(3)] == [player.address] * 3
+
+
+def test_a_flooding_source_gets_its_burst_from_the_stun_socket_and_others_are_served(serve, monkeypatch):
     require("127.0.0.3")
+    monkeypatch.setattr(p2pserver, "STUN_BURST", 50)    # 500 answers are more than a socket keeps for who does not read them
     port = serve(no_stun=False, stun_rate=0.001).port
     with udp(port) as flooder, contextlib.ExitStack() as stack:
         flooder.ask(*[REQUEST] * 100)
@@ -1622,7 +1700,7 @@ def test_a_poll_that_is_replaced_to_send_replies_may_be_followed_as_usual(serve)
 
 def test_register_and_start_tell_on_which_ports_stun_is_answered(serve):
     api = serve(no_stun=False)
-    ports = [api.server.stun.server_address[1]]
+    ports = [api.server.stuns[0].server_address[1]]
     assert api.register_game("castle").json()["stun"] == ports == api.start_game("castle").json()["stun"]
 
 
@@ -2768,7 +2846,7 @@ def test_no_secret_is_in_any_log_line_or_in_an_answer_to_anybody_else(lines):
         ask("guest", api.start_game("i", guest + "2"))
         ask("host", api.delete_by_header("i", f"Bearer {host}"), api.register_game("j", host))
         clock.tick(60)
-        wait_until(lambda: any(line.startswith("expire_game 'j'") for line in lines))
+        wait_until(lambda: any("expire_game 'j'" in line for line in lines))
     assert {text[:3] for _, text in answers} >= {"200", "201", "202", "204", "400", "403", "404", "405", "409", "413", "415", "500", "501"}
     assert any("RuntimeError" in line for line in lines) and len(lines) > len(answers) > 40
     for secret, knowing in ((host, ()), (guest, ()), (other, ()), (key, ("host", "guest"))):
@@ -2788,7 +2866,7 @@ def test_each_thing_that_happens_to_a_game_is_one_line_and_nothing_else_is(serve
     wait_until(lambda: len(lines) == 6)
     clock.tick(60)
     wait_until(lambda: len(lines) == 7)
-    assert [" ".join(line.split()[:2]) for line in lines] == [
+    assert [" ".join(line.split()[1:3]) for line in lines] == [
         "register_game 'g'", "poll_game 'g'", "start_game 'g'", "update_game 'g'", "delete_game 'h'", "register_game 'i'", "expire_game 'i'"]
     assert lines[3].endswith("renamed to 'h'")
 
@@ -2798,8 +2876,26 @@ def test_an_event_quotes_its_name_in_one_printable_line(serve, lines):
     names = [api.register_game(name).json()["name"] for name in NAMES]
     wait_until(lambda: len(lines) == len(names))
     for line, name in zip(lines, names):
-        operation, quoted = line.split(" ", 1)
+        _, operation, quoted = line.split(" ", 2)
         assert line.isprintable() and (operation, ast.literal_eval(quoted)) == ("register_game", name)
+
+
+def test_an_event_tells_its_client_at_debug_level_and_at_no_other(serve, clock, lines):
+    """By client key, so that one can see whose limits it counts for."""
+    api = serve(clock, trusted_proxies="127.0.0.1")
+    for level, expected in ((logging.DEBUG, ["203.0.113.1 register_game", "2001:db8:1:200:: start_game", ":: start_game", "203.0.113.1 poll_game",
+                                             "203.0.113.1 expire_game"]),
+                            (logging.INFO, ["register_game", "start_game", "start_game", "poll_game", "expire_game"])):
+        lines.clear()
+        p2pserver.log.setLevel(level)
+        api.call("POST", "/games/register", {"name": "g", "peerId": HOST}, headers={"X-Forwarded-For": "203.0.113.1"})
+        for peer, client in ((GUEST, "2001:db8:1:2ff::1"), (OTHER, "junk")):
+            api.call("POST", "/games/start", {"name": "g", "peerId": peer, "addresses": THERE}, headers={"X-Forwarded-For": client})
+        api.poll_game("g")
+        wait_until(lambda: any("poll_game" in line for line in lines))
+        clock.tick(60)
+        wait_until(lambda: any("expire_game" in line for line in lines))
+        assert [line.split(" 'g'")[0] for line in lines] == expected
 
 
 @pytest.mark.parametrize("access_log", [False, True])
@@ -2810,6 +2906,34 @@ def test_requests_are_logged_without_their_query_and_only_where_access_log_is(ac
     expected = ["127.0.0.1 GET '/healthz' 200 ", "127.0.0.1 POST '/games/a%0Ab' ", "127.0.0.1 BREW '/' 501 "] if access_log else []
     wait_until(lambda: len(lines) >= len(expected))
     assert len(lines) == len(expected) and all(line.startswith(beginning) for line, beginning in zip(lines, expected))
+
+
+def test_refusals_are_a_line_for_each_limit_once_a_minute_with_their_count(serve, lines):
+    api = serve(max_games=1, max_guests=1)
+    api.register_game("game 0")
+    api.start_game("game 0")
+    said = []
+
+    def is_told(words):
+        return any(line.endswith(words) for line in lines)
+
+    def told():
+        return [line for line in lines if line.startswith("limit")]
+
+    for i, refused in enumerate((3, 0, 2)):
+        assert [api.register_game(f"other {j}").status_code for j in range(refused)] == [503] * refused
+        assert api.start_game(f"game {i}", OTHER).status_code == 503
+        for old, new in ((f"game {i}", f"meanwhile {i}"), (f"meanwhile {i}", f"game {i + 1}")):
+            api.update_game(old, name=new)
+            wait_until(functools.partial(is_told, f"renamed to {new!r}"))       # so the server has looked at what is due
+            assert told() == said, "the minute is not over"
+        api.server.next_report = 0.0
+        said = [*said, *[f"limit games: {refused} refused"] * bool(refused), "limit guests: 1 refused"]
+        wait_until(functools.partial(lambda count: len(told()) == count, len(said)))
+        assert told() == said
+    api.register_game("other")
+    api.server.stop()
+    assert told() == [*said, "limit games: 1 refused"], "what is left is told in the end"
 
 
 # ---- concurrency ----------------------------------------------------------------------------------------------------
@@ -3171,7 +3295,7 @@ def test_a_description_that_changes_nothing_does_not_change_the_list(change, api
 def test_who_asks_is_by(peer, headers, client):
     proxies = p2pserver.Networks("10.0.0.0/8, 2001:db8::53")
     found = p2pserver.client_behind(p2pserver.client_of(peer), headers, proxies)
-    assert (found.address, found.key) == (client, b"unknown" if client == "unknown" else key_of(client))
+    assert (found.address, found.key) == (client, b"" if client == "unknown" else key_of(client))
 
 
 @pytest.mark.parametrize("forwarded, told", [("198.51.100.1", "198.51.100.1"), ("2001:db8::1", "2001:db8::1"), ("unknown", None)])
@@ -3191,6 +3315,24 @@ def test_a_client_over_its_rate_does_not_stop_others_on_the_connection_of_their_
             assert proxy.answer().status == status
 
 
+@pytest.mark.parametrize("text, member, stranger", rows({
+    "an IPv4-mapped address": ("::ffff:127.0.0.1", "127.0.0.1", "127.0.0.2"),
+    "one in hexadecimal": ("::FFFF:7f00:1", "127.0.0.1", "127.0.0.2"),
+    "an IPv4-mapped network": ("::ffff:10.1.2.3/104", "10.255.0.1", "11.0.0.1"),
+    "all IPv4-mapped addresses": ("::ffff:0:0/96", "203.0.113.1", "2001:db8::1"),
+    "IPv6, which is not IPv4": ("::/0", "2001:db8::1", "127.0.0.1"),
+}))
+def test_the_networks_of_proxies_have_a_member_by(text, member, stranger):
+    networks = p2pserver.Networks(text)
+    assert member in networks and stranger not in networks
+
+
+def test_a_proxy_named_by_its_ipv4_mapped_address_is_believed(serve):
+    api = serve(trusted_proxies="::ffff:127.0.0.1", metrics_from="::ffff:203.0.113.0/120")
+    for client, status in ((b"203.0.113.9", 200), (b"198.51.100.1", 403)):
+        assert ask(api, "127.0.0.1", b"GET /metrics HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: " + client + b"\r\n\r\n").status == status
+
+
 def test_who_comes_through_a_proxy_is_not_taken_for_a_user_of_this_machine(serve):
     proxies = p2pserver.Networks("127.0.0.1")
     peer = p2pserver.client_of("127.0.0.1")
@@ -3198,6 +3340,17 @@ def test_who_comes_through_a_proxy_is_not_taken_for_a_user_of_this_machine(serve
     for forwarded in ("203.0.113.1", "junk", "", "_hidden", "127.0.0.1", "127.0.0.2, 127.0.0.1"):
         assert not p2pserver.client_behind(peer, {"x-forwarded-for": forwarded}, proxies).is_local
         assert not p2pserver.client_behind(peer, {"x-forwarded-for": forwarded}, p2pserver.Networks("")).is_local, "also behind one that is not trusted"
+
+
+def test_the_first_request_with_x_forwarded_for_of_an_address_that_is_not_trusted_is_a_warning(serve, lines):
+    api = serve(trusted_proxies="127.0.0.2")
+    for source, header in (("127.0.0.2", b"X-Forwarded-For: 203.0.113.1"), ("127.0.0.1", b"X-Other: 1")):
+        assert ask(api, source, GET + header + b"\r\n\r\n").status == 200
+    assert lines == []
+    for source in ("127.0.0.3", "127.0.0.3", "127.0.0.1"):
+        assert ask(api, source, GET + b"X-Forwarded-For: 203.0.113.1\r\n\r\n").status == 200
+    [line] = lines
+    assert "127.0.0.3" in line and "--trusted-proxies" in line and "203.0.113" not in line
 
 
 def test_each_client_behind_a_trusted_proxy_has_a_rate_of_its_own(serve, clock):
@@ -3312,7 +3465,7 @@ def test_the_key_may_be_in_a_file_of_its_own(serve, tmp_path):
 def test_requests_and_answers_larger_than_a_record_of_tls_come_whole(secure):
     api = secure(max_body=200_000)
     for i in range(300):
-        api.server.registry.register_game(f"game {i}", api.server.registry.peer_digest(HOST), b'{"text":"' + b"x" * 1000 + b'"}')
+        api.server.registry.register_game(f"game {i}", api.server.registry.peer_digest(HOST), info=b'{"text":"' + b"x" * 1000 + b'"}')
     with Tls(api, (LIST + END) * 5) as tls:
         assert [len(json.loads(tls.answer().body)["games"]) for _ in range(5)] == [300] * 5
         tls.send(post(b"/games/poll", {"name": "game 1", "peerId": HOST, "addresses": HERE, "ignored": "x" * 150_000}) * 3)
@@ -3410,20 +3563,54 @@ def shown_by(api):
         return tls.socket.getpeercert(binary_form=True)
 
 
+KEYS, CHAINS = zip(*[text.split("-----BEGIN CERT") for text in CERTIFICATES])
+CHAINS = ["-----BEGIN CERT" + chain for chain in CHAINS]
+# The first key again, encrypted with the password "x", in the two forms that OpenSSL writes.
+ENCRYPTED = (
+    """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAhFu9qbvTV0DAICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEASoEEK9w/Gd/K9G8Xkq8aBFz/zIEgZB+
+VNOWd7aXSBiSlVQJbGVgHCI/dhQMZx7zM2v70QnjhW7DFX7+PA3Ox3T+8VdNFOi3
+JcH7523QbEN1juEk4qizjVnGgpc0ENZINecinNIn1r3CnEN6g3zgTO7O8nUnqxdi
++0pzdj+f/zHRUVw2Jgz9y3uVrGUPaly7rUb5dmS+4j4JbNXK6g/xp6h9V3Fu8fQ=
+-----END ENCRYPTED PRIVATE KEY-----
+""",
+    """\
+-----BEGIN EC PRIVATE KEY-----
+Proc-Type: 4,ENCRYPTED
+DEK-Info: AES-128-CBC,B5B4228937CBC9AD2C6E23C7D5D7DF8F
+
+nisSYj2nINurVf/F50nl26iPvAp35HCavicp1ONzHkaJcF7f4FsA64ToSuAkPV7I
+hcl1hM4yPpTJla+sUjhbsufHNN9jBKO8s/7iaj9Q2lgRNoKtDleb9Q2n/tsoAmAb
+x/qsVfGJsR0r01GcSviIBcdr7VC2u0vaCCjW3tqppqI=
+-----END EC PRIVATE KEY-----
+""",
+)
 BAD_CERTIFICATES = {
-    "missing": None, "empty": "", "junk": "junk", "without a key": CERTIFICATES[0][CERTIFICATES[0].index("-----BEGIN CERT"):],
-    "another's key": CERTIFICATES[1][:CERTIFICATES[1].index("-----BEGIN CERT")] + CERTIFICATES[0][CERTIFICATES[0].index("-----BEGIN CERT"):],
+    "missing": (None, KEYS[0], "No such file or directory: '{0}'"), "its key missing": (CHAINS[0], None, "No such file or directory: '{1}'"),
+    "empty": ("", KEYS[0], "there is no CERTIFICATE in {0}"), "junk": ("junk", KEYS[0], "there is no CERTIFICATE in {0}"),
+    "a key in its place": (KEYS[0], KEYS[0], "there is no CERTIFICATE in {0}"), "without a key": (CHAINS[0], CHAINS[0], "there is no PRIVATE KEY in {1}"),
+    "with an encrypted key": (CHAINS[0], ENCRYPTED[0], "the key in {1} is encrypted"),
+    "with a key encrypted the old way": (CHAINS[0], ENCRYPTED[1], "the key in {1} is encrypted"),
+    "another's key": (CHAINS[0], KEYS[1], "certificate {0} with the key {1} cannot be used: [X509: KEY_VALUES_MISMATCH]"),
+    "damaged": (CHAINS[0].replace("MII", "!"), KEYS[0], "certificate {0} with the key {1} cannot be used"),
 }
 
 
-@pytest.mark.parametrize("text", BAD_CERTIFICATES.values(), ids=BAD_CERTIFICATES)
-def test_a_bad_certificate_is_refused_and_the_old_one_stays(text, secure, certificate, lines):
-    api = secure()
-    certificate.unlink()
-    if text is not None:
-        certificate.write_text(text)
-    with pytest.raises(p2pserver.CannotStart, match="--tls-cert"):
+@pytest.mark.parametrize("chain, key, words", rows(BAD_CERTIFICATES))
+def test_a_bad_certificate_is_refused_with_file_and_fault_and_the_old_one_stays(chain, key, words, serve, tmp_path, lines):
+    files = tmp_path / "chain.pem", tmp_path / "key.pem"
+    for file, text in zip(files, (CHAINS[0], KEYS[0])):
+        file.write_text(text)
+    api = serve(tls_cert=str(files[0]), tls_key=str(files[1]))
+    for file, text in zip(files, (chain, key)):
+        file.unlink()
+        if text is not None:
+            file.write_text(text)
+    with pytest.raises(p2pserver.CannotStart, match="--tls-cert") as refused:
         p2pserver.open_server(api.server.settings)
+    assert words.format(*files) in str(refused.value) and "MIH" not in str(refused.value)
     api.server.certificate_is_old = True
     wait_until(lambda: any(line.endswith("look at --tls-cert and --tls-key; the old one stays in use") for line in lines))
     assert shown_by(api) == certificate_of(CERTIFICATES[0])
@@ -3440,6 +3627,54 @@ def test_sighup_loads_the_certificate_anew_and_says_so(certificate):
                 assert "the old one stays in use" in process.stderr.readline()
             else:
                 assert "the certificate was loaded anew" in process.stderr.readline()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="SIGHUP is for POSIX")
+def test_sighup_without_tls_is_ignored_with_a_line():
+    with running("--port", "0") as process:
+        for _ in range(2):
+            process.send_signal(signal.SIGHUP)
+            assert "SIGHUP is ignored" in process.stderr.readline() and is_healthy(process)
+
+
+@contextlib.contextmanager
+def on_terminal(command):
+    """A server on loopback that is the first process on a terminal of its own, and listens already; with hang_up(), which closes the terminal."""
+    import pty
+    ours, its = pty.openpty()
+    process = subprocess.Popen(command, stdin=its, stdout=subprocess.PIPE, stderr=its, env=variables(P2P_HOST="127.0.0.1"), start_new_session=True,
+                               preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)))     # the first one that it opens becomes its own
+    os.close(its)
+    with os.fdopen(ours, "rb", 0) as terminal:
+        try:
+            process.port = int(re.search(rb":(\d+)/", process.stdout.readline())[1])
+            process.terminal, process.hang_up = terminal, terminal.close
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="SIGHUP is for POSIX")
+@pytest.mark.parametrize("with_tls", [False, True], ids=["without TLS", "with TLS"])
+def test_the_server_ends_when_its_terminal_is_closed_and_not_by_another_sighup(with_tls, certificate):
+    flags = ["--tls-cert", str(certificate)] if with_tls else []
+    with on_terminal([sys.executable, SERVER, "--port", "0", *flags]) as process:
+        process.send_signal(signal.SIGHUP)
+        assert (b"loaded anew" if with_tls else b"is ignored") in process.terminal.read(1000)
+        assert ask(process, "127.0.0.1", connection=Tls if with_tls else Raw).status == 200
+        process.hang_up()
+        assert process.wait(WAIT) == 0
+
+
+@pytest.mark.skipif(not shutil.which("nohup"), reason="nohup is not installed")
+def test_a_server_under_nohup_outlives_its_terminal():
+    with on_terminal(["nohup", sys.executable, SERVER, "--port", "0"]) as process:
+        process.hang_up()
+        process.send_signal(signal.SIGHUP)
+        assert is_healthy(process)
+        process.terminate()
+        process.wait(WAIT)
 
 
 @pytest.mark.parametrize("data", [b"", GET + END, poll("castle", b"Prefer: wait=25")], ids=["nothing", "a request", "a poll that waits"])
@@ -3515,14 +3750,29 @@ def test_metrics_are_for_this_machine_and_whom_metrics_from_names(serve):
 HOSTILE = "a\ue000b\U0010ffff [31m\U0001f600"    # characters that no terminal knows, as a name may have them
 
 
+def is_iso_8601(text):
+    """Whether it is a time with its offset from UTC: within the last minute, so that the offset is right."""
+    is_one = re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", text)
+    return is_one and 0 <= time.time() - datetime.datetime.fromisoformat(text).timestamp() < 60
+
+
+@pytest.mark.parametrize("zone, offset", [("UTC0", "+00:00"), ("XXX-5:30", "+05:30"), ("XXX3:30", "-03:30")])
+def test_times_in_the_log_are_iso_8601_with_offset(zone, offset):
+    with running("--port", "0", TZ=zone) as process:
+        [line] = end(process)[2].splitlines()
+    at, words = line.split(" ", 1)
+    assert is_iso_8601(at) and at.endswith(offset) and words == "INFO the server has ended"
+
+
 def test_each_line_of_a_json_log_is_an_object_that_says_what_happened():
     with running("--port", "0", "--log-format", "json", "--access-log") as process:
         api = Api(process, process.port)
         api.register_game(HOSTILE)
         ask(api, "127.0.0.1", b"GET /a%0A%1B[31m?secret=1 HTTP/1.1\r\nHost: h\r\n\r\n")
         status, _, err = end(process)
-    lines = [json.loads(line) for line in err.splitlines()]
-    assert status == 0 and err.isascii() and all(line["level"] == "info" and line["time"] for line in lines)
+    lines = [json.loads(line) for line in [process.line, *err.splitlines()]]
+    assert status == 0 and err.isascii() and all(line["level"] == "info" and is_iso_8601(line["time"]) for line in lines)
+    assert f"listens on http://127.0.0.1:{process.port}/" in lines[0]["message"] and lines[-1]["message"] == "the server has ended"
     event, = (line for line in lines if line.get("operation") == "register_game")
     assert event["name"] == HOSTILE
     first, second = (line for line in lines if "method" in line)
@@ -3562,7 +3812,7 @@ def log_to(monkeypatch):
     yield make
     for log, stream in made:
         stream.allowed.release(1000)
-        assert log.end(WAIT)
+        log.end(WAIT)       # no_thread_stays says whether that was enough
 
 
 def record(text):
@@ -3695,9 +3945,9 @@ def run(*flags, **more):
 
 
 @contextlib.contextmanager
-def running(*flags, **more):
-    """A server as its own process on loopback: its Popen with line, the one it prints at start, and port."""
-    process = subprocess.Popen([sys.executable, SERVER, *flags], env=variables(**{"P2P_HOST": "127.0.0.1", **more}),
+def running(*flags, before=(), **more):
+    """A server as its own process on loopback: its Popen with line, the one it prints at start, and port. before: what its command begins with."""
+    process = subprocess.Popen([*before, sys.executable, SERVER, *flags], env=variables(**{"P2P_HOST": "127.0.0.1", **more}),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert select.select([process.stdout], [], [], WAIT)[0], "it says nothing"
@@ -3775,6 +4025,61 @@ def test_a_server_on_all_addresses_is_reached_by_both_versions_of_ip(serve):
             assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.fixture
+def in_world(tmp_path):
+    """The beginning of a command for which localhost has the addresses of a text like that of /etc/hosts."""
+    def world(hosts):
+        (tmp_path / "hosts").write_text(hosts)
+        command = ["unshare", *(["--map-root-user"] if os.geteuid() else []), "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"',
+                   str(tmp_path / "hosts")]
+        if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True, timeout=WAIT).returncode:
+            pytest.skip("this machine lets nobody have a file /etc/hosts of his own")
+        return command
+
+    return world
+
+
+def test_a_server_on_a_name_listens_on_every_address_that_it_resolves_to(in_world):
+    require("::1")
+    require("127.0.0.2")
+    addresses = ["127.0.0.1", "127.0.0.2", "::1"]
+    before = in_world("".join(f"{address} localhost\n" for address in [*addresses, "127.0.0.1"]))
+    with running("--host", "localhost", "--port", "0", before=before) as process:
+        for address in addresses:
+            for _ in range(2):
+                with socket.create_connection((address, process.port), WAIT) as sock:
+                    sock.sendall(GET + END)
+                    assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+            with udp(process.port, address) as client:
+                answer, sender = client.ask(REQUEST)
+                assert sender == (address, process.port) and mapped(answer) == client.address
+            assert f"http://{f'[{address}]' if ':' in address else address}:{process.port}/ and " in process.line
+        assert Api(process, process.port).call("GET", "/metrics").text.count('p2pserver_stun_total{result="answer"} 3\n') == 1
+        assert process.line.count("127.0.0.1") == 1, "that it is found twice is no matter"
+        assert end(process)[0] == 0
+    for address in addresses:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((address, process.port), WAIT)
+
+
+def test_a_server_on_a_name_does_without_the_addresses_that_this_machine_has_not(in_world):
+    with running("--host", "localhost", "--port", "0", before=in_world("127.0.0.1 localhost\n2001:db8::1 localhost\n")) as process:
+        assert is_healthy(process) and f"http://127.0.0.1:{process.port}/ and STUN" in process.line
+
+
+def test_a_port_in_use_on_one_address_of_a_name_is_one_line_and_status_1(in_world):
+    before = in_world("127.0.0.1 localhost\n127.0.0.5 localhost\n")
+    with taken(socket.SOCK_STREAM, ["{}"]) as (port,):
+        process = subprocess.run([*before, sys.executable, SERVER, "--host", "localhost", "--port", port], env=variables(), capture_output=True, text=True,
+                                 timeout=WAIT)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1) and f"TCP port {port} of localhost is in use" in process.stderr
+
+
+def test_a_name_that_is_none_is_one_line_and_status_1():
+    status, out, err = run("--host", "nosuch.invalid", "--port", "0")
+    assert (status, out, err.count("\n")) == (1, "", 1) and "nosuch.invalid" in err
+
+
 @pytest.mark.parametrize("flags, more", rows({
     "P2P_PORT before PORT": ([], {"P2P_PORT": "0", "PORT": "{}"}),
     "--port before P2P_PORT": (["--port", "0"], {"P2P_PORT": "{}"}),
@@ -3826,6 +4131,16 @@ def test_one_line_and_status_2_is_the_answer_to(flags, more, words):
     assert (status, out, err.count("\n")) == (2, "", 1) and words in err
 
 
+@pytest.mark.parametrize("log_format, level", rows({"text": ("text", " WARNING "), "json": ("json", '"level": "warning"')}))
+def test_the_process_warns_of_variables_that_it_ignores_and_tells_no_value(log_format, level):
+    with running("--port", "0", "--log-format", log_format, P2P_GAME_TLL="a secret", P2P_PORT="tcp://10.0.0.1:8000") as process:
+        err = end(process)[2]
+    for name, words in (("P2P_GAME_TLL", "nearest name is P2P_GAME_TTL"), ("P2P_PORT", "Kubernetes")):
+        [line] = [line for line in err.splitlines() if f"{name} in the environment is ignored" in line]
+        assert words in line and level in line
+    assert "secret" not in err and "tcp:" not in err
+
+
 def test_version_is_printed():
     assert run("--version") == (0, f"p2pserver {p2pserver.__version__}\n", "")
 
@@ -3835,7 +4150,7 @@ def test_the_process_logs_by_level(level, logged):
     with running("--port", "0", "--access-log", "--log-level", level) as process:
         assert is_healthy(process)
         err = end(process)[2]
-        assert bool(re.search(r"^\S+ \S+ INFO 127\.0\.0\.1 GET '/healthz' 200 \d+\n", err)) is logged and (logged or err == "")
+        assert bool(re.search(r"^\S+ INFO 127\.0\.0\.1 GET '/healthz' 200 \d+\n", err)) is logged and (logged or err == "")
 
 
 def test_the_server_imports_nothing_outside_the_standard_library():

@@ -1,4 +1,4 @@
-"""The tests of what is in this folder: real nginx, Caddy and p2pserver processes, in front of each other on loopback.
+"""The tests of what is in this folder: real nginx, Caddy, HAProxy and p2pserver processes, in front of each other on loopback.
 
 The configurations are the files beside this one; only addresses, paths of certificates and times are put in their place.
 """
@@ -168,6 +168,16 @@ def caddy(folder, port, upstream, certificate, *changes):
             {"P2P_DOMAIN": f"https://127.0.0.1:{port}", "P2P_UPSTREAM": f"127.0.0.1:{upstream}", "HOME": str(folder), "XDG_DATA_HOME": str(folder)})
 
 
+def haproxy(folder, port, upstream, certificate, *changes):
+    """The command that runs HAProxy with our configuration on that port, and its environment."""
+    text = put((HERE / "haproxy.cfg").read_text(), ("server p2pserver 127.0.0.1:8000", f"server p2pserver 127.0.0.1:{upstream}"),
+               ("http-keep-alive 60s", "http-keep-alive 2s"), ("bind :443,:::443 v6only", f"bind 127.0.0.1:{port}"),
+               ("bind :80,:::80 v6only", f"bind 127.0.0.1:{free_port()}"), ("/etc/haproxy/certs/p2p.example.org.pem", str(certificate)),
+               ("log /dev/log", "log stdout format raw"), ("maxconn 50000", "maxconn 500"), ("    user haproxy\n    group haproxy\n", ""), *changes)
+    (folder / "haproxy.cfg").write_text(text)
+    return [program("haproxy"), "-db", "-f", folder / "haproxy.cfg"], {}
+
+
 class From(requests.adapters.HTTPAdapter):
     """Connections that come from an address of one's own."""
 
@@ -226,7 +236,7 @@ def number(name, text):
 
 @contextlib.contextmanager
 def fronted(proxy, folder, certificate, *flags, changes=(), upstream=0):
-    """A Front of nginx or Caddy and, unless the test itself has something to do with the port upstream, a server."""
+    """A Front of a proxy and, unless the test itself has something to do with the port upstream, a server."""
     with contextlib.ExitStack() as stack:
         front = Front(free_port(), upstream or free_port(), certificate)
         if not upstream:
@@ -236,10 +246,10 @@ def fronted(proxy, folder, certificate, *flags, changes=(), upstream=0):
         yield front
 
 
-BOTH = pytest.mark.parametrize("proxy", [nginx, caddy], ids=["nginx", "caddy"])
+ALL = pytest.mark.parametrize("proxy", [nginx, caddy, haproxy], ids=["nginx", "caddy", "haproxy"])
 
 
-@pytest.fixture(scope="module", params=[nginx, caddy], ids=["nginx", "caddy"])
+@pytest.fixture(scope="module", params=[nginx, caddy, haproxy], ids=["nginx", "caddy", "haproxy"])
 def front(request, tmp_path_factory, certificate):
     """A proxy and a server for all tests that need none of their own."""
     with fronted(request.param, tmp_path_factory.mktemp("front"), certificate, "--rate", "0") as front:
@@ -379,9 +389,11 @@ def test_metrics_are_not_for_who_comes_through_the_proxy(front, target, more):
     assert re.match(r"HTTP/1.1 (301|308|400|403|404) ", answer) and "p2pserver_games" not in answer
 
 
-def test_nginx_sends_who_comes_without_tls_to_https_with_the_same_method(tmp_path, certificate):
-    with fronted(nginx, tmp_path, certificate):
-        plain = re.search(r"listen (127\.0\.0\.1:\d+);", (tmp_path / "site.conf").read_text())[1]
+@pytest.mark.parametrize("proxy, file, line", [(nginx, "site.conf", r"listen (127\.0\.0\.1:\d+);"), (haproxy, "haproxy.cfg", r"bind (127\.0\.0\.1:\d+)\n")],
+                         ids=["nginx", "haproxy"])
+def test_it_sends_who_comes_without_tls_to_https_with_the_same_method(proxy, file, line, tmp_path, certificate):
+    with fronted(proxy, tmp_path, certificate):
+        plain = re.search(line, (tmp_path / file).read_text())[1]
         answer = requests.post(f"http://{plain}/games/start?x=%20", json={}, allow_redirects=False, timeout=WAIT)
         assert (answer.status_code, answer.headers["Location"]) == (308, "https://p2p.example.org/games/start?x=%20")
 
@@ -395,7 +407,7 @@ FORGED = (
 )
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("address", ["127.0.0.2", "127.0.0.1"], ids=["a stranger", "one with the address of a trusted proxy"])
 def test_each_client_behind_the_proxy_has_limits_of_its_own_and_cannot_pass_for_another(proxy, address, tmp_path, certificate):
     with fronted(proxy, tmp_path, certificate, "--rate", "0.01", "--burst", "10") as front:
@@ -413,7 +425,7 @@ def test_each_client_behind_the_proxy_has_limits_of_its_own_and_cannot_pass_for_
         assert front.call("GET", "/games", address="127.0.0.3").status_code == 429
 
 
-@BOTH
+@ALL
 def test_each_client_behind_the_proxy_has_games_of_its_own(proxy, tmp_path, certificate):
     with fronted(proxy, tmp_path, certificate, "--max-games-per-client", "1") as front:
         statuses = [front.call("POST", "/games/register", {"name": f"game {i}", "peerId": HOST}, address=address).status_code
@@ -421,7 +433,7 @@ def test_each_client_behind_the_proxy_has_games_of_its_own(proxy, tmp_path, cert
         assert statuses == [201, 429, 201]
 
 
-@BOTH
+@ALL
 def test_the_log_names_the_client_and_not_the_proxy(proxy, tmp_path, certificate):
     with fronted(proxy, tmp_path, certificate, "--access-log", "--log-format", "json") as front:
         front.call("GET", "/healthz", address="127.0.0.7", headers={"X-Forwarded-For": "198.51.100.1"})
@@ -443,9 +455,29 @@ def test_nginx_limits_the_requests_that_one_client_has_at_once(tmp_path, certifi
         assert [each.result(WAIT).status_code for each in held] == [404, 404]
 
 
+@pytest.mark.parametrize("first, second, other", [("2001:db8:1:200::1", "2001:db8:1:2ff:ffff::1", "2001:db8:1:300::1"),
+                                                  ("2001:db8:a0a:a0a::a0a", "2001:db8:a0a:aff::1", "2001:db8:a0a:b0a::a0a")], ids=["usual", "with line feeds"])
+def test_nginx_takes_an_ipv6_56_for_one_client(first, second, other, tmp_path, certificate):
+    """The addresses are nginx' own word of who connects, which its module realip sets here."""
+    changes = [("limit_conn p2pserver_clients 256;", "limit_conn p2pserver_clients 2; set_real_ip_from 127.0.0.1; real_ip_header X-Test;")]
+    with fronted(nginx, tmp_path, certificate, changes=changes) as front, concurrent.futures.ThreadPoolExecutor() as pool:
+        def call(address, *request):
+            return front.call(*request, address="127.0.0.1", headers={"X-Test": address})
+
+        held = []
+        for i, address in enumerate((first, second)):
+            front.offer(f"game {i}")
+            held.append(pool.submit(call, address, "POST", "/games/poll", {"name": f"game {i}", "peerId": HOST, "addresses": HERS, "wait": 25}))
+        wait_until(lambda: front.waiting() == 2)
+        assert [call(address, "GET", "/healthz").status_code for address in (first, second, other, "203.0.113.1")] == [429, 429, 200, 200]
+        for i in range(2):
+            call(other, "DELETE", f"/games/game%20{i}", {"peerId": HOST})
+        assert [each.result(WAIT).status_code for each in held] == [404, 404]
+
+
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
-@BOTH
+@ALL
 def test_without_a_server_it_says_502_and_works_again_as_soon_as_there_is_one(proxy, tmp_path, certificate, name):
     with fronted(proxy, tmp_path, certificate, upstream=free_port()) as front:
         for _ in range(2):
@@ -457,10 +489,37 @@ def test_without_a_server_it_says_502_and_works_again_as_soon_as_there_is_one(pr
                 assert held.result(WAIT).status_code == 200, "a server that stops answers what it holds, through the proxy too"
                 server.wait(WAIT)
             for _ in range(3):
-                assert front.call("GET", "/healthz").status_code == 502
+                assert front.call("GET", "/healthz").status_code == (503 if proxy is haproxy else 502)
 
 
-@BOTH
+def test_haproxy_does_not_send_twice_what_might_have_been_done(tmp_path, certificate):
+    with socket.create_server(("127.0.0.1", 0)) as listener, concurrent.futures.ThreadPoolExecutor() as pool, \
+            fronted(haproxy, tmp_path, certificate, upstream=listener.getsockname()[1]) as front:
+        listener.settimeout(WAIT)
+        asked = pool.submit(front.call, "POST", "/games/start", {"name": "x", "peerId": GUEST})
+        connection, _ = listener.accept()
+        assert connection.recv(65536).startswith(b"POST")
+        connection.close()
+        assert asked.result(WAIT).status_code == 502
+        listener.settimeout(0.5)
+        with pytest.raises(socket.timeout):
+            listener.accept()
+
+
+def test_haproxy_hands_the_challenge_of_a_certificate_to_certbot(tmp_path, certificate):
+    with socket.create_server(("127.0.0.1", 0)) as listener, concurrent.futures.ThreadPoolExecutor() as pool, \
+            fronted(haproxy, tmp_path, certificate, changes=[("127.0.0.1:8402", f"127.0.0.1:{listener.getsockname()[1]}")]):
+        listener.settimeout(WAIT)
+        plain = re.search(r"bind (127\.0\.0\.1:\d+)\n", (tmp_path / "haproxy.cfg").read_text())[1]
+        asked = pool.submit(requests.get, f"http://{plain}/.well-known/acme-challenge/token", timeout=WAIT)
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(65536).startswith(b"GET /.well-known/acme-challenge/token ")
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\ntoken")
+        assert asked.result(WAIT).text == "token"
+
+
+@pytest.mark.parametrize("proxy", [nginx, caddy], ids=["nginx", "caddy"])
 @pytest.mark.parametrize("method", ["POST", "PATCH"])
 def test_what_might_have_been_done_is_not_sent_twice(proxy, tmp_path, certificate, method):
     with socket.create_server(("127.0.0.1", 0)) as listener, concurrent.futures.ThreadPoolExecutor() as pool, \
@@ -633,6 +692,51 @@ def test_containers_have_no_more_rights_than_they_need(services):
     for name, service in services.items():
         assert service["read_only"] is True and service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
         assert service.get("cap_add", []) == (["NET_BIND_SERVICE"] if name == "caddy" else [])
+
+
+def megabytes(text):
+    return int(re.fullmatch(r"(\d+)[mM]", text)[1]) * 1024 ** 2 // 1000 ** 2
+
+
+def test_the_memory_limits_leave_room_for_all_that_the_servers_own_limits_allow():
+    """Which are its games, connections that have sent as much as each may before it is parsed, and 100 MB of the process."""
+    most = DEFAULTS.max_memory + DEFAULTS.max_connections * (p2pserver.MAX_HEAD + p2pserver.READ_SIZE) // 1_000_000 + 100
+    limits = [*values("MemoryMax"), ALONE["p2pserver"]["mem_limit"], WITH_CADDY["p2pserver"]["mem_limit"]]
+    assert len(limits) == 3 and all(megabytes(limit) > most for limit in limits) and WITH_CADDY["caddy"]["mem_limit"]
+
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def test_the_dockerfile_needs_no_buildkit_and_everybody_may_read_the_server():
+    """COPY --chmod, RUN --mount and here-documents are BuildKit's alone."""
+    steps = [line for line in DOCKERFILE.splitlines() if line and not line.startswith("#")]
+    assert not [line for line in steps if re.search(r"^(COPY|ADD) .*--(chmod|link|parents|exclude)|^RUN --|<<|\\$", line)]
+    assert {line.split()[0] for line in steps} <= {"FROM", "COPY", "RUN", "ENV", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT"}
+    file = re.search(r"^COPY p2pserver.py (\S+)$", DOCKERFILE, re.MULTILINE)[1]
+    assert steps.index(f"RUN chmod 0444 {file}") < steps.index("USER 65534:65534") and steps[-1] == f'ENTRYPOINT ["python", "{file}"]'
+
+
+@pytest.mark.parametrize("environment", [
+    {"P2P_PORT": "{port}", "P2P_HOST": "127.0.0.5"}, {"PORT": "{port}", "P2P_HOST": "::1"}, {"P2P_PORT": "{port}", "PORT": "1"}, {"P2P_PORT": "{port}"},
+    {"P2P_PORT": "tcp://10.0.0.1:8000", "PORT": "{port}"}, {"P2P_PORT": "{port}", "P2P_HOST": "0.0.0.0"}, {"P2P_PORT": "{port}", "P2P_HOST": "::"},
+    {"P2P_PORT": "{port}", "P2P_TLS_CERT": "{certificate}"}, {"P2P_PORT": "{port}", "P2P_TLS_CERT": "{certificate}", "P2P_HOST": "127.0.0.5"}], ids=str)
+def test_the_health_check_of_the_dockerfile_follows_address_port_and_tls(environment, tmp_path, certificate):
+    check = json.loads(re.search(r"^HEALTHCHECK .* CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)[1])
+    port = free_port()
+    inside = {name: value.format(port=port, certificate=certificate) for name, value in environment.items()}
+    outside = {key: value for key, value in os.environ.items() if key != "PORT" and not key.startswith("P2P_")}
+
+    def status():
+        return subprocess.run([sys.executable, *check[1:]], env={**outside, **inside}, capture_output=True, timeout=WAIT).returncode
+
+    assert check[0] == "python" and status() != 0, "nothing listens there yet"
+    with subprocess.Popen([sys.executable, ROOT / "p2pserver.py"], env={**outside, **inside}, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert f":{port}/" in server.stdout.readline()
+            assert status() == 0
+        finally:
+            server.kill()
 
 
 @pytest.mark.parametrize("services", [ALONE, WITH_CADDY], ids=COMPOSE)
