@@ -37,6 +37,7 @@ connections, parking, handler, server), log, command line.
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import errno
@@ -290,7 +291,8 @@ def address_fault(value: Any, is_local: bool) -> str:
 
 
 def check_addresses(value: Any, scope: Scope) -> bytes:
-    """Candidates, most wanted first, as JSON text."""
+    """Candidates, most wanted first, as JSON text. An empty object stands for none: encoders of Lua and PHP write that for an empty array."""
+    value = [] if value == {} else value
     require(isinstance(value, list) and len(value) <= MAX_ADDRESSES, f"must be an array of at most {MAX_ADDRESSES} addresses")
     faults = [f"[{i}] {fault}" for i, fault in enumerate([address_fault(item, scope.is_local) for item in value]) if fault]
     require(not faults, "; ".join(faults[:MAX_FAULTS]))
@@ -318,9 +320,10 @@ def check_flag(value: Any, scope: Scope) -> Any:
 
 
 def check_whole_number(value: Any, scope: Scope) -> Any:
+    """In any spelling, as 25.0 or 2.5e1: many encoders know no other numbers than floats."""
     # Every JSON reader holds whole numbers up to this exactly (RFC 8259 section 6).
-    require(type(value) is int and 0 <= value < 2 ** 53, "must be a whole number, not negative")
-    return value
+    require(type(value) in (int, float) and 0 <= value < 2 ** 53 and value == int(value), "must be a whole number, not negative")
+    return int(value)
 
 
 class Field(NamedTuple):
@@ -379,6 +382,7 @@ TEXT_OF: Dict[type, Callable[[Any], str]] = {
 def parse_body(body: bytes) -> Dict[str, Any]:
     """The object that a body holds. Problem 400 if it is not JSON, or JSON that not every reader reads alike."""
     try:
+        require(not body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)), "it begins with a byte order mark (BOM); leave that out")
         text = body.decode("utf-8")
         value: Dict[str, Any] = from_json(text)
         if LONE_SURROGATE.search(text):
@@ -1265,13 +1269,17 @@ def read_head(head: bytes) -> Head:
     return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
 
 
-def check_media_type(headers: Mapping[str, str]) -> None:
-    """Refuse a body that is declared as anything but JSON in UTF-8. One that is not declared is taken for that."""
+def check_media_type(headers: Mapping[str, str], accept: str) -> None:
+    """Refuse a body that is declared as anything but JSON in UTF-8. One that is not declared is taken for that.
+
+    accept: the field that tells which type it may have, Accept or Accept_Patch. Accept-Encoding is for codings alone (RFC 9110 section 12.5.3).
+    """
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise Problem("the body must not be compressed; leave out Content-Encoding", 415, Accept_Encoding="identity")
     media_type, _, parameters = headers.get("content-type", "application/json").lower().partition(";")
-    is_json = media_type.strip() == "application/json" or media_type.strip().endswith("+json")
-    is_utf_8 = "charset" not in parameters or re.search(r'charset="?utf-8"?[ \t]*(;|$)', parameters)
-    if not is_json or not is_utf_8 or headers.get("content-encoding", "identity").lower() != "identity":
-        raise Problem("the body must be application/json in UTF-8, and not compressed", 415)
+    is_json = re.fullmatch(r"application/json|(?!application/json-patch).*\+json", media_type.strip())
+    if not is_json or "charset" in parameters and not re.search(r'charset="?utf-?8"?[ \t]*(;|$)', parameters):
+        raise Problem("the body must be JSON in UTF-8, and declared so: set Content-Type: application/json", 415, {}, "", **{accept: "application/json"})
 
 
 def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
@@ -1635,7 +1643,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         digest = b""
         if route.fields:
             if self.body:
-                check_media_type(headers)
+                check_media_type(headers, "Accept_Patch" if self.command == "PATCH" else "Accept")
             body = parse_body(self.body) if self.body else bearer(headers)
             fields = validate(body, route.fields, Scope(connection.client.is_local, server.settings.max_guests))
             digest = server.registry.peer_digest(fields.pop("peerId"))

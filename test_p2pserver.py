@@ -385,14 +385,15 @@ FIELDS = {      # by name: the check, what passes, what does not
         "", "x" * 129, "a\nb", "\0", "\x7f", "\u202e", "\ud800", *NOT_STRINGS)),
     "addresses": (p2pserver.check_addresses, (
         [], ["203.0.113.1:1"], ["[2001:db8::1]:65535"], ["[fe80::1%eth0]:5000"], ["192.168.0.1:5000"], ["x"] * 16, ["x" * 512],
-        ["localhost:80", "", "é\n", "255.255.255.255"], ["candidate:1 1 udp 2122 192.0.2.1 5000 typ host"], [{}, {"sdp": [{"type": "offer"}, 1, None]}]), (
-        ["x"] * 17, *NOT_STRINGS[:4], {}, "x:1")),
-    "replies": (p2pserver.check_replies, ({}, {"s": []}, {"s": ["203.0.113.1:1", {}], "t": ["x"]}), (
+        ["localhost:80", "", "é\n", "255.255.255.255"], ["candidate:1 1 udp 2122 192.0.2.1 5000 typ host"], [{}, {"sdp": [{"type": "offer"}, 1, None]}], {}), (
+        ["x"] * 17, *NOT_STRINGS[:4], {"1": "x"}, "x:1")),
+    "replies": (p2pserver.check_replies, ({}, {"s": []}, {"s": {}}, {"s": ["203.0.113.1:1", {}], "t": ["x"]}), (
         None, [], "x", {"s": "203.0.113.1:1"}, {"s": ["0.0.0.0:1"]}, {"s": ["x"] * 17}, {"s": ["127.0.0.1:1"]}, {"s": None}, {"s": [], "t": [1]})),
     "info": (p2pserver.check_info, ({}, LARGEST, {"players": 1, "map": "é", "x": nested(15, 0)}), (
         None, [], "x", 1, {"k": LARGEST["k"] + "x"}, {"k": LARGEST["k"][:-1] + "é"}, {"k": "雪" * 400}, {"x": nested(16, 0)})),
     "listed": (p2pserver.check_flag, (True, False), (0, 1, "true", None, [], {})),
-    "after": (p2pserver.check_whole_number, (0, 1, 2 ** 53 - 1), (-1, 2 ** 53, True, 1.0, "1", None, [], 10 ** 200)),
+    "after": (p2pserver.check_whole_number, (0, 1, 2 ** 53 - 1, 25.0, -0.0, 1.7956255424844e+15), (
+        -1, 2 ** 53, True, 1.5, -1.0, float(2 ** 53), 1e300, "1", None, [], 10 ** 200)),
 }
 
 
@@ -409,6 +410,10 @@ def test_validation_lets_through(check, value):
 def test_validation_refuses(check, value):
     with pytest.raises(ValueError, match="must"):
         check(value, Scope())
+
+
+def test_an_empty_object_for_addresses_is_handed_on_as_an_empty_array():
+    assert p2pserver.check_addresses({}, Scope()) == b"[]" and p2pserver.check_replies({"s": {}}, Scope()) == {"s": b"[]"}
 
 
 @pytest.mark.parametrize("address, words", [
@@ -1582,6 +1587,10 @@ def test_cors_lets_web_pages_call_from(origin, serve):
     "JSON in capitals": ({"Content-Type": "Application/JSON"}, 201),
     "JSON in UTF-8": ({"Content-Type": "application/json; charset=UTF-8"}, 201),
     "JSON in quoted UTF-8": ({"Content-Type": 'application/json ;charset="utf-8"'}, 201),
+    "JSON in UTF8": ({"Content-Type": "application/json; charset=utf8"}, 201),
+    "JSON in quoted UTF8 in capitals": ({"Content-Type": 'application/json;CHARSET="UTF8" ; x=y'}, 201),
+    "JSON in UTF-80": ({"Content-Type": "application/json; charset=utf-80"}, 415),
+    "a JSON patch": ({"Content-Type": "application/json-patch+json"}, 415),
     "another kind of JSON": ({"Content-Type": "application/vnd.game+json"}, 201),
     "not compressed": ({"Content-Encoding": "identity"}, 201),
     "text": ({"Content-Type": "text/plain"}, 415),
@@ -1593,6 +1602,19 @@ def test_cors_lets_web_pages_call_from(origin, serve):
 def test_a_body_declared_as(headers, status, api, name):
     answer = api.call("POST", "/games/register", data=json.dumps({"name": name, "peerId": HOST}).encode(), headers=headers)
     assert answer.status_code == status and api.get_game(name).status_code == (200 if status == 201 else 404)
+    # RFC 9110 section 12.5.3: Accept-Encoding says that the coding is the fault; section 15.5.16: Accept, that the type is.
+    is_compressed = "Content-Encoding" in headers and status == 415
+    assert answer.headers.get("Accept-Encoding") == ("identity" if is_compressed else None)
+    assert answer.headers.get("Accept") == ("application/json" if status == 415 and not is_compressed else None)
+    assert status == 201 or is_compressed or "set Content-Type: application/json" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("media_type", ["application/json-patch+json", "text/plain"])
+def test_a_patch_of_another_type_is_told_which_it_may_have(media_type, api, name):
+    """RFC 5789 section 2.2."""
+    api.register_game(name)
+    answer = api.call("PATCH", path_of(name), data=b"[]", headers={"Content-Type": media_type})
+    assert (answer.status_code, answer.headers["Accept-Patch"], answer.headers.get("Accept")) == (415, "application/json", None)
 
 
 @pytest.mark.parametrize("call", [lambda api, game, peer: api.register_game(game), lambda api, game, peer: api.start_game("g0", peer)], ids=["server", "game"])
@@ -1747,6 +1769,24 @@ def test_a_body_is_no_json_object_in_utf_8(data, api):
 def test_a_body_is_json_with(text, api, name):
     data = f'\r\n\t {{"name":"{name} \\ud83c\\udfb2\\u0041","peerId":"x",{text}}} '.encode()
     assert api.call("POST", "/games/register", data=data).json()["name"] == name + " 🎲A"
+
+
+@pytest.mark.parametrize("wait", ["3", "3.0", "3e0", "3.00E+0", "30e-1", "0.3e1"])
+def test_a_whole_number_may_have_any_spelling_of_json(wait, api, name):
+    """RFC 8259 section 6. Of an encoder that knows floats only, and of the cursor in %.14g."""
+    api.register_game(name)
+    api.start_game(name)
+    for after in ("0.0", "0e0", "1.7956255424844e+15"):
+        body = f'{{"name":"{name}","peerId":"{HOST}","addresses":{{}},"after":{after},"wait":{wait}}}'.encode()
+        answer = api.call("POST", "/games/poll", data=body)
+        assert answer.status_code == 200 and answer.headers["Preference-Applied"] == "wait=3", answer.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_named(encoding, api):
+    """RFC 8259 section 8.1."""
+    answer = api.call("POST", "/games/register", data='{"name":"x"}'.encode(encoding))
+    assert answer.status_code == 400 and "BOM" in answer.json()["detail"]
 
 
 # ---- HTTP's edges ---------------------------------------------------------------------------------------------------
