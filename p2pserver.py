@@ -148,6 +148,7 @@ MAX_INFO, MAX_DEPTH = 1024, 16  # bytes as compact JSON; levels of arrays and ob
 MAX_FAULTS = 3                  # of one list that an answer names, so that it names ten in all at the most
 MAX_REQUEST_LINE, MAX_HEAD = 8192, 32768                # bytes; RFC 9112 section 3 asks for 8000 at least
 MAX_HEADER_FIELDS = 100
+MAX_TRAILER = 1024              # bytes of the trailers behind a chunked body
 READ_SIZE = 16384               # bytes that are received at once: a connection's buffer holds MAX_HEAD or --max-body, and these, at the most
 MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, from its end
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
@@ -1188,6 +1189,8 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
+# The size and extension of a chunk (RFC 9112 section 7.1): whole if it ends in LF, else as far as it has come.
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]{0,8}(?:;[\t -~\x80-\xff]{0,256}|\Z))?(?:\r\n|\r?\Z)")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
@@ -1199,6 +1202,7 @@ class Head(NamedTuple):
     is_new: bool = True                 # HTTP/1.1, not 1.0
     headers: Mapping[str, str] = {}
     length: int = 0                     # of the body, in bytes
+    is_chunked: bool = False            # that is what is decoded of it, and more is to come
     closes: bool = True                 # the connection ends with the answer
     expects: bool = False               # the client waits for 100 Continue
 
@@ -1210,15 +1214,18 @@ def find_head(buffer: bytearray, scanned: int) -> int:
     """Where the head at the start of the buffer ends, or -1 while it is not whole. scanned: the bytes that an earlier call has seen."""
     if len(buffer) >= MAX_REQUEST_LINE and buffer.find(b"\n", 0, MAX_REQUEST_LINE) < 0:
         raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
-    end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD + 4)
-    if end >= 0:
-        return end
+    return find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
+
+
+def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
+    """Where the empty line after fields begins that have been looked through up to start, or -1 while it has not come."""
+    end = buffer.find(b"\r\n\r\n", start, limit + 4)
     # Readers differ on what ends a line. Where they do, requests can be smuggled.
-    if BARE_LF.search(buffer, scanned):
+    if end < 0 and BARE_LF.search(buffer, start):
         raise Problem("a line of the head does not end in CRLF")
-    if len(buffer) > MAX_HEAD:
-        raise Problem(f"the head has more than {MAX_HEAD} bytes", 431)
-    return -1
+    if end < 0 and len(buffer) >= limit + 4:
+        raise Problem(f"the head has more than {MAX_HEAD} bytes, or the trailers more than {MAX_TRAILER}", 431)
+    return end
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1230,15 +1237,18 @@ def parse_head(head: bytes) -> Head:
         raise Problem("the request line is malformed")
     method, target, is_new = match[1].decode("ascii"), match[2].decode("ascii"), match[4] != b"0"
     headers = parse_fields(lines)
-    length = headers.get("content-length", "0")
+    length, codings = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked").lower()
+    is_chunked = "transfer-encoding" in headers
     for is_wrong, status, detail in (
         (match[3] != b"1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
         (is_new and "host" not in headers, 400, "Host is required"),                # RFC 9112 section 3.2
         (", " in headers.get("host", ""), 400, "Host stands twice in the head"),
         (method not in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"), 501, "this method is not supported"),
         # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
-        ("transfer-encoding" in headers, 400 if "content-length" in headers else 501, "Transfer-Encoding is not supported; send a Content-Length alone"),
-        (method in ("POST", "PUT", "PATCH") and "content-length" not in headers, 411, "a Content-Length is required"),
+        (is_chunked and (not is_new or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1, and for requests without Content-Length"),
+        (codings.rpartition(",")[2].strip() != "chunked" or codings.count("chunked") > 1, 400, "the last transfer coding, and it alone, must be chunked"),
+        (codings != "chunked", 501, "no other transfer coding than chunked is understood"),
+        (method in ("POST", "PUT", "PATCH") and "content-length" not in headers and not is_chunked, 411, "a Content-Length is required"),
         (not length.isascii() or not length.isdigit(), 400, "Content-Length must stand once, and be a number"),
         (headers.get("expect", "100-continue").lower() != "100-continue", 417, "only Expect: 100-continue is understood"),
     ):
@@ -1247,7 +1257,7 @@ def parse_head(head: bytes) -> Head:
     options = headers.get("connection", "").lower().replace(",", " ").split()
     closes = "close" in options or not is_new and "keep-alive" not in options
     # More digits are too large a length in any case, and slow to convert.
-    return Head(method, target, is_new, headers, int(length.lstrip("0")[:18] or "0"), closes, is_new and "expect" in headers)
+    return Head(method, target, is_new, headers, int(length.lstrip("0")[:18] or "0"), is_chunked, closes, is_new and "expect" in headers)
 
 
 def parse_fields(lines: List[bytes]) -> Dict[str, str]:
@@ -1262,6 +1272,38 @@ def parse_fields(lines: List[bytes]) -> Dict[str, str]:
         name, value = match[1].lower(), match[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
+
+
+def decode_chunks(buffer: bytearray, length: int, limit: int) -> Tuple[int, bool]:
+    """Take the framing off the chunks that have come whole (RFC 9112 section 7.1). Extensions and trailers are dropped.
+
+    The buffer begins with length bytes of the body that are decoded already. Returned is how many they are now, and whether more are to come.
+    Problem: the framing is malformed, or the body has more than limit bytes.
+    """
+    while length < len(buffer):
+        chunk = CHUNK.match(buffer, length)
+        if not chunk:
+            raise Problem("the size of a chunk is malformed")
+        if not chunk[0].endswith(b"\n"):
+            break
+        start, size = chunk.end(), int(chunk[1], 16)
+        end = start + size
+        if length + size > limit:
+            raise Problem(f"the body has more than {limit} bytes", 413)
+        if not size:
+            end = find_empty_line(buffer, start - 2, start + MAX_TRAILER)
+            if end > start:
+                parse_fields(bytes(buffer[start:end]).split(b"\r\n"))
+            if end >= 0:
+                del buffer[length:end + 4]
+            return length, end < 0
+        if not b"\r\n".startswith(bytes(buffer[end:end + 2])):
+            raise Problem("a chunk is longer than its size")
+        if len(buffer) < end + 2:
+            break
+        del buffer[end:end + 2], buffer[length:start]
+        length += size
+    return length, True
 
 
 def read_head(head: bytes) -> Head:
@@ -1606,7 +1648,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def has_request(self) -> bool:
         """Whether a whole request is in the buffer; its head is taken from there as soon as that is whole."""
-        connection, buffer = self.connection, self.connection.buffer
+        connection, buffer, limit = self.connection, self.connection.buffer, self.server.settings.max_body
         if connection.head is NO_HEAD:
             while buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2: empty lines before the request line are ignored
                 del buffer[:2]
@@ -1620,11 +1662,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection.client = client_behind(connection.peer, connection.head.headers, self.server.proxies)
             if connection.is_proxy and connection.client is not connection.peer:
                 self.server.count(connection, connection.client.key)    # until it is answered
-            if connection.head.length > self.server.settings.max_body:
-                raise Problem(f"the body has more than {self.server.settings.max_body} bytes", 413)
-            if connection.head.expects and connection.head.length > len(buffer):
+            if connection.head.length > limit:
+                raise Problem(f"the body has more than {limit} bytes", 413)
+            if connection.head.expects and connection.head.length + connection.head.is_chunked > len(buffer):
                 connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return len(buffer) >= connection.head.length
+        if connection.head.is_chunked:
+            length, is_chunked = decode_chunks(buffer, connection.head.length, limit)
+            connection.head = connection.head._replace(length=length, is_chunked=is_chunked)
+        return not connection.head.is_chunked and len(buffer) >= connection.head.length
 
     # Answering it.
 

@@ -1810,12 +1810,24 @@ BAD_FIELDS = [  # each between Host and the end of the head
     b"X Y: x\r\n", b"\xc3\x9c: x\r\n", b"X\0: a\r\n", b"X: a\0b\r\n", b"X: a\x01b\r\n", b"X: \x1b[2J\r\n", b"X: \x7f\r\n", b"X: a\rb\r\n", b"\rX: a\r\n",
     b"X: a\r\r\n", b"X: a\n", b"\n", b"Content-Length: x\r\n",
 ]
+LAST = b"0\r\n\r\n"
+BAD_CHUNKS = [  # each the first bytes of a chunked body
+    *(size + b"\r\n{}\r\n" + LAST for size in (b"-2", b"+2", b"0x2", b"g", b"", b" 2", b"2 ", b"2\t", b"\xb2", b"2\r", b"000000002",
+                                               b"2 x", b"2;\0", b"2;x\ny", b"2;x\ry", b"2;" + b"x" * 257)),
+    b"2\n{}\r\n" + LAST, b"2\r{}\r\n" + LAST, b"2\r\n{}\n" + LAST, b"2\r\n{}\r" + LAST, b"2\r\n{}" + LAST, b"2\r\n{} \r\n" + LAST, b"2\r\n{}\r\n0\n\r\n",
+    b"2\r\n{}\r\n0\r\n\n", b"2\r\n{}\r\n000000000\r\n\r\n", b"0\r\nX\r\n\r\n", b"0\r\nX: a\nY: b\r\n\r\n", b"0\r\n folded: x\r\n\r\n", b"0\r\nX: \0\r\n\r\n",
+]
+BAD_CODINGS = [b"identity", b"gzip", b"chunked, gzip", b"chunked, chunked", b"chunked\r\nTransfer-Encoding: chunked", b"xchunked", b"chunkedx", b"chunked;q=1",
+               b"", b'"chunked"', b"chunked,", b"\x0bchunked"]
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 BAD_LENGTHS = [b"two", b"", b"+2", b"-2", b"0_2", b"0x2", b"2.0", b"2 2", b"\xb2", b"2, 2",
                b"2\r\nContent-Length: 2", b"2\r\ncontent-length: 3", b"2\r\nTransfer-Encoding: chunked"]
 REFUSED = {
     **{brief(line): (line + b"Host: h\r\n\r\n", 400) for line in BAD_LINES},
     **{brief(field): (GET + field + END, 400) for field in BAD_FIELDS},
     **{brief(length): (POST + b"Content-Length: %s\r\n\r\n{}" % length, 400) for length in BAD_LENGTHS},
+    **{f"chunk {brief(chunks)}": (CHUNKED + chunks, 400) for chunks in BAD_CHUNKS},
+    **{f"coding {brief(coding)}": (POST + b"Transfer-Encoding: %s\r\n\r\n2\r\n{}\r\n0\r\n\r\n" % coding, 400) for coding in BAD_CODINGS},
     "no Host": (b"GET / HTTP/1.1\r\n\r\n", 400),
     "HTTP/2's preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     "HTTP/0.9 by name": (b"GET / HTTP/0.9\r\n\r\n", 505),
@@ -1831,8 +1843,16 @@ REFUSED = {
     "a huge Content-Length": (POST + b"Content-Length: 99999999999999999999\r\n\r\n", 413),
     "a Content-Length of 9000 digits": (POST + b"Content-Length: " + b"9" * 9000 + b"\r\n\r\n", 413),
     "a Content-Length that ends in zeros": (POST + b"Content-Length: 1" + b"0" * 400 + b"\r\n\r\n", 413),
-    "Transfer-Encoding": (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 501),
-    "Transfer-Encoding of nothing": (GET + b"Transfer-Encoding: identity\r\n\r\n", 501),
+    "a transfer coding that nobody knows": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 501),
+    "Transfer-Encoding in HTTP/1.0": (CHUNKED.replace(b"HTTP/1.1", b"HTTP/1.0") + b"2\r\n{}\r\n0\r\n\r\n", 400),
+    "Content-Length before Transfer-Encoding": (CHUNKED.replace(b"Transfer", b"Content-Length: 12\r\nTransfer") + b"2\r\n{}\r\n0\r\n\r\n", 400),
+    "a chunk that is too large": (CHUNKED + b"4001\r\n", 413),
+    "a chunk of the largest size": (CHUNKED + b"ffffffff\r\n", 413),
+    "chunks that are too large in all": (CHUNKED + b"2000\r\n" + b" " * 8192 + b"\r\n2001\r\n", 413),
+    "chunks of GET that are too large": (CHUNKED.replace(b"POST", b"GET") + b"4001\r\n", 413),
+    "trailers of more than 1024 bytes": (CHUNKED + b"0\r\nX: " + b"x" * 1024 + b"\r\n\r\n", 431),
+    "trailers that do not end": (CHUNKED + b"0\r\nX: " + b"x" * 100_000, 431),
+    "101 trailers": (CHUNKED + b"0\r\n" + b"X: x\r\n" * 101 + END, 431),
     "an expectation that nobody knows": (POST + b"Expect: miracles\r\nContent-Length: 2\r\n\r\n{}", 417),
     "101 fields": (GET + b"X: x\r\n" * 100 + END, 431),
     "more than 32 KiB of fields": (GET + b"".join(b"X%d: %s\r\n" % (i, b"x" * 1000) for i in range(33)) + END, 431),
@@ -1855,6 +1875,11 @@ def test_http_refuses_and_closes_after(data, status, api):
 ACCEPTED = {
     "a Content-Length with leading zeros": (POST + b"Content-Length: 000000000000000000000002\r\n\r\n{}", 400),
     "a Content-Length of zero": (POST + b"Content-Length: 0\r\n\r\n", 400),
+    "a chunked body": (CHUNKED + b"2\r\n{}\r\n0\r\n\r\n", 400),
+    "no chunk": (CHUNKED + b"0\r\n\r\n", 400),
+    "a chunked body for GET": (CHUNKED.replace(b"POST /games/register", b"GET /healthz") + b"5\r\nhello\r\n0\r\n\r\n", 200),
+    "chunked in capitals": (CHUNKED.replace(b"chunked", b"CHUNKED") + b"2\r\n{}\r\n0\r\n\r\n", 400),
+    "16384 bytes in chunks": (CHUNKED + b"1fff\r\n" + b" " * 8191 + b"\r\n2001\r\n" + b" " * 8193 + b"\r\n0\r\n\r\n", 400),
     "an empty line before the request line": (END + GET + END, 200),
     "the absolute form": (b"GET http://anywhere.example:1/healthz HTTP/1.1\r\nHost: h\r\n\r\n", 200),
     "the absolute form in capitals": (b"GET HTTPS://ANYWHERE/healthz?x HTTP/1.1\r\nHost: h\r\n\r\n", 200),
@@ -1882,6 +1907,75 @@ ACCEPTED = {
 def test_http_accepts_and_goes_on_after(data, status, api):
     with Raw(api, data + GET + END) as raw:
         assert [raw.answer().status, raw.answer().status] == [status, 200]
+
+
+def chunked(name, chunks, *fields):
+    """A registration whose body is cut into these chunks: {size line: how many bytes}. A size line of None is written as is usual."""
+    body, data = json.dumps({"name": name, "peerId": HOST}).encode(), b""
+    for line, size in chunks:
+        data += (line or b"%x") % size + b"\r\n" + body[:size] + b"\r\n"
+        body = body[size:]
+    return POST + b"Transfer-Encoding: chunked\r\n" + b"".join(fields) + END + data + b"%X\r\n%s\r\n0" % (len(body), body)
+
+
+@pytest.mark.parametrize("chunks, end", rows({
+    "one chunk": ([], END + END), "single bytes": ([(None, 1)] * 20, END + END), "leading zeros": ([(b"0000000%x", 3), (b"%08X", 11)], b"0000000" + END + END),
+    "extensions": ([(b"%x;a", 1), (b"%x ; a = \"b;\\\"\" ;c", 2), (b"%x;" + b"x" * 256, 3)], b";last" + END + END),
+    "trailers": ([], END + b"Digest: x\r\nContent-Length: 5\r\nHost: a b\r\n" + END),
+    "trailers of 1024 bytes": ([], END + b"X: " + b"x" * 1021 + END + END),
+}))
+@pytest.mark.parametrize("pieces", [False, True], ids=["at once", "in pieces"])
+def test_a_chunked_body_is_decoded_with(chunks, end, pieces, api, name):
+    """RFC 9112 section 7.1. What comes after it is the next request."""
+    data = chunked(name, chunks) + end + GET + END
+    with Raw(api) as raw:
+        raw.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        for i in range(len(data) if pieces else 0):
+            raw.send(data[i:i + 1])
+        pieces or raw.send(data)
+        assert [raw.answer().status for _ in range(2)] == [201, 200] and api.get_game(name).status_code == 200
+
+
+def test_a_chunked_body_is_decoded_wherever_its_bytes_are_parted():
+    data = b"5;x=y\r\nhello\r\n00A \t;z\r\n and more.\r\n0\r\nX: y\r\n\r\nnext"
+    for first, second in itertools.combinations(range(len(data) + 1), 2):
+        buffer, length, is_more = bytearray(), 0, True
+        for piece in (data[:first], data[first:second], data[second:]):
+            buffer += piece
+            length, is_more = p2pserver.decode_chunks(buffer, length, 15) if is_more else (length, False)
+        assert (bytes(buffer), length, is_more) == (b"hello and more.next", 15, False)
+
+
+def test_a_chunked_body_of_a_megabyte_in_many_reads_takes_no_more_work_than_its_bytes():
+    """What is decoded is not moved again, however long it gets."""
+    class Buffer(bytearray):
+        moved = 0
+
+        def __delitem__(self, where):
+            Buffer.moved += len(self) - where.stop if where.start else 0
+            super().__delitem__(where)
+
+    buffer, length, is_more, count = Buffer(), 0, True, 5000
+    data = b"c8\r\n" + b"x" * 200 + b"\r\n"
+    for _ in range(count):
+        buffer += data[:100]
+        assert p2pserver.decode_chunks(buffer, length, 10 ** 6) == (length, True)
+        buffer += data[100:]
+        length, is_more = p2pserver.decode_chunks(buffer, length, 10 ** 6)
+    assert length == 200 * count and is_more and Buffer.moved <= count * len(data)
+
+
+def test_a_chunked_request_waits_as_any_other(serve):
+    api = serve()
+    api.register_game("castle")
+    head, body = poll("castle", b"Prefer: wait=20").split(b"\r\n\r\n")
+    with Raw(api, re.sub(b"Content-Length: [0-9]+", b"Transfer-Encoding: chunked", head) + b"\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)) as raw:
+        wait_until(lambda: waiters(api) == 1)
+        raw.send(CHUNKED + b"2\r\n{")       # the next request comes early
+        api.start_game("castle")
+        assert len(json.loads(raw.answer().body)["guests"]) == 1
+        raw.send(b"}\r\n0\r\n\r\n")
+        assert raw.answer().status == 400
 
 
 @pytest.mark.parametrize("name, path, status", rows({
@@ -1930,8 +2024,9 @@ def test_whether_a_connection_stays_open_after(data, connection, api):
         assert raw.is_closed() if connection == "close" else raw.answer().status == 200
 
 
-def test_expect_100_continue_is_answered_before_the_body_is_sent(api, name):
-    head, body = register(name, b"Expect: 100-Continue\r\n").split(b"\r\n\r\n")
+@pytest.mark.parametrize("request_", [register, lambda name, field: chunked(name, [], field) + END + END], ids=["whole", "chunked"])
+def test_expect_100_continue_is_answered_before_the_body_is_sent(request_, api, name):
+    head, body = request_(name, b"Expect: 100-Continue\r\n").split(b"\r\n\r\n", 1)
     with Raw(api, head + b"\r\n\r\n") as raw:
         assert raw.answer() == (100, {}, b"")
         raw.send(body)
@@ -1941,6 +2036,7 @@ def test_expect_100_continue_is_answered_before_the_body_is_sent(api, name):
 @pytest.mark.parametrize("data, status", rows({
     "a body that is too large": (POST + b"Expect: 100-continue\r\nContent-Length: 16385\r\n\r\n", 413),
     "no body": (POST + b"Expect: 100-continue\r\nContent-Length: 0\r\n\r\n", 400),
+    "a chunk that is there": (POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     "HTTP/1.0": ((POST + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}").replace(b"HTTP/1.1", b"HTTP/1.0"), 400),
 }))
 def test_there_is_no_100_continue_for(data, status, api):
@@ -1956,8 +2052,9 @@ def test_the_answer_413_reaches_a_client_that_goes_on_to_send_a_megabyte(api):
         assert raw.answer().status == 413 and raw.is_closed()
 
 
-@pytest.mark.parametrize("data", [b"GET / HT", GET, GET + b"X: ", POST + b'Content-Length: 99\r\n\r\n{"name":"half","peerId":"x"}'],
-                         ids=["half a request line", "half a head", "half a field", "half a body"])
+@pytest.mark.parametrize("data", [b"GET / HT", GET, GET + b"X: ", POST + b'Content-Length: 99\r\n\r\n{"name":"half","peerId":"x"}',
+                                  CHUNKED + b'1c\r\n{"name":"half","peerId":"x"}\r\n', CHUNKED + b'1c\r\n{"name":"half","peerId":"x"}\r\n0\r\n'],
+                         ids=["half a request line", "half a head", "half a field", "half a body", "chunks without a last one", "half the last chunk"])
 def test_a_client_that_ends_its_side_is_answered_400_after(data, api):
     with Raw(api, data) as raw:
         raw.socket.shutdown(socket.SHUT_WR)
@@ -1965,7 +2062,7 @@ def test_a_client_that_ends_its_side_is_answered_400_after(data, api):
 
 
 @pytest.mark.parametrize("data, statuses", [(b"", []), (GET + END, [200]), (b"GET", [408]), (GET, [408]), (POST + b"Content-Length: 20\r\n\r\n{", [408]),
-                                            (POST + b"Expect: 100-continue\r\nContent-Length: 20\r\n\r\n", [100, 408])])
+                                            (CHUNKED + b"2\r\n{", [408]), (POST + b"Expect: 100-continue\r\nContent-Length: 20\r\n\r\n", [100, 408])])
 def test_a_connection_is_closed_when_its_client_falls_silent(serve, monkeypatch, data, statuses):
     monkeypatch.setattr(p2pserver, "REQUEST_TIME", 0.3)
     monkeypatch.setattr(p2pserver, "SEND_TIME", 2 * WAIT)
