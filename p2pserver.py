@@ -154,7 +154,7 @@ MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, f
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
 STUN_BURST = 50                 # answers that one address gets at once, on top of --stun-rate a second
-FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones cost a token each
+FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones, and 512 bytes of chunks' framing, cost a token each
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
 MAX_REFUSALS = 100              # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
@@ -1667,7 +1667,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if connection.head.expects and connection.head.length + connection.head.is_chunked > len(buffer):
                 connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if connection.head.is_chunked:
+            size = len(buffer)
             length, is_chunked = decode_chunks(buffer, connection.head.length, limit)
+            self.server.limiter.charge(connection.client.key, (size - len(buffer)) // BYTES_PER_READ)    # many small chunks are work, too
             connection.head = connection.head._replace(length=length, is_chunked=is_chunked)
         return not connection.head.is_chunked and len(buffer) >= connection.head.length
 

@@ -2819,6 +2819,14 @@ def test_a_token_is_the_price_of(data, status, serve, clock):
     assert ask(api, "127.0.0.1").status == 200, "a monitor is never refused"
 
 
+@pytest.mark.parametrize("chunks, requests_", [(1, 10), (200, 5), (900, 1)])
+def test_many_small_chunks_cost_a_token_for_each_512_bytes_of_their_framing(chunks, requests_, serve, clock):
+    api = serve()
+    limited(api, clock, 1, 10)
+    data = CHUNKED.replace(b"POST /games/register", b"GET /games") + b"1\r\nx\r\n" * chunks + LAST
+    assert [ask(api, "127.0.0.1", data).status for _ in range(requests_ + 1)] == [200] * requests_ + [429]
+
+
 def test_a_client_has_no_more_guests_in_a_game_than_max_guests_per_client(serve):
     """Else one could keep all others out of a game."""
     api = serve(max_guests_per_client=2)
