@@ -154,7 +154,7 @@ MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, f
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
 STUN_BURST = 50                 # answers that one address gets at once, on top of --stun-rate a second
-FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones, and 512 bytes of chunks' framing, cost a token each
+FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones, and so much framing of chunks, cost a token
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
 MAX_REFUSALS = 100              # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
@@ -1163,10 +1163,26 @@ def allowed(methods: Iterable[str]) -> str:
     return ", ".join(sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
 
 
+# A host and perhaps a port (RFC 9112 section 3.2, RFC 3986 section 3.2), and a target in origin-form or absolute-form. Its characters are a URI's, and
+# those that browsers leave as they are: []^| and, in a query, \`{} (https://url.spec.whatwg.org/#percent-encoded-bytes).
+AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f]*:[0-9A-Fa-f:.]*)\]|(?:[!$&-.0-9;=A-Z_a-z~]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?")
+TARGET = re.compile(r"(?!.*%(?![0-9A-Fa-f]{2}))(?:[Hh][Tt][Tt][Pp][Ss]?://([^/?:][^/?]*)|(?=/))((?:/[!$-;=@-[\]-_a-z|~]*)?)(?:\?[!$-;=?-~]*)?")
+
+
+def is_authority(text: str) -> bool:
+    """Whether this is a host, which may be empty, and perhaps a port."""
+    match = AUTHORITY.fullmatch(text)
+    with contextlib.suppress(OSError):
+        return bool(match and (not match[1] or packed_address(match[1])))
+    return False
+
+
 def resolve(target: str) -> Tuple[Dict[str, Route], str]:
-    """The routes at a request target by method, and the game that it names."""
-    origin_form = target if target.startswith("/") else re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE)     # RFC 9112 section 3.2.2
-    path = origin_form.partition("?")[0] or "/"
+    """The routes at a request target by method, and the game that it names. A slash at its end says nothing."""
+    match = TARGET.fullmatch(target)
+    if not match or match[1] and not is_authority(match[1]):
+        raise Problem("the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
+    path = match[2].removesuffix("/") or "/"
     if path in ROUTES_AT:
         return ROUTES_AT[path], ""
     prefix, _, quoted = path.rpartition("/")
@@ -1188,6 +1204,7 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 # ---- HTTP: reading a request ----------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
 # The size and extension of a chunk (RFC 9112 section 7.1): whole if it ends in LF, else as far as it has come.
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]{0,8}(?:;[\t -~\x80-\xff]{0,256}|\Z))?(?:\r\n|\r?\Z)")
@@ -1242,8 +1259,8 @@ def parse_head(head: bytes) -> Head:
     for is_wrong, status, detail in (
         (match[3] != b"1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
         (is_new and "host" not in headers, 400, "Host is required"),                # RFC 9112 section 3.2
-        (", " in headers.get("host", ""), 400, "Host stands twice in the head"),
-        (method not in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"), 501, "this method is not supported"),
+        (not is_authority(headers.get("host", "")), 400, "Host must stand once, as a host with perhaps a port"),
+        (method not in METHODS, 501, "methods are case-sensitive: this one is in capitals" if method.upper() in METHODS else "this method is not supported"),
         # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
         (is_chunked and (not is_new or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1, and for requests without Content-Length"),
         (codings.rpartition(",")[2].strip() != "chunked" or codings.count("chunked") > 1, 400, "the last transfer coding, and it alone, must be chunked"),
@@ -1685,7 +1702,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         routes, name = resolve(self.path)
         route = connection.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
-            raise Problem(f"{self.command} is not for this path", 405, Allow=allowed(routes))
+            raise Problem("this method is not for this path", 405, Allow=allowed(routes))
         fields: Dict[str, Any] = {}
         digest = b""
         if route.fields:

@@ -1485,7 +1485,7 @@ PROBLEMS = {
     "DELETE of no game": ("DELETE", "/games/nobody's", {"json": {"peerId": HOST}}, 404, ()),
     "no such path": ("GET", "/game", {}, 404, ()),
     "a path below a game": ("GET", "/games/x/y", {}, 404, ()),
-    "a game without name": ("GET", "/games/", {}, 404, ()),
+    "a game without name": ("GET", "/games//", {}, 404, ()),
     "a name that is not UTF-8": ("GET", "/games/%FF", {}, 404, ()),
     "a name with a slash": ("GET", "/games/a%2Fb", {}, 404, ()),
     "a name with a line break": ("GET", "/games/a%0D%0Ab", {}, 404, ()),
@@ -1512,6 +1512,24 @@ PATHS = {"/": "GET, HEAD, OPTIONS", "/games": "GET, HEAD, OPTIONS", "/healthz": 
          "/games/poll": "OPTIONS, POST", "/games/start": "OPTIONS, POST", "/games/x": "DELETE, GET, HEAD, OPTIONS, PATCH, PUT"}
 
 
+@pytest.mark.parametrize("path", ["/games", "/healthz", "/games/x"])
+def test_a_slash_at_the_end_of_a_path_says_nothing(path, api):
+    api.register_game("x")
+    for method in ("GET", "OPTIONS"):
+        plain, slashed = api.call(method, path), api.call(method, path + "/")
+        assert plain.ok and (plain.status_code, plain.content, plain.headers.get("Allow")) == (
+            slashed.status_code, slashed.content, slashed.headers.get("Allow"))
+
+
+@pytest.mark.parametrize("method", ["get", "Get", "pOST"])
+def test_a_method_that_is_not_in_capitals_is_told_that_case_matters(method, api):
+    """RFC 9110 section 9.1."""
+    with Raw(api, GET.replace(b"GET", method.encode()) + END) as raw:
+        answer = raw.answer()
+        assert answer.status == 501 and "case-sensitive" in json.loads(answer.body)["detail"]
+    assert "case-sensitive" not in api.call("BREW", "/").text
+
+
 @pytest.mark.parametrize("path, allow", PATHS.items(), ids=PATHS)
 def test_what_is_not_for_a_path_answers_405_and_options_204_both_with_allow(path, allow, api):
     for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} - set(allow.split(", ")):
@@ -1522,10 +1540,13 @@ def test_what_is_not_for_a_path_answers_405_and_options_204_both_with_allow(path
     assert "Access-Control-Allow-Methods" not in answer.headers, "this was no preflight"
 
 
-@pytest.mark.parametrize("path", [*(path for path, allow in PATHS.items() if "GET" in allow), "/games/nobody's"])
-def test_head_answers_as_get_without_the_body(path, api):
+@pytest.mark.parametrize("path, headers", [
+    *((path, {}) for path in (*PATHS, "/games/nobody's", "/nothing", "/games/%zz", "/" + "x" * 9000)),
+    *(("/games", headers) for headers in ({"If-Match": '"x"'}, {"Host": "a b"}, {"Expect": "x"}, {"X": "x" * 33000}))], ids=brief)
+def test_head_answers_as_get_without_the_body(path, headers, api):
+    """RFC 9110 section 9.3.2. Errors, too."""
     api.register_game("x")
-    get, head = api.call("GET", path), api.call("HEAD", path)
+    get, head = api.call("GET", path, headers=headers), api.call("HEAD", path, headers=headers)
     assert int(head.headers["Content-Length"]) == len(get.content) > 0 == len(head.content)
     assert (head.status_code, {**head.headers, "Date": ""}) == (get.status_code, {**get.headers, "Date": ""})
 
@@ -1810,6 +1831,14 @@ BAD_FIELDS = [  # each between Host and the end of the head
     b"X Y: x\r\n", b"\xc3\x9c: x\r\n", b"X\0: a\r\n", b"X: a\0b\r\n", b"X: a\x01b\r\n", b"X: \x1b[2J\r\n", b"X: \x7f\r\n", b"X: a\rb\r\n", b"\rX: a\r\n",
     b"X: a\r\r\n", b"X: a\n", b"\n", b"Content-Length: x\r\n",
 ]
+# RFC 3986 section 3.2, and what RFC 9112 section 3.2 makes of it.
+GOOD_HOSTS = [b"", b":80", b"h", b"H.example.", b"h:", b"h:8000", b"192.0.2.1:80", b"[::1]", b"[2001:db8::1]:8000", b"[::ffff:192.0.2.1]", b"a_b", b"a,b",
+              b"%C3%A9", b"~!$&'()*+;="]
+BAD_HOSTS = [b"a b", b"a/b", b"/", b"u@a", b"u:p@a", b"a:b", b"a:80:80", b"[::1", b"::1", b"[::1]x", b"[]", b"[1]", b"[1.2.3.4]", b"[:::]", b"[fe80::1%25lo]",
+             b"[::1]:x", b"a, b", b"h, h", b"a?b", b"a#b", b"a%", b"a%zz", b"<a>", b'"a"', b"a\\b", b"\xc3\xa9", b"\x80", b"\xff", b"http://a"]
+BAD_TARGETS = [b"?x", b"a:80", b"h", b"games", b"/games/%zz", b"/games/%", b"/games/%4", b"/?%z1", b"/games/<name>", b'/"', b"/a\\b", b"/`", b"/{x}", b"/#x",
+               b"/?#", b'/?"', b"/?<x>", b"ftp://h/games", b"http:/games", b"http:games", b"http://", b"http:///games", b"//h:80%", b"mailto:a@b",
+               *(b"http://%s/games" % host for host in (b":80", *BAD_HOSTS) if not set(host) & set(b" /?\x80\xc3\xff"))]
 LAST = b"0\r\n\r\n"
 BAD_CHUNKS = [  # each the first bytes of a chunked body
     *(size + b"\r\n{}\r\n" + LAST for size in (b"-2", b"+2", b"0x2", b"g", b"", b" 2", b"2 ", b"2\t", b"\xb2", b"2\r", b"000000002",
@@ -1829,6 +1858,9 @@ REFUSED = {
     **{f"chunk {brief(chunks)}": (CHUNKED + chunks, 400) for chunks in BAD_CHUNKS},
     **{f"coding {brief(coding)}": (POST + b"Transfer-Encoding: %s\r\n\r\n2\r\n{}\r\n0\r\n\r\n" % coding, 400) for coding in BAD_CODINGS},
     "no Host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    **{f"Host {brief(host)}": (b"GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % host, 400) for host in BAD_HOSTS},
+    "a wrong Host in HTTP/1.0": (b"GET / HTTP/1.0\r\nHost: a b\r\n\r\n", 400),
+    "a wrong Host with an absolute form": (b"GET http://h/ HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
     "HTTP/2's preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     "HTTP/0.9 by name": (b"GET / HTTP/0.9\r\n\r\n", 505),
     "a method in lower case": (GET.replace(b"GET", b"get") + END, 501),
@@ -1885,7 +1917,10 @@ ACCEPTED = {
     "the absolute form in capitals": (b"GET HTTPS://ANYWHERE/healthz?x HTTP/1.1\r\nHost: h\r\n\r\n", 200),
     "the absolute form without a path": (b"OPTIONS http://anywhere.example HTTP/1.1\r\nHost: h\r\n\r\n", 204),
     "the asterisk": (b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n", 204),
-    "the asterisk for GET": (b"GET * HTTP/1.1\r\nHost: h\r\n\r\n", 404),
+    "the asterisk for GET": (b"GET * HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    **{f"the target {brief(target)}": (b"GET %s HTTP/1.1\r\nHost: h\r\n\r\n" % target, 400) for target in BAD_TARGETS},
+    **{f"the authority {brief(host)}": (b"GET http://%s/healthz HTTP/1.1\r\nHost: h\r\n\r\n" % host, 200) for host in GOOD_HOSTS[2:]},
+    **{f"Host {brief(host)}": (b"GET /healthz HTTP/1.1\r\nHost: %s\r\n\r\n" % host, 200) for host in GOOD_HOSTS},
     "an empty Host": (b"GET /healthz HTTP/1.1\r\nHost:\r\n\r\n", 200),
     "field names in any case and space around values": (b"POST /games/register HTTP/1.1\r\nhOST:h\r\ncontent-LENGTH: \t 2 \t\r\n\r\n{}", 400),
     "Latin-1 in a field and an empty one": (GET + b"X: \xe9\r\nY:\r\n\r\n", 200),
@@ -1980,7 +2015,10 @@ def test_a_chunked_request_waits_as_any_other(serve):
 
 @pytest.mark.parametrize("name, path, status", rows({
     "its own path": ("<name>", b"/games/%3Cname%3E", 200),
-    "that of the route, which is only a name": ("<name>", b"/games/<name>", 200),
+    "what a URI may hold": ("!$&'()*+,;=:@-._~ a", b"/games/!$&'()*+,;=:@-._~%20a?/?", 200),
+    "what browsers leave in a path and a query": ("[EU]^|", b"/games/[EU]^|?[]^|{}`\\", 200),
+    "its path with a slash at the end": ("slash", b"/games/slash/", 200),
+    "its path with two slashes at the end": ("slash", b"/games/slash//", 404),
     "bytes that are not UTF-8": ("\ufffd", b"/games/%FF", 404),
 }))
 def test_how_a_game_is_found_by(name, path, status, api):
