@@ -1155,7 +1155,8 @@ ROUTES_AT = {row.path: {route.method: route for route in ROUTES if route.path ==
 GAME_ROUTES = ROUTES_AT.pop("/games/<name>")
 RESERVED_NAMES.update(path[len("/games/"):] for path in ROUTES_AT if path.startswith("/games/"))
 
-PREFER_WAIT = re.compile(r'(?:^|[,;])[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE)
+# A preference by its name and value, with its parameters (RFC 7240 section 2). A quoted string that does not end goes on to the end.
+PREFERENCE = re.compile(r'[ \t,]*([^=;," \t]*)[ \t]*(?:=[ \t]*("(?:[^"\\]|\\.)*"?|[^;," \t]*))?[^",]*(?:"(?:[^"\\]|\\.)*"?[^",]*)*')
 
 
 def allowed(methods: Iterable[str]) -> str:
@@ -1193,12 +1194,13 @@ def resolve(target: str) -> Tuple[Dict[str, Route], str]:
 
 
 def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait: int) -> int:
-    """Seconds that a request wishes to wait: its field wait, else its Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
-    wait: Optional[int] = fields.get("wait", 0)     # other requests than poll and start have no such field
+    """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
+    wait: Optional[float] = fields.get("wait", 0)       # other requests than poll and start have no such field
     if wait is None:
-        match = PREFER_WAIT.search(headers["prefer"]) if "prefer" in headers else None
-        wait = int(match[1]) if match else 0
-    return min(wait, max_wait)
+        value = next((value for name, value in PREFERENCE.findall(headers.get("prefer", "")) if name.lower() == "wait"), "")
+        number = re.fullmatch(r"[0-9]+(\.0*)?", value.replace("\\", "").strip('"'))
+        wait = float(number[0]) if number else 0
+    return int(min(wait, max_wait))
 
 
 # ---- HTTP: reading a request ----------------------------------------------------------------------------------------

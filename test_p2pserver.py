@@ -2201,6 +2201,12 @@ def test_a_start_that_waits_is_answered_at_once_when_the_host_has_addresses(serv
 @pytest.mark.parametrize("field, applied", [
     (b"Prefer: wait=1", 1), (b"prefer: respond-async, Wait = \"1\"", 1), (b"Prefer: foo; bar, wait=1;x", 1), (b"Prefer: wait=999999", 2),
     (b"Prefer: wait=0", None), (b"Prefer: wait=-1", None), (b"Prefer: wait=x", None), (b"Prefer: await=5", None), (b"Prefer: wait", None), (b"X: wait=1", None),
+    (b"Prefer: foo; wait=1", None), (b'Prefer: foo="a, wait=1"', None), (b'Prefer: foo; a="b, wait=1"', None), (b'Prefer: foo="\\", wait=1"', None),
+    (b'Prefer: foo="a, wait=2", wait=1', 1), (b'Prefer: foo = "\\"" ; a = ",;" , wait="1"; b="c, wait=2"', 1), (b'Prefer: wait="\\1"', 1),
+    (b"Prefer: wait=1, wait=2", 1), (b"Prefer: wait, wait=2", None), (b"Prefer: wait=x, wait=2", None), (b'Prefer: wait="", wait=2', None),
+    (b"Prefer: foo\r\nPrefer: wait=1\r\nPrefer: wait=2", 1), (b"Prefer: ,\t, wait\t=\t1 ,", 1), (b'Prefer: foo="a, wait=1', None),
+    (b"Prefer: wait=1.0", 1), (b"Prefer: wait=1.5", None), (b"Prefer: wait=" + b"9" * 400, 2), (b"Prefer: wait=0x1", None), (b"Prefer: wait=1s", None),
+    (b'Prefer: "wait"=1', None), (b"Prefer: wait;a=1", None), (b"Prefer: wait=\xb2", None), (b"Prefer: return=minimal; wait=2; x, handling=lenient, WAIT=1", 1),
 ])
 def test_the_preference_is_read_as_rfc_7240_writes_it(serve, field, applied):
     api = serve(max_wait=2)
@@ -2536,6 +2542,13 @@ def test_a_connection_may_be_idle_for_idle_timeout_also_after_an_answer_that_was
         assert len(json.loads(raw.answer().body)["guests"]) == 500 and is_silent(raw, 1.5)
         raw.send(GET + END)
         assert raw.answer().status == 200
+
+
+@pytest.mark.parametrize("value", ["," * 32000, "a" * 32000 + '"', '"' * 32000, '\\"' * 16000, '"\\' * 16000, 'a="' * 10000, " " * 32000 + '"', ";" * 32000,
+                                   "wait= " * 6000], ids=brief)
+def test_a_long_preference_is_harmless(value):
+    for _ in range(20):     # which would take minutes if the pattern went back and forth
+        assert p2pserver.wished_wait({"wait": None}, {"prefer": value}, 25) == 0
 
 
 @pytest.mark.parametrize("head", [b"X-Forwarded-For: " + b"," * 32000, b"Connection: " + b"," * 32000,
