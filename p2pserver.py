@@ -1058,10 +1058,7 @@ def start_game(server: Server, request: Request) -> Outcome:
 def list_games(server: Server, request: Request) -> Answer:
     """the listed games, oldest first"""
     version, body = server.registry.list_games()
-    tag = f'"{version:x}"'
-    headers = {"ETag": tag, "Cache-Control": "no-cache"}    # to be kept, but not used without asking again
-    known = request.headers.get("if-none-match", "").replace("W/", "").replace(",", " ").split()     # weak comparison: RFC 9110 section 13.1.2
-    return Answer(304, None, headers) if tag in known or "*" in known else Answer(200, body, headers)
+    return Answer(200, body, {"ETag": f'"{version:x}"', "Cache-Control": "no-cache"})    # to be kept, but not used without asking again
 
 
 def get_game(server: Server, request: Request) -> Answer:
@@ -1117,6 +1114,27 @@ def show_start_page(server: Server, request: Request) -> Answer:
     rows = "".join([f"{route.method:8}{route.path:18}{route.endpoint.__doc__}\n" for route in ROUTES])
     text = f"p2pserver {__version__}: the rendezvous server by which two players behind home routers find each other\n\n{rows}"
     return Answer(200, text.encode("ascii"), media_type="text/plain; charset=utf-8")
+
+
+def check_preconditions(server: Server, request: Request, method: str, routes: Mapping[str, Route]) -> Optional[Answer]:
+    """The answer 304, or None: the request is to be performed. Problem 412: it must not be (RFC 9110 section 13.2.2).
+
+    What they are compared with is what GET gives now. Where there is no GET, nothing matches.
+    """
+    required, known = [request.headers.get(name, "").replace(",", " ").split() for name in ("if-match", "if-none-match")]
+    is_required = "if-match" in request.headers
+    current = routes["GET"].endpoint(server, request) if "GET" in routes and (is_required or known) else None
+    assert not isinstance(current, Waiter)
+    if current and current.status != 200:   # preconditions are for what would succeed (section 13.2.1)
+        return None
+    tags = {"*", current.headers.get("ETag", "*")} if current else set()
+    if is_required and not tags & set(required):
+        raise Problem("what is there is not what If-Match asks for", 412)
+    if not tags & {tag.replace("W/", "") for tag in known}:
+        return None
+    if method not in ("GET", "HEAD"):
+        raise Problem("there is what If-None-Match excludes", 412)
+    return Answer(304, None, current.headers if current else {})
 
 
 Outcome = Union[Answer, Waiter]
@@ -1715,7 +1733,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             digest = server.registry.peer_digest(fields.pop("peerId"))
         connection.wait, connection.has_replies = wished_wait(fields, headers, server.settings.max_wait), fields.get("replies") is not None
         connection.deadline = time.monotonic() + connection.wait
-        return route.endpoint(server, Request(name or fields.get("name", ""), digest, fields, headers, connection.client, connection.wait, self.waker()))
+        request = Request(name or fields.get("name", ""), digest, fields, headers, connection.client, connection.wait, self.waker())
+        return check_preconditions(server, request, self.command, routes) or route.endpoint(server, request)
 
     def ask_again(self, waiter: Waiter) -> None:
         """Ask for a poll or start that waits: there may be news, its time may be over, or its client may have gone. MustWait: it goes on waiting."""
@@ -1768,7 +1787,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def options(self, methods: Iterable[str]) -> Answer:
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
-        headers = {"Allow": allowed(methods)}
+        headers = {"Allow": allowed(methods), **({"Accept-Patch": "application/json"} if "PATCH" in methods else {})}      # RFC 5789 section 3.1
         if self.server.settings.cors_origin and "access-control-request-method" in self.connection.head.headers:
             headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400",
                             "Access-Control-Allow-Headers": "Authorization, Content-Type, If-None-Match, Prefer"})

@@ -1537,6 +1537,7 @@ def test_what_is_not_for_a_path_answers_405_and_options_204_both_with_allow(path
         assert (answer.status_code, answer.headers["Allow"]) == (405, allow), method
     answer = api.call("OPTIONS", path)
     assert (answer.status_code, answer.headers["Allow"], answer.content) == (204, allow, b"")
+    assert answer.headers.get("Accept-Patch") == ("application/json" if "PATCH" in allow else None)
     assert "Access-Control-Allow-Methods" not in answer.headers, "this was no preflight"
 
 
@@ -1559,6 +1560,51 @@ def test_the_list_on_if_none_match(template, status, api):
     assert re.fullmatch('"[^",]+"', tag) and (answer.status_code, answer.headers["ETag"], answer.headers["Cache-Control"]) == (status, tag, "no-cache")
     assert (answer.content == b"" and "Content-Type" not in answer.headers) == (status == 304)
     assert api.call("HEAD", "/games", headers={"If-None-Match": template.format(tag)}).status_code == status
+
+
+FOREIGN = {"If-Match": '"x"'}
+NONE = {"If-None-Match": "*"}
+
+
+@pytest.mark.parametrize("method, path, headers, status", [
+    *((method, "/games/castle", headers, status) for method in ("PATCH", "PUT", "DELETE") for headers, status in (
+        (FOREIGN, 412), ({"If-Match": ""}, 412), ({"If-Match": 'W/"x", "y"'}, 412), (NONE, 412), ({"If-Match": "*", **NONE}, 412),
+        ({"If-Match": "*"}, 200), ({"If-None-Match": '"x"'}, 200), ({"If-Unmodified-Since": "Mon, 01 Jan 2001 00:00:00 GMT"}, 200))),
+    *((method, "/games/nobody's", headers, 404) for method in ("GET", "PATCH", "PUT", "DELETE") for headers in (FOREIGN, NONE)),
+    *(("POST", path, headers, status) for path in ("/games/register", "/games/poll", "/games/start") for headers, status in (
+        (FOREIGN, 412), ({"If-Match": "*"}, 412), (NONE, 200), ({"If-None-Match": '"x"'}, 200))),
+    *((method, path, headers, status) for method in ("GET", "HEAD") for path in ("/games/castle", "/games", "/", "/healthz") for headers, status in (
+        (FOREIGN, 412), ({"If-Match": "*"}, 200), (NONE, 304), ({"If-None-Match": '"x"'}, 200), ({**FOREIGN, **NONE}, 412))),
+    ("OPTIONS", "/games", {**FOREIGN, **NONE}, 204), ("DELETE", "/games", FOREIGN, 405),
+], ids=brief)
+def test_preconditions_hold_or_nothing_is_performed(method, path, headers, status, serve):
+    """RFC 9110 section 13: only the list has a tag, and what is there has no date."""
+    api = serve()
+    api.register_game("castle")
+    fields = {"name": "castle", "peerId": GUEST if path.endswith("start") else HOST, "addresses": HERE}
+    fields.update({} if method == "POST" else {"name": "palace"})
+    before = api.list_games().json()
+    answer = api.call(method, path, fields if method in ("POST", "PATCH", "PUT", "DELETE") else None, headers=headers)
+    assert answer.status_code == status or status == 200 and answer.ok
+    assert not answer.ok or status == 304 or method in ("GET", "HEAD", "OPTIONS") or path.endswith("register") or api.list_games().json() != before
+    assert answer.ok or api.list_games().json() == before
+    assert status != 304 or answer.content == b"" and "Content-Type" not in answer.headers
+
+
+@pytest.mark.parametrize("template, status", [("{}", 200), ('"x", {}', 200), ("W/{}", 412), ("{}x", 412)])
+def test_the_list_on_if_match(template, status, api):
+    """Strong comparison: RFC 9110 section 13.1.1."""
+    answer = api.list_games(**{"If-Match": template.format(api.list_games().headers["ETag"])})
+    assert answer.status_code == status
+
+
+def test_preconditions_are_ignored_where_there_would_be_no_success(serve):
+    """RFC 9110 section 13.2.1."""
+    api = serve()
+    api.server.stopping = True
+    for headers in (FOREIGN, NONE):
+        assert api.call("GET", "/healthz", headers=headers).status_code == 503
+    api.server.stopping = False
 
 
 @pytest.mark.parametrize("change", rows({
