@@ -1228,7 +1228,9 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
 # The size and extension of a chunk (RFC 9112 section 7.1): whole if it ends in LF, else as far as it has come.
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]{0,8}(?:;[\t -~\x80-\xff]{0,256}|\Z))?(?:\r\n|\r?\Z)")
-BARE_LF = re.compile(rb"(?<!\r)\n")
+# The first line of a request, as far as it has come; and what no head may hold: a bare LF or CR, and control characters.
+BEGINNING = re.compile(rb"\r?\Z|[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:\Z| [!-~]*(?:\Z| [HTP/.0-9]{0,8}(?:\Z|\r)))")
+FORBIDDEN = re.compile(rb"(?<!\r)\n|\r[^\n]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Head(NamedTuple):
@@ -1249,17 +1251,22 @@ NO_HEAD = Head()
 
 def find_head(buffer: bytearray, scanned: int) -> int:
     """Where the head at the start of the buffer ends, or -1 while it is not whole. scanned: the bytes that an earlier call has seen."""
+    if buffer.startswith(b"\x16"):      # RFC 8446 section 5.1: a handshake; some clients show an answer in HTTP, and none shows words of an alert
+        raise Problem("this port speaks HTTP, not TLS: use http://")
     if len(buffer) >= MAX_REQUEST_LINE and buffer.find(b"\n", 0, MAX_REQUEST_LINE) < 0:
         raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
-    return find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
+    end = find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
+    if end < 0 and not BEGINNING.match(buffer):     # no time is given to what can never become a request
+        raise Problem("the request line is malformed")
+    return end
 
 
 def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
     """Where the empty line after fields begins that have been looked through up to start, or -1 while it has not come."""
     end = buffer.find(b"\r\n\r\n", start, limit + 4)
     # Readers differ on what ends a line. Where they do, requests can be smuggled.
-    if end < 0 and BARE_LF.search(buffer, start):
-        raise Problem("a line of the head does not end in CRLF")
+    if end < 0 and FORBIDDEN.search(buffer, start):
+        raise Problem("a line of the head does not end in CRLF, or holds a control character")
     if end < 0 and len(buffer) >= limit + 4:
         raise Problem(f"the head has more than {MAX_HEAD} bytes, or the trailers more than {MAX_TRAILER}", 431)
     return end
@@ -1458,6 +1465,11 @@ class TlsConnection(Connection):
         if self.has_ended:
             return b""
         data, plaintext = super().read(), b""
+        if self.lingers:
+            return data
+        if not self.is_open and not self.silent and data[:1].isalpha():     # no message of TLS begins so
+            self.buffer += data
+            raise Problem("this port speaks TLS: use https://")
         self.silent += len(data)
         if self.silent > MAX_CIPHERTEXT:
             raise OSError("the client sends TLS without any data")
@@ -1482,7 +1494,10 @@ class TlsConnection(Connection):
         return plaintext
 
     def write(self, *pieces: bytes) -> None:
-        self.plaintext += [memoryview(piece) for piece in pieces]
+        if self.is_open:
+            self.plaintext += [memoryview(piece) for piece in pieces]
+        else:       # for a client that does not speak TLS
+            self.unsent += pieces
         self.flush()
 
     def flush(self) -> None:
@@ -2155,6 +2170,7 @@ def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")      # of TLS 1.2: none with CBC; those of TLS 1.3 are as they are
     context.set_alpn_protocols(["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION
     try:

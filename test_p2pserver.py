@@ -1950,6 +1950,34 @@ def test_http_refuses_and_closes_after(data, status, api):
         assert json.loads(answer.body)["status"] == status and raw.is_closed()
 
 
+NEVER = [b"\0", b"\x04\x01\0P\x7f\0\0\x01\0", b"\x05\x01\0", b"\x80\x2e\x01", b"\xff", b'{"name":', b" GET", b"GET\t/", b"G@T", b"GET / HTTP/1.1\rX", b"\rG",
+         b"\n", b"\r\n\rG", b"SSH-2.0-OpenSSH_9.6\r\n", b"GET /\r\n", b"GET / HTTP/1.1 ", b"GET / HTTP/1.10\r\n", b"GET / http", b"GET /games/a b", b"GET /\xc3",
+         b"PROXY TCP4 127.0.0.1 ", GET + b"X: \0", GET + b"X: y\rz", GET + b"X: y\n", GET + b"\x1b", CHUNKED + b"x", CHUNKED + b"2 x", CHUNKED + b"2\rx",
+         CHUNKED + b"2\r\n{}x", CHUNKED + b"0\r\n\0"]
+
+
+@pytest.mark.parametrize("data", NEVER, ids=brief)
+@pytest.mark.parametrize("pieces", [False, True], ids=["at once", "in pieces"])
+def test_what_can_never_become_a_request_is_refused_at_once(data, pieces, api):
+    """The client sends no more, and the time for a request is not awaited."""
+    with Raw(api) as raw:
+        raw.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        for piece in [data[i:i + 1] for i in range(len(data))] if pieces else [data]:
+            raw.send(piece)
+        raw.socket.settimeout(p2pserver.REQUEST_TIME / 2)
+        assert raw.answer().status == 400 and raw.is_closed()
+
+
+@pytest.mark.parametrize("data", [GET + END, END + END + register("x"), CHUNKED + b"2;x\r\n{}\r\n0\r\nX: y\r\n\r\n", b"OPTIONS * HTTP/1.0\r\n\r\n"], ids=brief)
+def test_what_may_still_become_a_request_is_awaited_wherever_it_stops(data, api):
+    for end in range(len(data)):
+        with Raw(api) as raw:
+            raw.send(data[:end])
+            raw.socket.shutdown(socket.SHUT_WR)
+            answer = raw.stream.read()
+            assert b"ended early" in answer or not answer and not data[:end].strip(), data[:end]
+
+
 ACCEPTED = {
     "a Content-Length with leading zeros": (POST + b"Content-Length: 000000000000000000000002\r\n\r\n{}", 400),
     "a Content-Length of zero": (POST + b"Content-Length: 0\r\n\r\n", 400),
@@ -3323,6 +3351,42 @@ def test_clients_that_do_not_finish_the_handshake_stop_nobody_and_are_cut_off(se
         with Tls(api, GET + END) as tls:
             assert tls.answer().status == 200
         assert all(raw.is_closed() for raw in silent)
+
+
+@pytest.mark.parametrize("method", [b"GET", b"DELETE", b"PATCH", b"OPTIONS"])
+def test_plain_http_on_a_port_of_tls_is_told_to_use_https(method, secure):
+    api = secure()
+    with Raw(api, method + GET[3:] + END) as raw:
+        answer = raw.answer()
+        assert (answer.status, answer.headers["content-type"], answer.headers["connection"]) == (400, "application/problem+json", "close")
+        assert "https://" in json.loads(answer.body)["detail"] and raw.is_closed()
+    with Raw(api, POST + b"Content-Length: 100000\r\n\r\n") as raw:
+        assert select.select([raw.socket], [], [], WAIT)[0]
+        raw.send(b"x" * 100_000)        # the answer is not lost, though more comes
+        assert raw.answer().status == 400 and raw.is_closed()
+    with Tls(api, GET + END) as tls:
+        assert tls.answer().status == 200
+
+
+def test_tls_on_a_port_of_plain_http_is_told_what_the_port_speaks(api):
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost").do_handshake()
+    with Raw(api, outgoing.read()) as raw:
+        answer = raw.answer()
+        assert (answer.status, answer.headers["connection"]) == (400, "close") and "http://" in json.loads(answer.body)["detail"] and raw.is_closed()
+
+
+def test_tls_1_2_has_no_suites_with_cbc(secure):
+    api = secure()
+    assert {suite["symmetric"] for suite in api.server.tls.get_ciphers()} <= {"aes-128-gcm", "aes-256-gcm", "chacha20-poly1305"}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode, context.maximum_version = False, ssl.CERT_NONE, ssl.TLSVersion.TLSv1_2
+    for suites, is_taken in (("ECDHE+AES128+SHA256:ECDHE+AES128+SHA1:!AESGCM", False), ("ECDHE+AESGCM", True)):
+        context.set_ciphers(suites)
+        fault = contextlib.nullcontext() if is_taken else pytest.raises(ssl.SSLError, match="(?i)handshake.failure")
+        with socket.create_connection(("127.0.0.1", api.port), WAIT) as plain, fault:
+            context.wrap_socket(plain).close()
 
 
 @pytest.mark.parametrize("junk", [GET + END, b"\x80" * 100, b"\0", b"\x16\x03\x01" + b"\xff" * 500], ids=brief)
