@@ -132,7 +132,7 @@ OPTIONS = (
     Option("max_threads", 8, "threads at once for TLS; without TLS no connection needs one", 1, 10_000),
     Option("max_body", 16384, "bytes in the body of a request", 1024, 16_777_216),
     Option("idle_timeout", 75.0, "seconds of silence after which a connection is closed", 1, 3600),
-    Option("cors_origin", "*", "origin whose web pages may call: * for all, empty for none"),
+    Option("cors_origin", "*", "origins whose web pages may call, with commas between: * for all, empty for none"),
     Option("trusted_proxies", "", "reverse proxies whose X-Forwarded-For is believed: addresses and networks, with commas between"),
     Option("metrics_from", "", "who may GET /metrics beside this machine: addresses and networks, with commas between"),
     Option("tls_cert", "", "file with the certificate and its chain, PEM: HTTPS instead of HTTP; SIGHUP loads it anew", pattern=".*"),
@@ -141,6 +141,9 @@ OPTIONS = (
     Option("log_level", "info", "least level of what is logged", pattern="debug|info|warning|error"),
     Option("access_log", False, "log every request"),
 )
+
+# What a browser may send as Origin (RFC 6454 section 6.1): a scheme, a host and a port that is not the scheme's usual one.
+ORIGIN = re.compile(r"null|(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
 MAX_NAME, MAX_PEER_ID, MAX_ADDRESS = 64, 128, 512       # characters
 MAX_ADDRESSES, MAX_REPLY_ADDRESSES = 16, 64             # candidates in one list, and in all the replies of one poll
@@ -154,7 +157,7 @@ MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, f
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
 STUN_BURST = 50                 # answers that one address gets at once, on top of --stun-rate a second
-FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones, and so much framing of chunks, cost a token
+FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones cost a token each, as does so much framing
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
 MAX_REFUSALS = 100              # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
@@ -177,6 +180,9 @@ class Settings(types.SimpleNamespace):
         for option in OPTIONS:
             option.check(getattr(self, option.name))
         Networks(f"{self.trusted_proxies},{self.metrics_from}")
+        for origin in self.cors_origin.split(","):
+            require(self.cors_origin in ("", "*") or ORIGIN.fullmatch(origin.strip()) is not None,
+                    f"--cors-origin: no browser sends the origin {origin.strip()!r}; write it as https://game.example, without a slash at the end")
         require(self.poll_after < min(self.game_ttl, self.guest_ttl, self.idle_timeout),
                 "--poll-after must be less than --game-ttl, --guest-ttl and --idle-timeout, or clients that obey it come too late")
         require(self.tls_cert or not self.tls_key, "--tls-key needs --tls-cert")
@@ -383,7 +389,7 @@ TEXT_OF: Dict[type, Callable[[Any], str]] = {
 def parse_body(body: bytes) -> Dict[str, Any]:
     """The object that a body holds. Problem 400 if it is not JSON, or JSON that not every reader reads alike."""
     try:
-        require(not body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)), "it begins with a byte order mark (BOM); leave that out")
+        require(not body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)), "it begins with a byte order mark, a BOM")
         text = body.decode("utf-8")
         value: Dict[str, Any] = from_json(text)
         if LONE_SURROGATE.search(text):
@@ -651,7 +657,7 @@ class Registry:
             if self._list is None:
                 self._cursor += 1
                 games = sorted([game for game in self._games.values() if game.listed], key=lambda game: game.born)
-                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in games]) + b"]}"
+                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in games]) + b"]}\n"
             return self._list
 
     def get_game(self, name: str) -> bytes:
@@ -1003,8 +1009,8 @@ class Answer(NamedTuple):
     media_type: str = "application/json"
 
     def data(self) -> bytes:
-        """The body as it is sent."""
-        return json_text(self.body).encode("utf-8") if isinstance(self.body, dict) else self.body or b""
+        """The body as it is sent. JSON ends with a newline, so that the prompt of a shell has a line of its own."""
+        return json_text(self.body).encode("utf-8") + b"\n" if isinstance(self.body, dict) else self.body or b""
 
 
 def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool = True) -> Answer:
@@ -1063,14 +1069,14 @@ def list_games(server: Server, request: Request) -> Answer:
 
 def get_game(server: Server, request: Request) -> Answer:
     """one game, listed or not"""
-    return Answer(200, server.registry.get_game(request.name))
+    return Answer(200, server.registry.get_game(request.name) + b"\n")
 
 
 def update_game(server: Server, request: Request) -> Answer:
     """its host renames or describes it"""
     new_name = request.fields["name"]
     body = server.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
-    return Answer(200, body, location(new_name) if new_name not in (None, request.name) else {})
+    return Answer(200, body + b"\n", location(new_name) if new_name not in (None, request.name) else {})
 
 
 def delete_game(server: Server, request: Request) -> Answer:
@@ -1182,8 +1188,8 @@ def allowed(methods: Iterable[str]) -> str:
     return ", ".join(sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
 
 
-# A host and perhaps a port (RFC 9112 section 3.2, RFC 3986 section 3.2), and a target in origin-form or absolute-form. Its characters are a URI's, and
-# those that browsers leave as they are: []^| and, in a query, \`{} (https://url.spec.whatwg.org/#percent-encoded-bytes).
+# A host and perhaps a port (RFC 9112 section 3.2, RFC 3986 section 3.2), and a target in origin-form or absolute-form. It may hold what a URI may,
+# and what browsers leave as it is: []^| and, in a query, \`{} (https://url.spec.whatwg.org/#percent-encoded-bytes).
 AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f]*:[0-9A-Fa-f:.]*)\]|(?:[!$&-.0-9;=A-Z_a-z~]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?")
 TARGET = re.compile(r"(?!.*%(?![0-9A-Fa-f]{2}))(?:[Hh][Tt][Tt][Pp][Ss]?://([^/?:][^/?]*)|(?=/))((?:/[!$-;=@-[\]-_a-z|~]*)?)(?:\?[!$-;=?-~]*)?")
 
@@ -1287,10 +1293,10 @@ def parse_head(head: bytes) -> Head:
         (match[3] != b"1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
         (is_new and "host" not in headers, 400, "Host is required"),                # RFC 9112 section 3.2
         (not is_authority(headers.get("host", "")), 400, "Host must stand once, as a host with perhaps a port"),
-        (method not in METHODS, 501, "methods are case-sensitive: this one is in capitals" if method.upper() in METHODS else "this method is not supported"),
+        (method not in METHODS, 501, "methods are case-sensitive: write it in capitals" if method.upper() in METHODS else "there is no such method"),
         # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
-        (is_chunked and (not is_new or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1, and for requests without Content-Length"),
-        (codings.rpartition(",")[2].strip() != "chunked" or codings.count("chunked") > 1, 400, "the last transfer coding, and it alone, must be chunked"),
+        (is_chunked and (not is_new or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1 without Content-Length"),
+        (codings.rpartition(",")[2].strip() != "chunked" or codings.count("chunked") > 1, 400, "the last transfer coding must be chunked"),
         (codings != "chunked", 501, "no other transfer coding than chunked is understood"),
         (method in ("POST", "PUT", "PATCH") and "content-length" not in headers and not is_chunked, 411, "a Content-Length is required"),
         (not length.isascii() or not length.isdigit(), 400, "Content-Length must stand once, and be a number"),
@@ -1365,7 +1371,7 @@ def check_media_type(headers: Mapping[str, str], accept: str) -> None:
     media_type, _, parameters = headers.get("content-type", "application/json").lower().partition(";")
     is_json = re.fullmatch(r"application/json|(?!application/json-patch).*\+json", media_type.strip())
     if not is_json or "charset" in parameters and not re.search(r'charset="?utf-?8"?[ \t]*(;|$)', parameters):
-        raise Problem("the body must be JSON in UTF-8, and declared so: set Content-Type: application/json", 415, {}, "", **{accept: "application/json"})
+        raise Problem("the body must be JSON in UTF-8: set Content-Type: application/json", 415, {}, "", **{accept: "application/json"})
 
 
 def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
@@ -1781,8 +1787,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception:
             log.exception("a request failed")
             outcome = self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
-        if isinstance(outcome, Waiter):     # nothing of its fields and header is kept
-            connection.waiter, connection.head = outcome, connection.head._replace(target=self.path[:200], headers={})
+        if isinstance(outcome, Waiter):     # nothing of its fields, and of its header the origin alone, is kept
+            origin = {name: value for name, value in self.headers.items() if name == "origin" and value in server.origins}
+            connection.waiter, connection.head = outcome, connection.head._replace(target=self.path[:200], headers=origin)
             raise MustWait
         if server.parking.queue and not connection.waiter:
             # This request may have woken a host, which is served first: it would not know the first datagram of a guest that is faster.
@@ -1804,8 +1811,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
         headers = {"Allow": allowed(methods), **({"Accept-Patch": "application/json"} if "PATCH" in methods else {})}      # RFC 5789 section 3.1
         if self.server.settings.cors_origin and "access-control-request-method" in self.connection.head.headers:
-            headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400",
-                            "Access-Control-Allow-Headers": "Authorization, Content-Type, If-None-Match, Prefer"})
+            wished = self.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")
+            headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400", "Access-Control-Allow-Headers": wished})
         return Answer(204, None, headers)
 
     def send_answer(self, answer: Answer) -> None:
@@ -1843,6 +1850,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.usual_fields = now, (f"Server: {self.server_version}\r\nDate: {self.date_time_string(now)}\r\n"
                                         f"X-Content-Type-Options: nosniff\r\n{server.cors_fields}")
         text = STATUS_LINES[answer.status] + server.usual_fields[1]
+        if len(server.origins) > 1 and self.headers.get("origin") in server.origins:
+            text += f"Access-Control-Allow-Origin: {self.headers['origin']}\r\n"
         for name, value in answer.headers.items():
             text += f"{name}: {value}\r\n"
         if "Cache-Control" not in answer.headers:
@@ -1913,8 +1922,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.limiter = RateLimiter(settings.rate, settings.burst)
         self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how often a client without tokens is told so
         self.began = time.monotonic()
-        self.cors_fields = (f"Access-Control-Allow-Origin: {settings.cors_origin}\r\n"
-                            "Access-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n") if settings.cors_origin else ""
+        self.origins = [origin.strip() for origin in settings.cors_origin.split(",")]
+        origin_field = "Vary: Origin" if len(self.origins) > 1 else f"Access-Control-Allow-Origin: {settings.cors_origin}"
+        self.cors_fields = (f"{origin_field}\r\nAccess-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n"
+                            if settings.cors_origin else "")
         self.usual_fields = (0, "")         # the second they were made in, and the fields
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
         # The lock guards what follows, which several threads change.

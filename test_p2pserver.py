@@ -295,7 +295,7 @@ def parse(*flags, **environment):
 
 @pytest.mark.parametrize("option", p2pserver.OPTIONS, ids=lambda option: option.name)
 def test_each_option_can_be_given_as_flag_and_in_the_environment(option):
-    value = {"poll_after": 3599, "no_stun": True, "access_log": True, "log_level": "debug", "log_format": "json", "host": "x", "cors_origin": "x",
+    value = {"poll_after": 3599, "no_stun": True, "access_log": True, "log_level": "debug", "log_format": "json", "host": "x", "cors_origin": "https://x",
              "trusted_proxies": "10.0.0.0/8, ::1", "metrics_from": "192.0.2.1", "tls_cert": "Zertifikat für.pem", "tls_key": "x"}.get(option.name, option.high)
     text = "1" if value is True else str(value)
     roomy = {"P2P_GAME_TTL": "86400", "P2P_GUEST_TTL": "86400", "P2P_IDLE_TIMEOUT": "3600", "P2P_POLL_AFTER": "1", "P2P_TLS_CERT": "x"}
@@ -330,6 +330,9 @@ def test_the_port_is_taken_from(flags, environment, port):
     "infinite": (["--poll-after", "inf"], {}, "--poll-after (P2P_POLL_AFTER) must be from 0.1 to 3600, not inf"),
     "large bounds, which are told exactly": (["--max-body", "1"], {}, "--max-body (P2P_MAX_BODY) must be from 1024 to 16777216"),
     "no such level": (["--log-level", "loud"], {}, "--log-level (P2P_LOG_LEVEL) must match debug|info|warning|error, not 'loud'"),
+    **{f"the origin {brief(origin)}": (["--cors-origin", f"https://a,{origin}"], {}, f"--cors-origin: no browser sends the origin {origin!r}") for origin in (
+        "https://b/", "https://b/game", "b", "b:8000", "//b", "https://", "https://b:", "https://b:x", "https://b:443", "http://b:80", "https://B", "HTTPS://b",
+        "https://*.b", "*", "https://u@b", "https://b?x", "https://b#x", "https://b https://c", "")},
     "a line break in a header field": (["--cors-origin", "x\r\ny: z"], {}, "--cors-origin (P2P_CORS_ORIGIN) must match [ -~]*, not 'x\\r\\ny: z'"),
     "P2P_PORT": ([], {"P2P_PORT": "http"}, "argument --port: invalid int value: 'http'"),
     "PORT": ([], {"PORT": "70000"}, "--port (P2P_PORT) must be from 0 to 65535, not 70000"),
@@ -1646,7 +1649,41 @@ def test_cors_lets_web_pages_call_from(origin, serve):
     assert (preflight.status_code, preflight.headers["Access-Control-Allow-Methods"]) == (204, "OPTIONS, POST")
     assert int(preflight.headers["Access-Control-Max-Age"]) > 0
     assert {"authorization", "content-type", "if-none-match"} <= set(preflight.headers["Access-Control-Allow-Headers"].lower().split(", "))
+    assert not [answer for answer in answers if "Vary" in answer.headers], "all get the same"
 
+
+@pytest.mark.parametrize("wished", ["content-type", "authorization,traceparent,x-b3-traceid", "X-Anything-At-All"])
+def test_a_preflight_is_allowed_the_headers_that_it_asks_for(wished, api):
+    """https://fetch.spec.whatwg.org/#cors-preflight-fetch: tracing libraries add some."""
+    answer = api.call("OPTIONS", "/games/poll", headers={
+        "Origin": "https://game.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": wished})
+    assert (answer.status_code, answer.headers["Access-Control-Allow-Headers"]) == (204, wished)
+
+
+@pytest.mark.parametrize("origin, allowed", rows({
+    **{each: ({"Origin": each}, each) for each in ("https://a.example", "http://[::1]:8080", "capacitor://localhost", "null")},
+    **{each: ({"Origin": each}, None) for each in ("https://b.example", "http://a.example", "https://a.example:444", "https://a.example, null")},
+    "none": ({}, None),
+}))
+def test_of_a_list_of_origins_the_one_that_matches_is_answered(origin, allowed, serve):
+    """https://fetch.spec.whatwg.org/#cors-protocol-and-http-caches. A poll that waited, and errors, too."""
+    api = serve(cors_origin="https://a.example, http://[::1]:8080,capacitor://localhost,null")
+    api.register_game("castle")
+    answers = [api.call(method, path, headers={"Access-Control-Request-Method": "POST", **origin}) for method, path in (
+        ("OPTIONS", "/games/poll"), ("GET", "/games"), ("GET", "/nothing"), ("POST", "/games/poll"), ("HEAD", "/games"))]
+    answers.append(api.call("POST", "/games/poll", {"name": "castle", "peerId": HOST, "addresses": HERE, "wait": 1}, headers=origin))
+    assert answers[-1].headers["Preference-Applied"] == "wait=1"
+    assert [answer.headers.get("Access-Control-Allow-Origin") for answer in answers] == [allowed] * 6
+    assert {answer.headers["Vary"] for answer in answers} == {"Origin"}
+
+
+def test_each_body_of_json_ends_with_a_newline_and_has_no_other(api, name):
+    """So that the prompt of a shell has a line of its own."""
+    answers = [call(name) for call in (api.register_game, api.poll_game, api.start_game, api.get_game, api.update_game, api.register_game)]
+    answers += [api.list_games(), api.call("GET", "/healthz"), api.call("GET", "/nothing"), api.call("POST", "/games/register", {})]
+    for answer in answers:
+        assert "json" in answer.headers["Content-Type"] and answer.text.count("\n") == 1 and answer.text.endswith("}\n")
+    assert api.delete_game(name).content == b""
 
 @pytest.mark.parametrize("headers, status", rows({
     "nothing": ({}, 201),
@@ -1951,8 +1988,9 @@ def test_http_refuses_and_closes_after(data, status, api):
 
 
 NEVER = [b"\0", b"\x04\x01\0P\x7f\0\0\x01\0", b"\x05\x01\0", b"\x80\x2e\x01", b"\xff", b'{"name":', b" GET", b"GET\t/", b"G@T", b"GET / HTTP/1.1\rX", b"\rG",
-         b"\n", b"\r\n\rG", b"SSH-2.0-OpenSSH_9.6\r\n", b"GET /\r\n", b"GET / HTTP/1.1 ", b"GET / HTTP/1.10\r\n", b"GET / http", b"GET /games/a b", b"GET /\xc3",
-         b"PROXY TCP4 127.0.0.1 ", GET + b"X: \0", GET + b"X: y\rz", GET + b"X: y\n", GET + b"\x1b", CHUNKED + b"x", CHUNKED + b"2 x", CHUNKED + b"2\rx",
+         b"\n", b"\r\n\rG", b"SSH-2.0-OpenSSH_9.6\r\n", b"GET /\r\n", b"GET / HTTP/1.1 ", b"GET / HTTP/1.10\r\n", b"GET / http", b"GET /games/a b",
+         b"GET /\xc3", b"PROXY TCP4 127.0.0.1 ", GET + b"X: \0", GET + b"X: y\rz", GET + b"X: y\n", GET + b"\x1b",
+         CHUNKED + b"x", CHUNKED + b"2 x", CHUNKED + b"2\rx",
          CHUNKED + b"2\r\n{}x", CHUNKED + b"0\r\n\0"]
 
 
