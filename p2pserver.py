@@ -40,6 +40,7 @@ connections, parking, handler, server), log, command line.
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import contextlib
 import datetime
@@ -145,7 +146,7 @@ OPTIONS = (
     Option("max_threads", 8, "threads at once for TLS; without TLS no connection needs one", 1, 10_000),
     Option("max_body", 16384, "bytes in the body of a request", 1024, 16_777_216),
     Option("idle_timeout", 75.0, "seconds of silence after which a connection is closed", 1, 3600),
-    Option("cors_origin", "*", "origin whose web pages may call: * for all, empty for none"),
+    Option("cors_origin", "*", "origins whose web pages may call, with commas between: * for all, empty for none"),
     Option("trusted_proxies", "", "reverse proxies whose X-Forwarded-For is believed: addresses and networks, with commas between"),
     Option("metrics_from", "", "who may GET /metrics beside this machine: addresses and networks, with commas between"),
     Option("tls_cert", "", "file with the certificate and its chain, PEM: HTTPS instead of HTTP; SIGHUP loads it anew", pattern=".*"),
@@ -155,18 +156,22 @@ OPTIONS = (
     Option("access_log", False, "log every request"),
 )
 
+# What a browser may send as Origin (RFC 6454 section 6.1): a scheme, a host and a port that is not the scheme's usual one.
+ORIGIN = re.compile(r"null|(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
+
 MAX_NAME, MAX_PEER_ID, MAX_ADDRESS = 64, 128, 512       # characters
 MAX_ADDRESSES, MAX_REPLY_ADDRESSES = 16, 64             # candidates in one list, and in all the replies of one poll
 MAX_INFO, MAX_DEPTH = 1024, 16  # bytes as compact JSON; levels of arrays and objects in what is handed on
 MAX_FAULTS = 3                  # of one list that an answer names, so that it names ten in all at the most
 MAX_REQUEST_LINE, MAX_HEAD = 8192, 32768                # bytes; RFC 9112 section 3 asks for 8000 at least
 MAX_HEADER_FIELDS = 100
+MAX_TRAILER = 1024              # bytes of the trailers behind a chunked body
 READ_SIZE = 16384               # bytes that are received at once: a connection's buffer holds MAX_HEAD or --max-body, and these, at the most
 MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, from its end
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
 STUN_BURST = 500                # answers that one address gets at once, on top of --stun-rate a second: a school may be one
-FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones cost a token each
+FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones cost a token each, as does so much framing
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
 MAX_REFUSALS = 100              # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
@@ -191,6 +196,9 @@ class Settings(types.SimpleNamespace):
         for option in OPTIONS:
             option.check(getattr(self, option.name))
         Networks(f"{self.trusted_proxies},{self.metrics_from}")
+        for origin in self.cors_origin.split(","):
+            require(self.cors_origin in ("", "*") or ORIGIN.fullmatch(origin.strip()) is not None,
+                    f"--cors-origin: no browser sends the origin {origin.strip()!r}; write it as https://game.example, without a slash at the end")
         require(self.poll_after < min(self.game_ttl, self.guest_ttl, self.idle_timeout),
                 "--poll-after must be less than --game-ttl, --guest-ttl and --idle-timeout, or clients that obey it come too late")
         require(self.tls_cert or not self.tls_key, "--tls-key needs --tls-cert")
@@ -313,7 +321,8 @@ def address_fault(value: Any, is_local: bool) -> str:
 
 
 def check_addresses(value: Any, scope: Scope) -> bytes:
-    """Candidates, most wanted first, as JSON text."""
+    """Candidates, most wanted first, as JSON text. An empty object stands for none: encoders of Lua and PHP write that for an empty array."""
+    value = [] if value == {} else value
     require(isinstance(value, list) and len(value) <= MAX_ADDRESSES, f"must be an array of at most {MAX_ADDRESSES} addresses")
     faults = [f"[{i}] {fault}" for i, fault in enumerate([address_fault(item, scope.is_local) for item in value]) if fault]
     require(not faults, "; ".join(faults[:MAX_FAULTS]))
@@ -348,9 +357,10 @@ def check_flag(value: Any, scope: Scope) -> Any:
 
 
 def check_whole_number(value: Any, scope: Scope) -> Any:
+    """In any spelling, as 25.0 or 2.5e1: many encoders know no other numbers than floats."""
     # Every JSON reader holds whole numbers up to this exactly (RFC 8259 section 6).
-    require(type(value) is int and 0 <= value < 2 ** 53, "must be a whole number, not negative")
-    return value
+    require(type(value) in (int, float) and 0 <= value < 2 ** 53 and value == int(value), "must be a whole number, not negative")
+    return int(value)
 
 
 class Field(NamedTuple):
@@ -409,6 +419,7 @@ TEXT_OF: Dict[type, Callable[[Any], str]] = {
 def parse_body(body: bytes) -> Dict[str, Any]:
     """The object that a body holds. Problem 400 if it is not JSON, or JSON that not every reader reads alike."""
     try:
+        require(not body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)), "it begins with a byte order mark, a BOM")
         text = body.decode("utf-8")
         value: Dict[str, Any] = from_json(text)
         if LONE_SURROGATE.search(text):
@@ -714,7 +725,7 @@ class Registry:
             if self._list is None:
                 self._cursor += 1
                 games = sorted([game for game in self._games.values() if game.listed], key=lambda game: game.born)
-                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in games]) + b"]}"
+                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in games]) + b"]}\n"
             return self._list
 
     def get_game(self, name: str) -> bytes:
@@ -1082,8 +1093,8 @@ class Answer(NamedTuple):
     media_type: str = "application/json"
 
     def data(self) -> bytes:
-        """The body as it is sent."""
-        return json_text(self.body).encode("utf-8") if isinstance(self.body, dict) else self.body or b""
+        """The body as it is sent. JSON ends with a newline, so that the prompt of a shell has a line of its own."""
+        return json_text(self.body).encode("utf-8") + b"\n" if isinstance(self.body, dict) else self.body or b""
 
 
 def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool = True) -> Answer:
@@ -1150,22 +1161,19 @@ def leave_game(server: Server, request: Request) -> Answer:
 def list_games(server: Server, request: Request) -> Answer:
     """the listed games, oldest first"""
     version, body = server.registry.list_games()
-    tag = f'"{version:x}"'
-    headers = {"ETag": tag, "Cache-Control": "no-cache"}    # to be kept, but not used without asking again
-    known = request.headers.get("if-none-match", "").replace("W/", "").replace(",", " ").split()     # weak comparison: RFC 9110 section 13.1.2
-    return Answer(304, None, headers) if tag in known or "*" in known else Answer(200, body, headers)
+    return Answer(200, body, {"ETag": f'"{version:x}"', "Cache-Control": "no-cache"})    # to be kept, but not used without asking again
 
 
 def get_game(server: Server, request: Request) -> Answer:
     """one game, listed or not"""
-    return Answer(200, server.registry.get_game(request.name))
+    return Answer(200, server.registry.get_game(request.name) + b"\n")
 
 
 def update_game(server: Server, request: Request) -> Answer:
     """its host renames or describes it"""
     new_name = request.fields["name"]
     body = server.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
-    return Answer(200, body, location(new_name) if new_name not in (None, request.name) else {})
+    return Answer(200, body + b"\n", location(new_name) if new_name not in (None, request.name) else {})
 
 
 def delete_game(server: Server, request: Request) -> Answer:
@@ -1212,6 +1220,27 @@ def show_start_page(server: Server, request: Request) -> Answer:
     return Answer(200, text.encode("ascii"), media_type="text/plain; charset=utf-8")
 
 
+def check_preconditions(server: Server, request: Request, method: str, routes: Mapping[str, Route]) -> Optional[Answer]:
+    """The answer 304, or None: the request is to be performed. Problem 412: it must not be (RFC 9110 section 13.2.2).
+
+    What they are compared with is what GET gives now. Where there is no GET, nothing matches.
+    """
+    required, known = [request.headers.get(name, "").replace(",", " ").split() for name in ("if-match", "if-none-match")]
+    is_required = "if-match" in request.headers
+    current = routes["GET"].endpoint(server, request) if "GET" in routes and (is_required or known) else None
+    assert not isinstance(current, Waiter)
+    if current and current.status != 200:   # preconditions are for what would succeed (section 13.2.1)
+        return None
+    tags = {"*", current.headers.get("ETag", "*")} if current else set()
+    if is_required and not tags & set(required):
+        raise Problem("what is there is not what If-Match asks for", 412)
+    if not tags & {tag.replace("W/", "") for tag in known}:
+        return None
+    if method not in ("GET", "HEAD"):
+        raise Problem("there is what If-None-Match excludes", 412)
+    return Answer(304, None, current.headers if current else {})
+
+
 Outcome = Union[Answer, Waiter]
 
 
@@ -1251,7 +1280,8 @@ ROUTES_AT = {row.path: {route.method: route for route in ROUTES if route.path ==
 GAME_ROUTES = ROUTES_AT.pop("/games/<name>")
 RESERVED_NAMES.update(path[len("/games/"):] for path in ROUTES_AT if path.startswith("/games/"))
 
-PREFER_WAIT = re.compile(r'(?:^|[,;])[ \t]*wait[ \t]*=[ \t]*"?([0-9]{1,9})"?[ \t]*(?:[,;]|$)', re.IGNORECASE)
+# A preference by its name and value, with its parameters (RFC 7240 section 2). A quoted string that does not end goes on to the end.
+PREFERENCE = re.compile(r'[ \t,]*([^=;," \t]*)[ \t]*(?:=[ \t]*("(?:[^"\\]|\\.)*"?|[^;," \t]*))?[^",]*(?:"(?:[^"\\]|\\.)*"?[^",]*)*')
 
 
 def allowed(methods: Iterable[str]) -> str:
@@ -1259,10 +1289,26 @@ def allowed(methods: Iterable[str]) -> str:
     return ", ".join(sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
 
 
+# A host and perhaps a port (RFC 9112 section 3.2, RFC 3986 section 3.2), and a target in origin-form or absolute-form. It may hold what a URI may,
+# and what browsers leave as it is: []^| and, in a query, \`{} (https://url.spec.whatwg.org/#percent-encoded-bytes).
+AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f]*:[0-9A-Fa-f:.]*)\]|(?:[!$&-.0-9;=A-Z_a-z~]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?")
+TARGET = re.compile(r"(?!.*%(?![0-9A-Fa-f]{2}))(?:[Hh][Tt][Tt][Pp][Ss]?://([^/?:][^/?]*)|(?=/))((?:/[!$-;=@-[\]-_a-z|~]*)?)(?:\?[!$-;=?-~]*)?")
+
+
+def is_authority(text: str) -> bool:
+    """Whether this is a host, which may be empty, and perhaps a port."""
+    match = AUTHORITY.fullmatch(text)
+    with contextlib.suppress(OSError):
+        return bool(match and (not match[1] or packed_address(match[1])))
+    return False
+
+
 def resolve(target: str) -> Tuple[Dict[str, Route], str]:
-    """The routes at a request target by method, and the game that it names."""
-    origin_form = target if target.startswith("/") else re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE)     # RFC 9112 section 3.2.2
-    path = origin_form.partition("?")[0] or "/"
+    """The routes at a request target by method, and the game that it names. A slash at its end says nothing."""
+    match = TARGET.fullmatch(target)
+    if not match or match[1] and not is_authority(match[1]):
+        raise Problem("the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
+    path = match[2].removesuffix("/") or "/"
     if path in ROUTES_AT:
         return ROUTES_AT[path], ""
     prefix, _, quoted = path.rpartition("/")
@@ -1273,19 +1319,25 @@ def resolve(target: str) -> Tuple[Dict[str, Route], str]:
 
 
 def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait: int) -> int:
-    """Seconds that a request wishes to wait: its field wait, else its Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
-    wait: Optional[int] = fields.get("wait", 0)     # other requests than poll and start have no such field
+    """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
+    wait: Optional[float] = fields.get("wait", 0)       # other requests than poll and start have no such field
     if wait is None:
-        match = PREFER_WAIT.search(headers["prefer"]) if "prefer" in headers else None
-        wait = int(match[1]) if match else 0
-    return min(wait, max_wait)
+        value = next((value for name, value in PREFERENCE.findall(headers.get("prefer", "")) if name.lower() == "wait"), "")
+        number = re.fullmatch(r"[0-9]+(\.0*)?", value.replace("\\", "").strip('"'))
+        wait = float(number[0]) if number else 0
+    return int(min(wait, max_wait))
 
 
 # ---- HTTP: reading a request ----------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
-BARE_LF = re.compile(rb"(?<!\r)\n")
+# The size and extension of a chunk (RFC 9112 section 7.1): whole if it ends in LF, else as far as it has come.
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]{0,8}(?:;[\t -~\x80-\xff]{0,256}|\Z))?(?:\r\n|\r?\Z)")
+# The first line of a request, as far as it has come; and what no head may hold: a bare LF or CR, and control characters.
+BEGINNING = re.compile(rb"\r?\Z|[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:\Z| [!-~]*(?:\Z| [HTP/.0-9]{0,8}(?:\Z|\r)))")
+FORBIDDEN = re.compile(rb"(?<!\r)\n|\r[^\n]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Head(NamedTuple):
@@ -1296,6 +1348,7 @@ class Head(NamedTuple):
     is_new: bool = True                 # HTTP/1.1, not 1.0
     headers: Mapping[str, str] = {}
     length: int = 0                     # of the body, in bytes
+    is_chunked: bool = False            # that is what is decoded of it, and more is to come
     closes: bool = True                 # the connection ends with the answer
     expects: bool = False               # the client waits for 100 Continue
 
@@ -1305,17 +1358,25 @@ NO_HEAD = Head()
 
 def find_head(buffer: bytearray, scanned: int) -> int:
     """Where the head at the start of the buffer ends, or -1 while it is not whole. scanned: the bytes that an earlier call has seen."""
+    if buffer.startswith(b"\x16"):      # RFC 8446 section 5.1: a handshake; some clients show an answer in HTTP, and none shows words of an alert
+        raise Problem("this port speaks HTTP, not TLS: use http://")
     if len(buffer) >= MAX_REQUEST_LINE and buffer.find(b"\n", 0, MAX_REQUEST_LINE) < 0:
         raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
-    end = buffer.find(b"\r\n\r\n", max(0, scanned - 3), MAX_HEAD + 4)
-    if end >= 0:
-        return end
+    end = find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
+    if end < 0 and not BEGINNING.match(buffer):     # no time is given to what can never become a request
+        raise Problem("the request line is malformed")
+    return end
+
+
+def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
+    """Where the empty line after fields begins that have been looked through up to start, or -1 while it has not come."""
+    end = buffer.find(b"\r\n\r\n", start, limit + 4)
     # Readers differ on what ends a line. Where they do, requests can be smuggled.
-    if BARE_LF.search(buffer, scanned):
-        raise Problem("a line of the head does not end in CRLF")
-    if len(buffer) > MAX_HEAD:
-        raise Problem(f"the head has more than {MAX_HEAD} bytes", 431)
-    return -1
+    if end < 0 and FORBIDDEN.search(buffer, start):
+        raise Problem("a line of the head does not end in CRLF, or holds a control character")
+    if end < 0 and len(buffer) >= limit + 4:
+        raise Problem(f"the head has more than {MAX_HEAD} bytes, or the trailers more than {MAX_TRAILER}", 431)
+    return end
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1327,15 +1388,18 @@ def parse_head(head: bytes) -> Head:
         raise Problem("the request line is malformed")
     method, target, is_new = match[1].decode("ascii"), match[2].decode("ascii"), match[4] != b"0"
     headers = parse_fields(lines)
-    length = headers.get("content-length", "0")
+    length, codings = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked").lower()
+    is_chunked = "transfer-encoding" in headers
     for is_wrong, status, detail in (
         (match[3] != b"1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
         (is_new and "host" not in headers, 400, "Host is required"),                # RFC 9112 section 3.2
-        (", " in headers.get("host", ""), 400, "Host stands twice in the head"),
-        (method not in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"), 501, "this method is not supported"),
+        (not is_authority(headers.get("host", "")), 400, "Host must stand once, as a host with perhaps a port"),
+        (method not in METHODS, 501, "methods are case-sensitive: write it in capitals" if method.upper() in METHODS else "there is no such method"),
         # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
-        ("transfer-encoding" in headers, 400 if "content-length" in headers else 501, "Transfer-Encoding is not supported; send a Content-Length alone"),
-        (method in ("POST", "PUT", "PATCH") and "content-length" not in headers, 411, "a Content-Length is required"),
+        (is_chunked and (not is_new or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1 without Content-Length"),
+        (codings.rpartition(",")[2].strip() != "chunked" or codings.count("chunked") > 1, 400, "the last transfer coding must be chunked"),
+        (codings != "chunked", 501, "no other transfer coding than chunked is understood"),
+        (method in ("POST", "PUT", "PATCH") and "content-length" not in headers and not is_chunked, 411, "a Content-Length is required"),
         (not length.isascii() or not length.isdigit(), 400, "Content-Length must stand once, and be a number"),
         (headers.get("expect", "100-continue").lower() != "100-continue", 417, "only Expect: 100-continue is understood"),
     ):
@@ -1344,7 +1408,7 @@ def parse_head(head: bytes) -> Head:
     options = headers.get("connection", "").lower().replace(",", " ").split()
     closes = "close" in options or not is_new and "keep-alive" not in options
     # More digits are too large a length in any case, and slow to convert.
-    return Head(method, target, is_new, headers, int(length.lstrip("0")[:18] or "0"), closes, is_new and "expect" in headers)
+    return Head(method, target, is_new, headers, int(length.lstrip("0")[:18] or "0"), is_chunked, closes, is_new and "expect" in headers)
 
 
 def parse_fields(lines: List[bytes]) -> Dict[str, str]:
@@ -1361,18 +1425,54 @@ def parse_fields(lines: List[bytes]) -> Dict[str, str]:
     return headers
 
 
+def decode_chunks(buffer: bytearray, length: int, limit: int) -> Tuple[int, bool]:
+    """Take the framing off the chunks that have come whole (RFC 9112 section 7.1). Extensions and trailers are dropped.
+
+    The buffer begins with length bytes of the body that are decoded already. Returned is how many they are now, and whether more are to come.
+    Problem: the framing is malformed, or the body has more than limit bytes.
+    """
+    while length < len(buffer):
+        chunk = CHUNK.match(buffer, length)
+        if not chunk:
+            raise Problem("the size of a chunk is malformed")
+        if not chunk[0].endswith(b"\n"):
+            break
+        start, size = chunk.end(), int(chunk[1], 16)
+        end = start + size
+        if length + size > limit:
+            raise Problem(f"the body has more than {limit} bytes", 413)
+        if not size:
+            end = find_empty_line(buffer, start - 2, start + MAX_TRAILER)
+            if end > start:
+                parse_fields(bytes(buffer[start:end]).split(b"\r\n"))
+            if end >= 0:
+                del buffer[length:end + 4]
+            return length, end < 0
+        if not b"\r\n".startswith(bytes(buffer[end:end + 2])):
+            raise Problem("a chunk is longer than its size")
+        if len(buffer) < end + 2:
+            break
+        del buffer[end:end + 2], buffer[length:start]
+        length += size
+    return length, True
+
+
 def read_head(head: bytes) -> Head:
     """As parse_head. What may hold a secret is not cached."""
     return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
 
 
-def check_media_type(headers: Mapping[str, str]) -> None:
-    """Refuse a body that is declared as anything but JSON in UTF-8. One that is not declared is taken for that."""
+def check_media_type(headers: Mapping[str, str], accept: str) -> None:
+    """Refuse a body that is declared as anything but JSON in UTF-8. One that is not declared is taken for that.
+
+    accept: the field that tells which type it may have, Accept or Accept_Patch. Accept-Encoding is for codings alone (RFC 9110 section 12.5.3).
+    """
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise Problem("the body must not be compressed; leave out Content-Encoding", 415, Accept_Encoding="identity")
     media_type, _, parameters = headers.get("content-type", "application/json").lower().partition(";")
-    is_json = media_type.strip() == "application/json" or media_type.strip().endswith("+json")
-    is_utf_8 = "charset" not in parameters or re.search(r'charset="?utf-8"?[ \t]*(;|$)', parameters)
-    if not is_json or not is_utf_8 or headers.get("content-encoding", "identity").lower() != "identity":
-        raise Problem("the body must be application/json in UTF-8, and not compressed", 415)
+    is_json = re.fullmatch(r"application/json|(?!application/json-patch).*\+json", media_type.strip())
+    if not is_json or "charset" in parameters and not re.search(r'charset="?utf-?8"?[ \t]*(;|$)', parameters):
+        raise Problem("the body must be JSON in UTF-8: set Content-Type: application/json", 415, {}, "", **{accept: "application/json"})
 
 
 def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
@@ -1472,6 +1572,11 @@ class TlsConnection(Connection):
         if self.has_ended:
             return b""
         data, plaintext = super().read(), b""
+        if self.lingers:
+            return data
+        if not self.is_open and not self.silent and data[:1].isalpha():     # no message of TLS begins so
+            self.buffer += data
+            raise Problem("this port speaks TLS: use https://")
         self.silent += len(data)
         if self.silent > MAX_CIPHERTEXT:
             raise OSError("the client sends TLS without any data")
@@ -1496,7 +1601,10 @@ class TlsConnection(Connection):
         return plaintext
 
     def write(self, *pieces: bytes) -> None:
-        self.plaintext += [memoryview(piece) for piece in pieces]
+        if self.is_open:
+            self.plaintext += [memoryview(piece) for piece in pieces]
+        else:       # for a client that does not speak TLS
+            self.unsent += pieces
         self.flush()
 
     def flush(self) -> None:
@@ -1699,7 +1807,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def has_request(self) -> bool:
         """Whether a whole request is in the buffer; its head is taken from there as soon as that is whole."""
-        connection, buffer = self.connection, self.connection.buffer
+        connection, buffer, limit = self.connection, self.connection.buffer, self.server.settings.max_body
         if connection.head is NO_HEAD:
             while buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2: empty lines before the request line are ignored
                 del buffer[:2]
@@ -1713,11 +1821,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection.client = client_behind(connection.peer, connection.head.headers, self.server.proxies)
             if connection.is_proxy and connection.client is not connection.peer:
                 self.server.count(connection, connection.client.key)    # until it is answered
-            if connection.head.length > self.server.settings.max_body:
-                raise Problem(f"the body has more than {self.server.settings.max_body} bytes", 413)
-            if connection.head.expects and connection.head.length > len(buffer):
+            if connection.head.length > limit:
+                raise Problem(f"the body has more than {limit} bytes", 413)
+            if connection.head.expects and connection.head.length + connection.head.is_chunked > len(buffer):
                 connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return len(buffer) >= connection.head.length
+        if connection.head.is_chunked:
+            size = len(buffer)
+            length, is_chunked = decode_chunks(buffer, connection.head.length, limit)
+            self.server.limiter.charge(connection.client.key, (size - len(buffer)) // BYTES_PER_READ)    # many small chunks are work, too
+            connection.head = connection.head._replace(length=length, is_chunked=is_chunked)
+        return not connection.head.is_chunked and len(buffer) >= connection.head.length
 
     # Answering it.
 
@@ -1731,18 +1844,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         routes, name = resolve(self.path)
         route = connection.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
-            raise Problem(f"{self.command} is not for this path", 405, Allow=allowed(routes))
+            raise Problem("this method is not for this path", 405, Allow=allowed(routes))
         fields: Dict[str, Any] = {}
         digest = b""
         if route.fields:
             if self.body:
-                check_media_type(headers)
+                check_media_type(headers, "Accept_Patch" if self.command == "PATCH" else "Accept")
             body = parse_body(self.body) if self.body else bearer(headers)
             fields = validate(body, route.fields, Scope(connection.client.is_local, server.settings.max_guests))
             digest = server.registry.peer_digest(fields.pop("peerId"))
         connection.wait, connection.has_replies = wished_wait(fields, headers, server.settings.max_wait), fields.get("replies") is not None
         connection.deadline = time.monotonic() + connection.wait
-        return route.endpoint(server, Request(name or fields.get("name", ""), digest, fields, headers, connection.client, connection.wait, self.waker()))
+        request = Request(name or fields.get("name", ""), digest, fields, headers, connection.client, connection.wait, self.waker())
+        return check_preconditions(server, request, self.command, routes) or route.endpoint(server, request)
 
     def ask_again(self, waiter: Waiter) -> None:
         """Ask for a poll or start that waits: there may be news, its time may be over, or its client may have gone. MustWait: it goes on waiting."""
@@ -1774,8 +1888,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception:
             log.exception("a request failed")
             outcome = self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
-        if isinstance(outcome, Waiter):     # nothing of its fields and header is kept
-            connection.waiter, connection.head = outcome, connection.head._replace(target=self.path[:200], headers={})
+        if isinstance(outcome, Waiter):     # nothing of its fields, and of its header the origin alone, is kept
+            origin = {name: value for name, value in self.headers.items() if name == "origin" and value in server.origins}
+            connection.waiter, connection.head = outcome, connection.head._replace(target=self.path[:200], headers=origin)
             raise MustWait
         if server.parking.queue and not connection.waiter:
             # This request may have woken a host, which is served first: it would not know the first datagram of a guest that is faster.
@@ -1795,10 +1910,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def options(self, methods: Iterable[str]) -> Answer:
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
-        headers = {"Allow": allowed(methods)}
+        headers = {"Allow": allowed(methods), **({"Accept-Patch": "application/json"} if "PATCH" in methods else {})}      # RFC 5789 section 3.1
         if self.server.settings.cors_origin and "access-control-request-method" in self.connection.head.headers:
-            headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400",
-                            "Access-Control-Allow-Headers": "Authorization, Content-Type, If-None-Match, Prefer"})
+            wished = self.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")
+            headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400", "Access-Control-Allow-Headers": wished})
         return Answer(204, None, headers)
 
     def send_answer(self, answer: Answer) -> None:
@@ -1836,6 +1951,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.usual_fields = now, (f"Server: {self.server_version}\r\nDate: {self.date_time_string(now)}\r\n"
                                         f"X-Content-Type-Options: nosniff\r\n{server.cors_fields}")
         text = STATUS_LINES[answer.status] + server.usual_fields[1]
+        if len(server.origins) > 1 and self.headers.get("origin") in server.origins:
+            text += f"Access-Control-Allow-Origin: {self.headers['origin']}\r\n"
         for name, value in answer.headers.items():
             text += f"{name}: {value}\r\n"
         if "Cache-Control" not in answer.headers:
@@ -1904,8 +2021,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.limiter = RateLimiter(settings.rate, settings.burst)
         self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how often a client without tokens is told so
         self.began = time.monotonic()
-        self.cors_fields = (f"Access-Control-Allow-Origin: {settings.cors_origin}\r\n"
-                            "Access-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n") if settings.cors_origin else ""
+        self.origins = [origin.strip() for origin in settings.cors_origin.split(",")]
+        origin_field = "Vary: Origin" if len(self.origins) > 1 else f"Access-Control-Allow-Origin: {settings.cors_origin}"
+        self.cors_fields = (f"{origin_field}\r\nAccess-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n"
+                            if settings.cors_origin else "")
         self.usual_fields = (0, "")         # the second they were made in, and the fields
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
         # The lock guards what follows, which several threads change.
@@ -2184,6 +2303,7 @@ def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")      # of TLS 1.2: none with CBC; those of TLS 1.3 are as they are
     context.set_alpn_protocols(["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION
     certificate, key = settings.tls_cert, settings.tls_key or settings.tls_cert

@@ -297,7 +297,7 @@ def parse(*flags, **environment):
 
 @pytest.mark.parametrize("option", p2pserver.OPTIONS, ids=lambda option: option.name)
 def test_each_option_can_be_given_as_flag_and_in_the_environment(option):
-    value = {"poll_after": 3599, "no_stun": True, "access_log": True, "log_level": "debug", "log_format": "json", "host": "x", "cors_origin": "x",
+    value = {"poll_after": 3599, "no_stun": True, "access_log": True, "log_level": "debug", "log_format": "json", "host": "x", "cors_origin": "https://x",
              "trusted_proxies": "10.0.0.0/8, ::1", "metrics_from": "192.0.2.1", "tls_cert": "Zertifikat für.pem", "tls_key": "x"}.get(option.name, option.high)
     text = "1" if value is True else str(value)
     roomy = {"P2P_GAME_TTL": "86400", "P2P_GUEST_TTL": "86400", "P2P_IDLE_TIMEOUT": "3600", "P2P_POLL_AFTER": "1", "P2P_TLS_CERT": "x"}
@@ -351,6 +351,9 @@ def test_a_variable_that_looks_like_an_options_and_is_none_is_ignored_with_advic
     "infinite": (["--poll-after", "inf"], {}, "--poll-after (P2P_POLL_AFTER) must be from 0.1 to 3600, not inf"),
     "large bounds, which are told exactly": (["--max-body", "1"], {}, "--max-body (P2P_MAX_BODY) must be from 1024 to 16777216"),
     "no such level": (["--log-level", "loud"], {}, "--log-level (P2P_LOG_LEVEL) must match debug|info|warning|error, not 'loud'"),
+    **{f"the origin {brief(origin)}": (["--cors-origin", f"https://a,{origin}"], {}, f"--cors-origin: no browser sends the origin {origin!r}") for origin in (
+        "https://b/", "https://b/game", "b", "b:8000", "//b", "https://", "https://b:", "https://b:x", "https://b:443", "http://b:80", "https://B", "HTTPS://b",
+        "https://*.b", "*", "https://u@b", "https://b?x", "https://b#x", "https://b https://c", "")},
     "a line break in a header field": (["--cors-origin", "x\r\ny: z"], {}, "--cors-origin (P2P_CORS_ORIGIN) must match [ -~]*, not 'x\\r\\ny: z'"),
     "P2P_PORT": ([], {"P2P_PORT": "http"}, "argument --port: invalid int value: 'http'"),
     "PORT": ([], {"PORT": "70000"}, "--port (P2P_PORT) must be from 0 to 65535, not 70000"),
@@ -411,15 +414,16 @@ FIELDS = {      # by name: the check, what passes, what does not
         "", "x" * 129, "a\nb", "\0", "\x7f", "\u202e", "\ud800", *NOT_STRINGS)),
     "addresses": (p2pserver.check_addresses, (
         [], ["203.0.113.1:1"], ["[2001:db8::1]:65535"], ["[fe80::1%eth0]:5000"], ["192.168.0.1:5000"], ["x"] * 16, ["x" * 512],
-        ["localhost:80", "", "é\n", "255.255.255.255"], ["candidate:1 1 udp 2122 192.0.2.1 5000 typ host"], [{}, {"sdp": [{"type": "offer"}, 1, None]}]), (
-        ["x"] * 17, *NOT_STRINGS[:4], {}, "x:1")),
-    "replies": (p2pserver.check_replies, ({}, {"s": []}, {"s": ["203.0.113.1:1", {}], "t": ["x"]}), (
+        ["localhost:80", "", "é\n", "255.255.255.255"], ["candidate:1 1 udp 2122 192.0.2.1 5000 typ host"], [{}, {"sdp": [{"type": "offer"}, 1, None]}], {}), (
+        ["x"] * 17, *NOT_STRINGS[:4], {"1": "x"}, "x:1")),
+    "replies": (p2pserver.check_replies, ({}, {"s": []}, {"s": {}}, {"s": ["203.0.113.1:1", {}], "t": ["x"]}), (
         None, [], "x", {"s": "203.0.113.1:1"}, {"s": ["0.0.0.0:1"]}, {"s": ["x"] * 17}, {"s": ["127.0.0.1:1"]}, {"s": None}, {"s": [], "t": [1]})),
     "dismiss": (p2pserver.check_dismiss, ([], ["s"], ["s"] * 64), (None, "s", {"s": []}, [1], [None], ["s"] * 65)),
     "info": (p2pserver.check_info, ({}, LARGEST, {"players": 1, "map": "é", "x": nested(15, 0)}), (
         None, [], "x", 1, {"k": LARGEST["k"] + "x"}, {"k": LARGEST["k"][:-1] + "é"}, {"k": "雪" * 400}, {"x": nested(16, 0)})),
     "listed": (p2pserver.check_flag, (True, False), (0, 1, "true", None, [], {})),
-    "after": (p2pserver.check_whole_number, (0, 1, 2 ** 53 - 1), (-1, 2 ** 53, True, 1.0, "1", None, [], 10 ** 200)),
+    "after": (p2pserver.check_whole_number, (0, 1, 2 ** 53 - 1, 25.0, -0.0, 1.7956255424844e+15), (
+        -1, 2 ** 53, True, 1.5, -1.0, float(2 ** 53), 1e300, "1", None, [], 10 ** 200)),
 }
 
 
@@ -436,6 +440,10 @@ def test_validation_lets_through(check, value):
 def test_validation_refuses(check, value):
     with pytest.raises(ValueError, match="must"):
         check(value, Scope())
+
+
+def test_an_empty_object_for_addresses_is_handed_on_as_an_empty_array():
+    assert p2pserver.check_addresses({}, Scope()) == b"[]" and p2pserver.check_replies({"s": {}}, Scope()) == {"s": b"[]"}
 
 
 @pytest.mark.parametrize("address, words", [
@@ -1823,7 +1831,7 @@ PROBLEMS = {
     "DELETE of no game": ("DELETE", "/games/nobody's", {"json": {"peerId": HOST}}, 404, ()),
     "no such path": ("GET", "/game", {}, 404, ()),
     "a path below a game": ("GET", "/games/x/y", {}, 404, ()),
-    "a game without name": ("GET", "/games/", {}, 404, ()),
+    "a game without name": ("GET", "/games//", {}, 404, ()),
     "a name that is not UTF-8": ("GET", "/games/%FF", {}, 404, ()),
     "a name with a slash": ("GET", "/games/a%2Fb", {}, 404, ()),
     "a name with a line break": ("GET", "/games/a%0D%0Ab", {}, 404, ()),
@@ -1850,6 +1858,24 @@ PATHS = {"/": "GET, HEAD, OPTIONS", "/games": "GET, HEAD, OPTIONS", "/healthz": 
          "/games/poll": "OPTIONS, POST", "/games/start": "OPTIONS, POST", "/games/x": "DELETE, GET, HEAD, OPTIONS, PATCH, PUT"}
 
 
+@pytest.mark.parametrize("path", ["/games", "/healthz", "/games/x"])
+def test_a_slash_at_the_end_of_a_path_says_nothing(path, api):
+    api.register_game("x")
+    for method in ("GET", "OPTIONS"):
+        plain, slashed = api.call(method, path), api.call(method, path + "/")
+        assert plain.ok and (plain.status_code, plain.content, plain.headers.get("Allow")) == (
+            slashed.status_code, slashed.content, slashed.headers.get("Allow"))
+
+
+@pytest.mark.parametrize("method", ["get", "Get", "pOST"])
+def test_a_method_that_is_not_in_capitals_is_told_that_case_matters(method, api):
+    """RFC 9110 section 9.1."""
+    with Raw(api, GET.replace(b"GET", method.encode()) + END) as raw:
+        answer = raw.answer()
+        assert answer.status == 501 and "case-sensitive" in json.loads(answer.body)["detail"]
+    assert "case-sensitive" not in api.call("BREW", "/").text
+
+
 @pytest.mark.parametrize("path, allow", PATHS.items(), ids=PATHS)
 def test_what_is_not_for_a_path_answers_405_and_options_204_both_with_allow(path, allow, api):
     for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} - set(allow.split(", ")):
@@ -1857,13 +1883,17 @@ def test_what_is_not_for_a_path_answers_405_and_options_204_both_with_allow(path
         assert (answer.status_code, answer.headers["Allow"]) == (405, allow), method
     answer = api.call("OPTIONS", path)
     assert (answer.status_code, answer.headers["Allow"], answer.content) == (204, allow, b"")
+    assert answer.headers.get("Accept-Patch") == ("application/json" if "PATCH" in allow else None)
     assert "Access-Control-Allow-Methods" not in answer.headers, "this was no preflight"
 
 
-@pytest.mark.parametrize("path", [*(path for path, allow in PATHS.items() if "GET" in allow), "/games/nobody's"])
-def test_head_answers_as_get_without_the_body(path, api):
+@pytest.mark.parametrize("path, headers", [
+    *((path, {}) for path in (*PATHS, "/games/nobody's", "/nothing", "/games/%zz", "/" + "x" * 9000)),
+    *(("/games", headers) for headers in ({"If-Match": '"x"'}, {"Host": "a b"}, {"Expect": "x"}, {"X": "x" * 33000}))], ids=brief)
+def test_head_answers_as_get_without_the_body(path, headers, api):
+    """RFC 9110 section 9.3.2. Errors, too."""
     api.register_game("x")
-    get, head = api.call("GET", path), api.call("HEAD", path)
+    get, head = api.call("GET", path, headers=headers), api.call("HEAD", path, headers=headers)
     assert int(head.headers["Content-Length"]) == len(get.content) > 0 == len(head.content)
     assert (head.status_code, {**head.headers, "Date": ""}) == (get.status_code, {**get.headers, "Date": ""})
 
@@ -1876,6 +1906,51 @@ def test_the_list_on_if_none_match(template, status, api):
     assert re.fullmatch('"[^",]+"', tag) and (answer.status_code, answer.headers["ETag"], answer.headers["Cache-Control"]) == (status, tag, "no-cache")
     assert (answer.content == b"" and "Content-Type" not in answer.headers) == (status == 304)
     assert api.call("HEAD", "/games", headers={"If-None-Match": template.format(tag)}).status_code == status
+
+
+FOREIGN = {"If-Match": '"x"'}
+NONE = {"If-None-Match": "*"}
+
+
+@pytest.mark.parametrize("method, path, headers, status", [
+    *((method, "/games/castle", headers, status) for method in ("PATCH", "PUT", "DELETE") for headers, status in (
+        (FOREIGN, 412), ({"If-Match": ""}, 412), ({"If-Match": 'W/"x", "y"'}, 412), (NONE, 412), ({"If-Match": "*", **NONE}, 412),
+        ({"If-Match": "*"}, 200), ({"If-None-Match": '"x"'}, 200), ({"If-Unmodified-Since": "Mon, 01 Jan 2001 00:00:00 GMT"}, 200))),
+    *((method, "/games/nobody's", headers, 404) for method in ("GET", "PATCH", "PUT", "DELETE") for headers in (FOREIGN, NONE)),
+    *(("POST", path, headers, status) for path in ("/games/register", "/games/poll", "/games/start") for headers, status in (
+        (FOREIGN, 412), ({"If-Match": "*"}, 412), (NONE, 200), ({"If-None-Match": '"x"'}, 200))),
+    *((method, path, headers, status) for method in ("GET", "HEAD") for path in ("/games/castle", "/games", "/", "/healthz") for headers, status in (
+        (FOREIGN, 412), ({"If-Match": "*"}, 200), (NONE, 304), ({"If-None-Match": '"x"'}, 200), ({**FOREIGN, **NONE}, 412))),
+    ("OPTIONS", "/games", {**FOREIGN, **NONE}, 204), ("DELETE", "/games", FOREIGN, 405),
+], ids=brief)
+def test_preconditions_hold_or_nothing_is_performed(method, path, headers, status, serve):
+    """RFC 9110 section 13: only the list has a tag, and what is there has no date."""
+    api = serve()
+    api.register_game("castle")
+    fields = {"name": "castle", "peerId": GUEST if path.endswith("start") else HOST, "addresses": HERE}
+    fields.update({} if method == "POST" else {"name": "palace"})
+    before = api.list_games().json()
+    answer = api.call(method, path, fields if method in ("POST", "PATCH", "PUT", "DELETE") else None, headers=headers)
+    assert answer.status_code == status or status == 200 and answer.ok
+    assert not answer.ok or status == 304 or method in ("GET", "HEAD", "OPTIONS") or path.endswith("register") or api.list_games().json() != before
+    assert answer.ok or api.list_games().json() == before
+    assert status != 304 or answer.content == b"" and "Content-Type" not in answer.headers
+
+
+@pytest.mark.parametrize("template, status", [("{}", 200), ('"x", {}', 200), ("W/{}", 412), ("{}x", 412)])
+def test_the_list_on_if_match(template, status, api):
+    """Strong comparison: RFC 9110 section 13.1.1."""
+    answer = api.list_games(**{"If-Match": template.format(api.list_games().headers["ETag"])})
+    assert answer.status_code == status
+
+
+def test_preconditions_are_ignored_where_there_would_be_no_success(serve):
+    """RFC 9110 section 13.2.1."""
+    api = serve()
+    api.server.stopping = True
+    for headers in (FOREIGN, NONE):
+        assert api.call("GET", "/healthz", headers=headers).status_code == 503
+    api.server.stopping = False
 
 
 @pytest.mark.parametrize("change", rows({
@@ -1917,7 +1992,41 @@ def test_cors_lets_web_pages_call_from(origin, serve):
     assert (preflight.status_code, preflight.headers["Access-Control-Allow-Methods"]) == (204, "OPTIONS, POST")
     assert int(preflight.headers["Access-Control-Max-Age"]) > 0
     assert {"authorization", "content-type", "if-none-match"} <= set(preflight.headers["Access-Control-Allow-Headers"].lower().split(", "))
+    assert not [answer for answer in answers if "Vary" in answer.headers], "all get the same"
 
+
+@pytest.mark.parametrize("wished", ["content-type", "authorization,traceparent,x-b3-traceid", "X-Anything-At-All"])
+def test_a_preflight_is_allowed_the_headers_that_it_asks_for(wished, api):
+    """https://fetch.spec.whatwg.org/#cors-preflight-fetch: tracing libraries add some."""
+    answer = api.call("OPTIONS", "/games/poll", headers={
+        "Origin": "https://game.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": wished})
+    assert (answer.status_code, answer.headers["Access-Control-Allow-Headers"]) == (204, wished)
+
+
+@pytest.mark.parametrize("origin, allowed", rows({
+    **{each: ({"Origin": each}, each) for each in ("https://a.example", "http://[::1]:8080", "capacitor://localhost", "null")},
+    **{each: ({"Origin": each}, None) for each in ("https://b.example", "http://a.example", "https://a.example:444", "https://a.example, null")},
+    "none": ({}, None),
+}))
+def test_of_a_list_of_origins_the_one_that_matches_is_answered(origin, allowed, serve):
+    """https://fetch.spec.whatwg.org/#cors-protocol-and-http-caches. A poll that waited, and errors, too."""
+    api = serve(cors_origin="https://a.example, http://[::1]:8080,capacitor://localhost,null")
+    api.register_game("castle")
+    answers = [api.call(method, path, headers={"Access-Control-Request-Method": "POST", **origin}) for method, path in (
+        ("OPTIONS", "/games/poll"), ("GET", "/games"), ("GET", "/nothing"), ("POST", "/games/poll"), ("HEAD", "/games"))]
+    answers.append(api.call("POST", "/games/poll", {"name": "castle", "peerId": HOST, "addresses": HERE, "wait": 1}, headers=origin))
+    assert answers[-1].headers["Preference-Applied"] == "wait=1"
+    assert [answer.headers.get("Access-Control-Allow-Origin") for answer in answers] == [allowed] * 6
+    assert {answer.headers["Vary"] for answer in answers} == {"Origin"}
+
+
+def test_each_body_of_json_ends_with_a_newline_and_has_no_other(api, name):
+    """So that the prompt of a shell has a line of its own."""
+    answers = [call(name) for call in (api.register_game, api.poll_game, api.start_game, api.get_game, api.update_game, api.register_game)]
+    answers += [api.list_games(), api.call("GET", "/healthz"), api.call("GET", "/nothing"), api.call("POST", "/games/register", {})]
+    for answer in answers:
+        assert "json" in answer.headers["Content-Type"] and answer.text.count("\n") == 1 and answer.text.endswith("}\n")
+    assert api.delete_game(name).content == b""
 
 @pytest.mark.parametrize("headers, status", rows({
     "nothing": ({}, 201),
@@ -1925,6 +2034,10 @@ def test_cors_lets_web_pages_call_from(origin, serve):
     "JSON in capitals": ({"Content-Type": "Application/JSON"}, 201),
     "JSON in UTF-8": ({"Content-Type": "application/json; charset=UTF-8"}, 201),
     "JSON in quoted UTF-8": ({"Content-Type": 'application/json ;charset="utf-8"'}, 201),
+    "JSON in UTF8": ({"Content-Type": "application/json; charset=utf8"}, 201),
+    "JSON in quoted UTF8 in capitals": ({"Content-Type": 'application/json;CHARSET="UTF8" ; x=y'}, 201),
+    "JSON in UTF-80": ({"Content-Type": "application/json; charset=utf-80"}, 415),
+    "a JSON patch": ({"Content-Type": "application/json-patch+json"}, 415),
     "another kind of JSON": ({"Content-Type": "application/vnd.game+json"}, 201),
     "not compressed": ({"Content-Encoding": "identity"}, 201),
     "text": ({"Content-Type": "text/plain"}, 415),
@@ -1936,6 +2049,19 @@ def test_cors_lets_web_pages_call_from(origin, serve):
 def test_a_body_declared_as(headers, status, api, name):
     answer = api.call("POST", "/games/register", data=json.dumps({"name": name, "peerId": HOST}).encode(), headers=headers)
     assert answer.status_code == status and api.get_game(name).status_code == (200 if status == 201 else 404)
+    # RFC 9110 section 12.5.3: Accept-Encoding says that the coding is the fault; section 15.5.16: Accept, that the type is.
+    is_compressed = "Content-Encoding" in headers and status == 415
+    assert answer.headers.get("Accept-Encoding") == ("identity" if is_compressed else None)
+    assert answer.headers.get("Accept") == ("application/json" if status == 415 and not is_compressed else None)
+    assert status == 201 or is_compressed or "set Content-Type: application/json" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("media_type", ["application/json-patch+json", "text/plain"])
+def test_a_patch_of_another_type_is_told_which_it_may_have(media_type, api, name):
+    """RFC 5789 section 2.2."""
+    api.register_game(name)
+    answer = api.call("PATCH", path_of(name), data=b"[]", headers={"Content-Type": media_type})
+    assert (answer.status_code, answer.headers["Accept-Patch"], answer.headers.get("Accept")) == (415, "application/json", None)
 
 
 @pytest.mark.parametrize("call", [lambda api, game, peer: api.register_game(game), lambda api, game, peer: api.start_game("g0", peer)], ids=["server", "game"])
@@ -2092,6 +2218,24 @@ def test_a_body_is_json_with(text, api, name):
     assert api.call("POST", "/games/register", data=data).json()["name"] == name + " 🎲A"
 
 
+@pytest.mark.parametrize("wait", ["3", "3.0", "3e0", "3.00E+0", "30e-1", "0.3e1"])
+def test_a_whole_number_may_have_any_spelling_of_json(wait, api, name):
+    """RFC 8259 section 6. Of an encoder that knows floats only, and of the cursor in %.14g."""
+    api.register_game(name)
+    api.start_game(name)
+    for after in ("0.0", "0e0", "1.7956255424844e+15"):
+        body = f'{{"name":"{name}","peerId":"{HOST}","addresses":{{}},"after":{after},"wait":{wait}}}'.encode()
+        answer = api.call("POST", "/games/poll", data=body)
+        assert answer.status_code == 200 and answer.headers["Preference-Applied"] == "wait=3", answer.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_named(encoding, api):
+    """RFC 8259 section 8.1."""
+    answer = api.call("POST", "/games/register", data='{"name":"x"}'.encode(encoding))
+    assert answer.status_code == 400 and "BOM" in answer.json()["detail"]
+
+
 # ---- HTTP's edges ---------------------------------------------------------------------------------------------------
 
 EMPTY = POST + b"Content-Length: 2\r\n\r\n{}"      # answered by 400
@@ -2113,13 +2257,36 @@ BAD_FIELDS = [  # each between Host and the end of the head
     b"X Y: x\r\n", b"\xc3\x9c: x\r\n", b"X\0: a\r\n", b"X: a\0b\r\n", b"X: a\x01b\r\n", b"X: \x1b[2J\r\n", b"X: \x7f\r\n", b"X: a\rb\r\n", b"\rX: a\r\n",
     b"X: a\r\r\n", b"X: a\n", b"\n", b"Content-Length: x\r\n",
 ]
+# RFC 3986 section 3.2, and what RFC 9112 section 3.2 makes of it.
+GOOD_HOSTS = [b"", b":80", b"h", b"H.example.", b"h:", b"h:8000", b"192.0.2.1:80", b"[::1]", b"[2001:db8::1]:8000", b"[::ffff:192.0.2.1]", b"a_b", b"a,b",
+              b"%C3%A9", b"~!$&'()*+;="]
+BAD_HOSTS = [b"a b", b"a/b", b"/", b"u@a", b"u:p@a", b"a:b", b"a:80:80", b"[::1", b"::1", b"[::1]x", b"[]", b"[1]", b"[1.2.3.4]", b"[:::]", b"[fe80::1%25lo]",
+             b"[::1]:x", b"a, b", b"h, h", b"a?b", b"a#b", b"a%", b"a%zz", b"<a>", b'"a"', b"a\\b", b"\xc3\xa9", b"\x80", b"\xff", b"http://a"]
+BAD_TARGETS = [b"?x", b"a:80", b"h", b"games", b"/games/%zz", b"/games/%", b"/games/%4", b"/?%z1", b"/games/<name>", b'/"', b"/a\\b", b"/`", b"/{x}", b"/#x",
+               b"/?#", b'/?"', b"/?<x>", b"ftp://h/games", b"http:/games", b"http:games", b"http://", b"http:///games", b"//h:80%", b"mailto:a@b",
+               *(b"http://%s/games" % host for host in (b":80", *BAD_HOSTS) if not set(host) & set(b" /?\x80\xc3\xff"))]
+LAST = b"0\r\n\r\n"
+BAD_CHUNKS = [  # each the first bytes of a chunked body
+    *(size + b"\r\n{}\r\n" + LAST for size in (b"-2", b"+2", b"0x2", b"g", b"", b" 2", b"2 ", b"2\t", b"\xb2", b"2\r", b"000000002",
+                                               b"2 x", b"2;\0", b"2;x\ny", b"2;x\ry", b"2;" + b"x" * 257)),
+    b"2\n{}\r\n" + LAST, b"2\r{}\r\n" + LAST, b"2\r\n{}\n" + LAST, b"2\r\n{}\r" + LAST, b"2\r\n{}" + LAST, b"2\r\n{} \r\n" + LAST, b"2\r\n{}\r\n0\n\r\n",
+    b"2\r\n{}\r\n0\r\n\n", b"2\r\n{}\r\n000000000\r\n\r\n", b"0\r\nX\r\n\r\n", b"0\r\nX: a\nY: b\r\n\r\n", b"0\r\n folded: x\r\n\r\n", b"0\r\nX: \0\r\n\r\n",
+]
+BAD_CODINGS = [b"identity", b"gzip", b"chunked, gzip", b"chunked, chunked", b"chunked\r\nTransfer-Encoding: chunked", b"xchunked", b"chunkedx", b"chunked;q=1",
+               b"", b'"chunked"', b"chunked,", b"\x0bchunked"]
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 BAD_LENGTHS = [b"two", b"", b"+2", b"-2", b"0_2", b"0x2", b"2.0", b"2 2", b"\xb2", b"2, 2",
                b"2\r\nContent-Length: 2", b"2\r\ncontent-length: 3", b"2\r\nTransfer-Encoding: chunked"]
 REFUSED = {
     **{brief(line): (line + b"Host: h\r\n\r\n", 400) for line in BAD_LINES},
     **{brief(field): (GET + field + END, 400) for field in BAD_FIELDS},
     **{brief(length): (POST + b"Content-Length: %s\r\n\r\n{}" % length, 400) for length in BAD_LENGTHS},
+    **{f"chunk {brief(chunks)}": (CHUNKED + chunks, 400) for chunks in BAD_CHUNKS},
+    **{f"coding {brief(coding)}": (POST + b"Transfer-Encoding: %s\r\n\r\n2\r\n{}\r\n0\r\n\r\n" % coding, 400) for coding in BAD_CODINGS},
     "no Host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    **{f"Host {brief(host)}": (b"GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % host, 400) for host in BAD_HOSTS},
+    "a wrong Host in HTTP/1.0": (b"GET / HTTP/1.0\r\nHost: a b\r\n\r\n", 400),
+    "a wrong Host with an absolute form": (b"GET http://h/ HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
     "HTTP/2's preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     "HTTP/0.9 by name": (b"GET / HTTP/0.9\r\n\r\n", 505),
     "a method in lower case": (GET.replace(b"GET", b"get") + END, 501),
@@ -2134,8 +2301,16 @@ REFUSED = {
     "a huge Content-Length": (POST + b"Content-Length: 99999999999999999999\r\n\r\n", 413),
     "a Content-Length of 9000 digits": (POST + b"Content-Length: " + b"9" * 9000 + b"\r\n\r\n", 413),
     "a Content-Length that ends in zeros": (POST + b"Content-Length: 1" + b"0" * 400 + b"\r\n\r\n", 413),
-    "Transfer-Encoding": (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 501),
-    "Transfer-Encoding of nothing": (GET + b"Transfer-Encoding: identity\r\n\r\n", 501),
+    "a transfer coding that nobody knows": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 501),
+    "Transfer-Encoding in HTTP/1.0": (CHUNKED.replace(b"HTTP/1.1", b"HTTP/1.0") + b"2\r\n{}\r\n0\r\n\r\n", 400),
+    "Content-Length before Transfer-Encoding": (CHUNKED.replace(b"Transfer", b"Content-Length: 12\r\nTransfer") + b"2\r\n{}\r\n0\r\n\r\n", 400),
+    "a chunk that is too large": (CHUNKED + b"4001\r\n", 413),
+    "a chunk of the largest size": (CHUNKED + b"ffffffff\r\n", 413),
+    "chunks that are too large in all": (CHUNKED + b"2000\r\n" + b" " * 8192 + b"\r\n2001\r\n", 413),
+    "chunks of GET that are too large": (CHUNKED.replace(b"POST", b"GET") + b"4001\r\n", 413),
+    "trailers of more than 1024 bytes": (CHUNKED + b"0\r\nX: " + b"x" * 1024 + b"\r\n\r\n", 431),
+    "trailers that do not end": (CHUNKED + b"0\r\nX: " + b"x" * 100_000, 431),
+    "101 trailers": (CHUNKED + b"0\r\n" + b"X: x\r\n" * 101 + END, 431),
     "an expectation that nobody knows": (POST + b"Expect: miracles\r\nContent-Length: 2\r\n\r\n{}", 417),
     "101 fields": (GET + b"X: x\r\n" * 100 + END, 431),
     "more than 32 KiB of fields": (GET + b"".join(b"X%d: %s\r\n" % (i, b"x" * 1000) for i in range(33)) + END, 431),
@@ -2155,15 +2330,52 @@ def test_http_refuses_and_closes_after(data, status, api):
         assert json.loads(answer.body)["status"] == status and raw.is_closed()
 
 
+NEVER = [b"\0", b"\x04\x01\0P\x7f\0\0\x01\0", b"\x05\x01\0", b"\x80\x2e\x01", b"\xff", b'{"name":', b" GET", b"GET\t/", b"G@T", b"GET / HTTP/1.1\rX", b"\rG",
+         b"\n", b"\r\n\rG", b"SSH-2.0-OpenSSH_9.6\r\n", b"GET /\r\n", b"GET / HTTP/1.1 ", b"GET / HTTP/1.10\r\n", b"GET / http", b"GET /games/a b",
+         b"GET /\xc3", b"PROXY TCP4 127.0.0.1 ", GET + b"X: \0", GET + b"X: y\rz", GET + b"X: y\n", GET + b"\x1b",
+         CHUNKED + b"x", CHUNKED + b"2 x", CHUNKED + b"2\rx",
+         CHUNKED + b"2\r\n{}x", CHUNKED + b"0\r\n\0"]
+
+
+@pytest.mark.parametrize("data", NEVER, ids=brief)
+@pytest.mark.parametrize("pieces", [False, True], ids=["at once", "in pieces"])
+def test_what_can_never_become_a_request_is_refused_at_once(data, pieces, api):
+    """The client sends no more, and the time for a request is not awaited."""
+    with Raw(api) as raw:
+        raw.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        for piece in [data[i:i + 1] for i in range(len(data))] if pieces else [data]:
+            raw.send(piece)
+        raw.socket.settimeout(p2pserver.REQUEST_TIME / 2)
+        assert raw.answer().status == 400 and raw.is_closed()
+
+
+@pytest.mark.parametrize("data", [GET + END, END + END + register("x"), CHUNKED + b"2;x\r\n{}\r\n0\r\nX: y\r\n\r\n", b"OPTIONS * HTTP/1.0\r\n\r\n"], ids=brief)
+def test_what_may_still_become_a_request_is_awaited_wherever_it_stops(data, api):
+    for end in range(len(data)):
+        with Raw(api) as raw:
+            raw.send(data[:end])
+            raw.socket.shutdown(socket.SHUT_WR)
+            answer = raw.stream.read()
+            assert b"ended early" in answer or not answer and not data[:end].strip(), data[:end]
+
+
 ACCEPTED = {
     "a Content-Length with leading zeros": (POST + b"Content-Length: 000000000000000000000002\r\n\r\n{}", 400),
     "a Content-Length of zero": (POST + b"Content-Length: 0\r\n\r\n", 400),
+    "a chunked body": (CHUNKED + b"2\r\n{}\r\n0\r\n\r\n", 400),
+    "no chunk": (CHUNKED + b"0\r\n\r\n", 400),
+    "a chunked body for GET": (CHUNKED.replace(b"POST /games/register", b"GET /healthz") + b"5\r\nhello\r\n0\r\n\r\n", 200),
+    "chunked in capitals": (CHUNKED.replace(b"chunked", b"CHUNKED") + b"2\r\n{}\r\n0\r\n\r\n", 400),
+    "16384 bytes in chunks": (CHUNKED + b"1fff\r\n" + b" " * 8191 + b"\r\n2001\r\n" + b" " * 8193 + b"\r\n0\r\n\r\n", 400),
     "an empty line before the request line": (END + GET + END, 200),
     "the absolute form": (b"GET http://anywhere.example:1/healthz HTTP/1.1\r\nHost: h\r\n\r\n", 200),
     "the absolute form in capitals": (b"GET HTTPS://ANYWHERE/healthz?x HTTP/1.1\r\nHost: h\r\n\r\n", 200),
     "the absolute form without a path": (b"OPTIONS http://anywhere.example HTTP/1.1\r\nHost: h\r\n\r\n", 204),
     "the asterisk": (b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n", 204),
-    "the asterisk for GET": (b"GET * HTTP/1.1\r\nHost: h\r\n\r\n", 404),
+    "the asterisk for GET": (b"GET * HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    **{f"the target {brief(target)}": (b"GET %s HTTP/1.1\r\nHost: h\r\n\r\n" % target, 400) for target in BAD_TARGETS},
+    **{f"the authority {brief(host)}": (b"GET http://%s/healthz HTTP/1.1\r\nHost: h\r\n\r\n" % host, 200) for host in GOOD_HOSTS[2:]},
+    **{f"Host {brief(host)}": (b"GET /healthz HTTP/1.1\r\nHost: %s\r\n\r\n" % host, 200) for host in GOOD_HOSTS},
     "an empty Host": (b"GET /healthz HTTP/1.1\r\nHost:\r\n\r\n", 200),
     "field names in any case and space around values": (b"POST /games/register HTTP/1.1\r\nhOST:h\r\ncontent-LENGTH: \t 2 \t\r\n\r\n{}", 400),
     "Latin-1 in a field and an empty one": (GET + b"X: \xe9\r\nY:\r\n\r\n", 200),
@@ -2187,9 +2399,81 @@ def test_http_accepts_and_goes_on_after(data, status, api):
         assert [raw.answer().status, raw.answer().status] == [status, 200]
 
 
+def chunked(name, chunks, *fields):
+    """A registration whose body is cut into these chunks: {size line: how many bytes}. A size line of None is written as is usual."""
+    body, data = json.dumps({"name": name, "peerId": HOST}).encode(), b""
+    for line, size in chunks:
+        data += (line or b"%x") % size + b"\r\n" + body[:size] + b"\r\n"
+        body = body[size:]
+    return POST + b"Transfer-Encoding: chunked\r\n" + b"".join(fields) + END + data + b"%X\r\n%s\r\n0" % (len(body), body)
+
+
+@pytest.mark.parametrize("chunks, end", rows({
+    "one chunk": ([], END + END), "single bytes": ([(None, 1)] * 20, END + END), "leading zeros": ([(b"0000000%x", 3), (b"%08X", 11)], b"0000000" + END + END),
+    "extensions": ([(b"%x;a", 1), (b"%x ; a = \"b;\\\"\" ;c", 2), (b"%x;" + b"x" * 256, 3)], b";last" + END + END),
+    "trailers": ([], END + b"Digest: x\r\nContent-Length: 5\r\nHost: a b\r\n" + END),
+    "trailers of 1024 bytes": ([], END + b"X: " + b"x" * 1021 + END + END),
+}))
+@pytest.mark.parametrize("pieces", [False, True], ids=["at once", "in pieces"])
+def test_a_chunked_body_is_decoded_with(chunks, end, pieces, api, name):
+    """RFC 9112 section 7.1. What comes after it is the next request."""
+    data = chunked(name, chunks) + end + GET + END
+    with Raw(api) as raw:
+        raw.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        for i in range(len(data) if pieces else 0):
+            raw.send(data[i:i + 1])
+        pieces or raw.send(data)
+        assert [raw.answer().status for _ in range(2)] == [201, 200] and api.get_game(name).status_code == 200
+
+
+def test_a_chunked_body_is_decoded_wherever_its_bytes_are_parted():
+    data = b"5;x=y\r\nhello\r\n00A \t;z\r\n and more.\r\n0\r\nX: y\r\n\r\nnext"
+    for first, second in itertools.combinations(range(len(data) + 1), 2):
+        buffer, length, is_more = bytearray(), 0, True
+        for piece in (data[:first], data[first:second], data[second:]):
+            buffer += piece
+            length, is_more = p2pserver.decode_chunks(buffer, length, 15) if is_more else (length, False)
+        assert (bytes(buffer), length, is_more) == (b"hello and more.next", 15, False)
+
+
+def test_a_chunked_body_of_a_megabyte_in_many_reads_takes_no_more_work_than_its_bytes():
+    """What is decoded is not moved again, however long it gets."""
+    class Buffer(bytearray):
+        moved = 0
+
+        def __delitem__(self, where):
+            Buffer.moved += len(self) - where.stop if where.start else 0
+            super().__delitem__(where)
+
+    buffer, length, is_more, count = Buffer(), 0, True, 5000
+    data = b"c8\r\n" + b"x" * 200 + b"\r\n"
+    for _ in range(count):
+        buffer += data[:100]
+        assert p2pserver.decode_chunks(buffer, length, 10 ** 6) == (length, True)
+        buffer += data[100:]
+        length, is_more = p2pserver.decode_chunks(buffer, length, 10 ** 6)
+    assert length == 200 * count and is_more and Buffer.moved <= count * len(data)
+
+
+def test_a_chunked_request_waits_as_any_other(serve):
+    api = serve()
+    api.register_game("castle")
+    head, body = poll("castle", b"Prefer: wait=20").split(b"\r\n\r\n")
+    with Raw(api, re.sub(b"Content-Length: [0-9]+", b"Transfer-Encoding: chunked", head) + b"\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)) as raw:
+        wait_until(lambda: waiters(api) == 1)
+        raw.send(CHUNKED + b"2\r\n{")       # the next request comes early
+        api.start_game("castle")
+        assert len(json.loads(raw.answer().body)["guests"]) == 1
+        raw.send(b"}\r\n0\r\n\r\n")
+        assert raw.answer().status == 400
+
+
 @pytest.mark.parametrize("name, path, status", rows({
     "its own path": ("<name>", b"/games/%3Cname%3E", 200),
-    "that of the route, which is only a name": ("<name>", b"/games/<name>", 200),
+    "what a URI may hold": ("!$&'()*+,;=:@-._~ a", b"/games/!$&'()*+,;=:@-._~%20a?/?", 200),
+    "what browsers leave in a path and a query": ("[EU]^|", b"/games/[EU]^|?[]^|{}`\\", 200),
+    "its path with a slash at the end": ("slash", b"/games/slash/", 200),
+    "its path with two slashes at the end": ("slash", b"/games/slash//", 404),
     "bytes that are not UTF-8": ("\ufffd", b"/games/%FF", 404),
 }))
 def test_how_a_game_is_found_by(name, path, status, api):
@@ -2233,8 +2517,9 @@ def test_whether_a_connection_stays_open_after(data, connection, api):
         assert raw.is_closed() if connection == "close" else raw.answer().status == 200
 
 
-def test_expect_100_continue_is_answered_before_the_body_is_sent(api, name):
-    head, body = register(name, b"Expect: 100-Continue\r\n").split(b"\r\n\r\n")
+@pytest.mark.parametrize("request_", [register, lambda name, field: chunked(name, [], field) + END + END], ids=["whole", "chunked"])
+def test_expect_100_continue_is_answered_before_the_body_is_sent(request_, api, name):
+    head, body = request_(name, b"Expect: 100-Continue\r\n").split(b"\r\n\r\n", 1)
     with Raw(api, head + b"\r\n\r\n") as raw:
         assert raw.answer() == (100, {}, b"")
         raw.send(body)
@@ -2244,6 +2529,7 @@ def test_expect_100_continue_is_answered_before_the_body_is_sent(api, name):
 @pytest.mark.parametrize("data, status", rows({
     "a body that is too large": (POST + b"Expect: 100-continue\r\nContent-Length: 16385\r\n\r\n", 413),
     "no body": (POST + b"Expect: 100-continue\r\nContent-Length: 0\r\n\r\n", 400),
+    "a chunk that is there": (POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     "HTTP/1.0": ((POST + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}").replace(b"HTTP/1.1", b"HTTP/1.0"), 400),
 }))
 def test_there_is_no_100_continue_for(data, status, api):
@@ -2259,8 +2545,9 @@ def test_the_answer_413_reaches_a_client_that_goes_on_to_send_a_megabyte(api):
         assert raw.answer().status == 413 and raw.is_closed()
 
 
-@pytest.mark.parametrize("data", [b"GET / HT", GET, GET + b"X: ", POST + b'Content-Length: 99\r\n\r\n{"name":"half","peerId":"x"}'],
-                         ids=["half a request line", "half a head", "half a field", "half a body"])
+@pytest.mark.parametrize("data", [b"GET / HT", GET, GET + b"X: ", POST + b'Content-Length: 99\r\n\r\n{"name":"half","peerId":"x"}',
+                                  CHUNKED + b'1c\r\n{"name":"half","peerId":"x"}\r\n', CHUNKED + b'1c\r\n{"name":"half","peerId":"x"}\r\n0\r\n'],
+                         ids=["half a request line", "half a head", "half a field", "half a body", "chunks without a last one", "half the last chunk"])
 def test_a_client_that_ends_its_side_is_answered_400_after(data, api):
     with Raw(api, data) as raw:
         raw.socket.shutdown(socket.SHUT_WR)
@@ -2268,7 +2555,7 @@ def test_a_client_that_ends_its_side_is_answered_400_after(data, api):
 
 
 @pytest.mark.parametrize("data, statuses", [(b"", []), (GET + END, [200]), (b"GET", [408]), (GET, [408]), (POST + b"Content-Length: 20\r\n\r\n{", [408]),
-                                            (POST + b"Expect: 100-continue\r\nContent-Length: 20\r\n\r\n", [100, 408])])
+                                            (CHUNKED + b"2\r\n{", [408]), (POST + b"Expect: 100-continue\r\nContent-Length: 20\r\n\r\n", [100, 408])])
 def test_a_connection_is_closed_when_its_client_falls_silent(serve, monkeypatch, data, statuses):
     monkeypatch.setattr(p2pserver, "REQUEST_TIME", 0.3)
     monkeypatch.setattr(p2pserver, "SEND_TIME", 2 * WAIT)
@@ -2369,6 +2656,12 @@ def test_a_start_that_waits_is_answered_at_once_when_the_host_has_addresses(serv
 @pytest.mark.parametrize("field, applied", [
     (b"Prefer: wait=1", 1), (b"prefer: respond-async, Wait = \"1\"", 1), (b"Prefer: foo; bar, wait=1;x", 1), (b"Prefer: wait=999999", 2),
     (b"Prefer: wait=0", None), (b"Prefer: wait=-1", None), (b"Prefer: wait=x", None), (b"Prefer: await=5", None), (b"Prefer: wait", None), (b"X: wait=1", None),
+    (b"Prefer: foo; wait=1", None), (b'Prefer: foo="a, wait=1"', None), (b'Prefer: foo; a="b, wait=1"', None), (b'Prefer: foo="\\", wait=1"', None),
+    (b'Prefer: foo="a, wait=2", wait=1', 1), (b'Prefer: foo = "\\"" ; a = ",;" , wait="1"; b="c, wait=2"', 1), (b'Prefer: wait="\\1"', 1),
+    (b"Prefer: wait=1, wait=2", 1), (b"Prefer: wait, wait=2", None), (b"Prefer: wait=x, wait=2", None), (b'Prefer: wait="", wait=2', None),
+    (b"Prefer: foo\r\nPrefer: wait=1\r\nPrefer: wait=2", 1), (b"Prefer: ,\t, wait\t=\t1 ,", 1), (b'Prefer: foo="a, wait=1', None),
+    (b"Prefer: wait=1.0", 1), (b"Prefer: wait=1.5", None), (b"Prefer: wait=" + b"9" * 400, 2), (b"Prefer: wait=0x1", None), (b"Prefer: wait=1s", None),
+    (b'Prefer: "wait"=1', None), (b"Prefer: wait;a=1", None), (b"Prefer: wait=\xb2", None), (b"Prefer: return=minimal; wait=2; x, handling=lenient, WAIT=1", 1),
 ])
 def test_the_preference_is_read_as_rfc_7240_writes_it(serve, field, applied):
     api = serve(max_wait=2)
@@ -2704,6 +2997,13 @@ def test_a_connection_may_be_idle_for_idle_timeout_also_after_an_answer_that_was
         assert len(json.loads(raw.answer().body)["guests"]) == 500 and is_silent(raw, 1.5)
         raw.send(GET + END)
         assert raw.answer().status == 200
+
+
+@pytest.mark.parametrize("value", ["," * 32000, "a" * 32000 + '"', '"' * 32000, '\\"' * 16000, '"\\' * 16000, 'a="' * 10000, " " * 32000 + '"', ";" * 32000,
+                                   "wait= " * 6000], ids=brief)
+def test_a_long_preference_is_harmless(value):
+    for _ in range(20):     # which would take minutes if the pattern went back and forth
+        assert p2pserver.wished_wait({"wait": None}, {"prefer": value}, 25) == 0
 
 
 @pytest.mark.parametrize("head", [b"X-Forwarded-For: " + b"," * 32000, b"Connection: " + b"," * 32000,
@@ -3069,6 +3369,14 @@ def test_a_token_is_the_price_of(data, status, serve, clock):
     limited(api, clock, 1, 10)
     assert [ask(api, "127.0.0.1", data).status for _ in range(11)] == [status] * 10 + [429]
     assert ask(api, "127.0.0.1").status == 200, "a monitor is never refused"
+
+
+@pytest.mark.parametrize("chunks, requests_", [(1, 10), (200, 5), (900, 1)])
+def test_many_small_chunks_cost_a_token_for_each_512_bytes_of_their_framing(chunks, requests_, serve, clock):
+    api = serve()
+    limited(api, clock, 1, 10)
+    data = CHUNKED.replace(b"POST /games/register", b"GET /games") + b"1\r\nx\r\n" * chunks + LAST
+    assert [ask(api, "127.0.0.1", data).status for _ in range(requests_ + 1)] == [200] * requests_ + [429]
 
 
 def test_a_client_has_no_more_guests_in_a_game_than_max_guests_per_client(serve):
@@ -3510,6 +3818,42 @@ def test_clients_that_do_not_finish_the_handshake_stop_nobody_and_are_cut_off(se
         with Tls(api, GET + END) as tls:
             assert tls.answer().status == 200
         assert all(raw.is_closed() for raw in silent)
+
+
+@pytest.mark.parametrize("method", [b"GET", b"DELETE", b"PATCH", b"OPTIONS"])
+def test_plain_http_on_a_port_of_tls_is_told_to_use_https(method, secure):
+    api = secure()
+    with Raw(api, method + GET[3:] + END) as raw:
+        answer = raw.answer()
+        assert (answer.status, answer.headers["content-type"], answer.headers["connection"]) == (400, "application/problem+json", "close")
+        assert "https://" in json.loads(answer.body)["detail"] and raw.is_closed()
+    with Raw(api, POST + b"Content-Length: 100000\r\n\r\n") as raw:
+        assert select.select([raw.socket], [], [], WAIT)[0]
+        raw.send(b"x" * 100_000)        # the answer is not lost, though more comes
+        assert raw.answer().status == 400 and raw.is_closed()
+    with Tls(api, GET + END) as tls:
+        assert tls.answer().status == 200
+
+
+def test_tls_on_a_port_of_plain_http_is_told_what_the_port_speaks(api):
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost").do_handshake()
+    with Raw(api, outgoing.read()) as raw:
+        answer = raw.answer()
+        assert (answer.status, answer.headers["connection"]) == (400, "close") and "http://" in json.loads(answer.body)["detail"] and raw.is_closed()
+
+
+def test_tls_1_2_has_no_suites_with_cbc(secure):
+    api = secure()
+    assert {suite["symmetric"] for suite in api.server.tls.get_ciphers()} <= {"aes-128-gcm", "aes-256-gcm", "chacha20-poly1305"}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode, context.maximum_version = False, ssl.CERT_NONE, ssl.TLSVersion.TLSv1_2
+    for suites, is_taken in (("ECDHE+AES128+SHA256:ECDHE+AES128+SHA1:!AESGCM", False), ("ECDHE+AESGCM", True)):
+        context.set_ciphers(suites)
+        fault = contextlib.nullcontext() if is_taken else pytest.raises(ssl.SSLError, match="(?i)handshake.failure")
+        with socket.create_connection(("127.0.0.1", api.port), WAIT) as plain, fault:
+            context.wrap_socket(plain).close()
 
 
 @pytest.mark.parametrize("junk", [GET + END, b"\x80" * 100, b"\0", b"\x16\x03\x01" + b"\xff" * 500], ids=brief)
