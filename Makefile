@@ -2,6 +2,7 @@
 # make check   the linters                  make lab     hole punching through real NATs (root, Linux)
 # make bench   beside the frameworks        make memory  what games and guests weigh
 # make faults  what the server survives     make soak    ten minutes of everything at once
+# make docs-test      the OpenAPI document against the live server, by schemathesis
 # make deploy-test    what is in deploy/, with real nginx, Caddy and HAProxy (root, Linux, Debian's packages)
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,9 +11,10 @@ READY = $(VENV)/.ready
 LINTERS = $(VENV)/.linters
 LAB = $(VENV)-lab/.ready
 DEPLOY = $(VENV)-deploy/.ready
+DOCS = $(VENV)-docs/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check lab bench memory faults soak deploy-test clean
+.PHONY: test demo check lab bench memory faults soak deploy-test docs-test clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -58,6 +60,14 @@ deploy-test: $(DEPLOY)
 $(DEPLOY): requirements.txt deploy/requirements.txt
 	$(PYTHON) -m venv $(VENV)-deploy
 	$(VENV)-deploy/bin/python -m pip install --quiet -r deploy/requirements.txt
+	touch $@
+
+docs-test: $(DOCS)
+	$(VENV)-docs/bin/python -m pytest docs
+
+$(DOCS): requirements.txt docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet -r docs/requirements.txt
 	touch $@
 
 bench:

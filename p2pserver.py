@@ -144,7 +144,7 @@ OPTIONS = (
     Option("max_wait", 25, "seconds for which a poll or start waits at the most", 0, 3600),
     Option("max_waiting", 20000, "polls and starts that wait at once; beyond that they are answered without waiting", 0, 10_000_000),
     Option("max_threads", 8, "threads at once for TLS; without TLS no connection needs one", 1, 10_000),
-    Option("max_body", 16384, "bytes in the body of a request", 1024, 16_777_216),
+    Option("max_body", 16384, "bytes in the body of a request; in that of a poll, with its replies, four times as many", 1024, 16_777_216),
     Option("idle_timeout", 75.0, "seconds of silence after which a connection is closed", 1, 3600),
     Option("cors_origin", "*", "origins whose web pages may call, with commas between: * for all, empty for none"),
     Option("trusted_proxies", "", "reverse proxies whose X-Forwarded-For is believed: addresses and networks, with commas between"),
@@ -166,7 +166,7 @@ MAX_FAULTS = 3                  # of one list that an answer names, so that it n
 MAX_REQUEST_LINE, MAX_HEAD = 8192, 32768                # bytes; RFC 9112 section 3 asks for 8000 at least
 MAX_HEADER_FIELDS = 100
 MAX_TRAILER = 1024              # bytes of the trailers behind a chunked body
-READ_SIZE = 16384               # bytes that are received at once: a connection's buffer holds MAX_HEAD or --max-body, and these, at the most
+READ_SIZE = 16384               # bytes that are received at once: a connection's buffer holds MAX_HEAD or a body, and these, at the most
 MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, from its end
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
@@ -180,6 +180,7 @@ REQUEST_TIME = 10.0             # seconds for a request to arrive, from its firs
 SEND_TIME = 10.0                # seconds in which a client must read some of an answer
 LINGER_TIME = 2.0               # seconds that a refused request may go on arriving before its connection is closed
 RETRY_AFTER = 10                # seconds, where a full server or game may have room again
+POLL_FACTOR = 4                 # times --max-body may be in a poll, whose replies can be many
 BUSY_FACTOR = 5                 # times as long between two polls is advised to a client for which no place to wait is left
 GAME_SIZE, GUEST_SIZE = 1200, 1000      # bytes that one takes beside its texts (bench/memory.py measures it)
 MAX_REMEMBERED, MEMBER_SIZE = 256, 200  # sessions that ended, and guests that were dismissed, of which a game knows; bytes of one
@@ -1805,9 +1806,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         del connection.buffer[:connection.head.length]
         return True
 
+    @property
+    def max_body(self) -> int:
+        """Bytes that the request's body may have. A poll may answer many guests at once."""
+        return self.server.settings.max_body * (POLL_FACTOR if self.path.startswith("/games/poll") else 1)
+
     def has_request(self) -> bool:
         """Whether a whole request is in the buffer; its head is taken from there as soon as that is whole."""
-        connection, buffer, limit = self.connection, self.connection.buffer, self.server.settings.max_body
+        connection, buffer = self.connection, self.connection.buffer
         if connection.head is NO_HEAD:
             while buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2: empty lines before the request line are ignored
                 del buffer[:2]
@@ -1821,13 +1827,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection.client = client_behind(connection.peer, connection.head.headers, self.server.proxies)
             if connection.is_proxy and connection.client is not connection.peer:
                 self.server.count(connection, connection.client.key)    # until it is answered
-            if connection.head.length > limit:
-                raise Problem(f"the body has more than {limit} bytes", 413)
+            if connection.head.length > self.max_body:
+                raise Problem(f"the body has more than {self.max_body} bytes", 413)
             if connection.head.expects and connection.head.length + connection.head.is_chunked > len(buffer):
                 connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if connection.head.is_chunked:
             size = len(buffer)
-            length, is_chunked = decode_chunks(buffer, connection.head.length, limit)
+            length, is_chunked = decode_chunks(buffer, connection.head.length, self.max_body)
             self.server.limiter.charge(connection.client.key, (size - len(buffer)) // BYTES_PER_READ)    # many small chunks are work, too
             connection.head = connection.head._replace(length=length, is_chunked=is_chunked)
         return not connection.head.is_chunked and len(buffer) >= connection.head.length

@@ -1706,6 +1706,18 @@ def test_a_poll_that_is_replaced_to_send_replies_may_be_followed_as_usual(serve)
         assert json.loads(raw.answer().body)["pollAfter"] == 2
 
 
+def test_a_poll_answers_twelve_guests_with_audio_and_video_at_once(serve):
+    api = serve()
+    api.register_game("castle")
+    sessions = [api.start_game("castle", f"guest {i}").json()["sessionId"] for i in range(12)]
+    answer = [{"type": "answer", "sdp": "x" * 5000}]      # three of these are in 16 KB
+    assert api.poll_game("castle", replies={session: answer for session in sessions}).json()["gone"] == []
+    assert api.start_game("castle", "guest 11").json()["addresses"] == answer
+    for path, size in ("/games/poll", 65536), ("/games/start", 16384):
+        refused = [api.call("POST", path, data=b" " * length, headers={"Content-Type": "application/json"}).status_code for length in (size, size + 1)]
+        assert refused == [400, 413]
+
+
 def test_register_and_start_tell_on_which_ports_stun_is_answered(serve):
     api = serve(no_stun=False)
     ports = [api.server.stuns[0].server_address[1]]
@@ -3132,7 +3144,7 @@ def test_no_secret_is_in_any_log_line_or_in_an_answer_to_anybody_else(lines):
         ask("other", *(api.call("GET", path) for path in ("/games", "/games/i", "/healthz", "/", "/nothing", "/games/poll")))
         for data in (b'{"peerId": "%s", ', b'{"peerId": "%s", "peerId": 1}', b'{"peerId": "%s"}x', b'["%s"]', b'"%s"', b'{"peerId": "%s\\n"}',
                      b'{"peerId": ["%s"], "name": 1}', b'{"peerId": "%s", "x": NaN}', b'{"peerId": "%s", "x": "\xff"}',
-                     b'{"peerId": "%s", "x": "\\ud800"}', b'%s', b'%s' + b"x" * 20000):
+                     b'{"peerId": "%s", "x": "\\ud800"}', b'%s', b'%s' + b"x" * 70000):
             ask("host", api.call("POST", "/games/poll", data=data % host.encode()))
         ask("host", api.call("POST", "/games/poll", data=host, headers={"Content-Type": "text/plain"}), api.call("DELETE", f"/games/i?peerId={host}"),
             api.call("GET", f"/nothing?{host}"), api.call("BREW", f"/games?{host}", data=host), api.delete_by_header("i", f"Basic {host}"))
