@@ -1332,7 +1332,7 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 # ---- HTTP: reading a request ----------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
 # The size and extension of a chunk (RFC 9112 section 7.1): whole if it ends in LF, else as far as it has come.
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]{0,8}(?:;[\t -~\x80-\xff]{0,256}|\Z))?(?:\r\n|\r?\Z)")
@@ -1809,7 +1809,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @property
     def max_body(self) -> int:
         """Bytes that the request's body may have. A poll may answer many guests at once."""
-        return self.server.settings.max_body * (POLL_FACTOR if self.path.startswith("/games/poll") else 1)
+        limit: int = self.server.settings.max_body
+        return limit * POLL_FACTOR if self.path.startswith("/games/poll") else limit
 
     def has_request(self) -> bool:
         """Whether a whole request is in the buffer; its head is taken from there as soon as that is whole."""
