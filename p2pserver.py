@@ -40,7 +40,6 @@ connections, parking, handler, server), log, command line.
 from __future__ import annotations
 
 import argparse
-import codecs
 import collections
 import contextlib
 import datetime
@@ -171,7 +170,7 @@ MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, f
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
 STUN_BURST = 500                # answers that one address gets at once, on top of --stun-rate a second: a school may be one
-FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one more for each 512 bytes; further ones cost a token each, as does so much framing
+FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one for each 512 bytes; each more costs a token, as does so much framing
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
 MAX_REFUSALS = 100              # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
@@ -197,9 +196,9 @@ class Settings(types.SimpleNamespace):
         for option in OPTIONS:
             option.check(getattr(self, option.name))
         Networks(f"{self.trusted_proxies},{self.metrics_from}")
-        for origin in self.cors_origin.split(","):
-            require(self.cors_origin in ("", "*") or ORIGIN.fullmatch(origin.strip()) is not None,
-                    f"--cors-origin: no browser sends the origin {origin.strip()!r}; write it as https://game.example, without a slash at the end")
+        self.origins = re.split(" *, *", self.cors_origin)
+        require(self.cors_origin in ("", "*") or all(ORIGIN.fullmatch(origin) for origin in self.origins),
+                f"--cors-origin must be * or what browsers send, as https://game.example without a slash at the end, not {self.cors_origin!r}")
         require(self.poll_after < min(self.game_ttl, self.guest_ttl, self.idle_timeout),
                 "--poll-after must be less than --game-ttl, --guest-ttl and --idle-timeout, or clients that obey it come too late")
         require(self.tls_cert or not self.tls_key, "--tls-key needs --tls-cert")
@@ -420,7 +419,7 @@ TEXT_OF: Dict[type, Callable[[Any], str]] = {
 def parse_body(body: bytes) -> Dict[str, Any]:
     """The object that a body holds. Problem 400 if it is not JSON, or JSON that not every reader reads alike."""
     try:
-        require(not body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)), "it begins with a byte order mark, a BOM")
+        require(not body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")), "it begins with a byte order mark, a BOM")
         text = body.decode("utf-8")
         value: Dict[str, Any] = from_json(text)
         if LONE_SURROGATE.search(text):
@@ -1226,20 +1225,15 @@ def check_preconditions(server: Server, request: Request, method: str, routes: M
 
     What they are compared with is what GET gives now. Where there is no GET, nothing matches.
     """
-    required, known = [request.headers.get(name, "").replace(",", " ").split() for name in ("if-match", "if-none-match")]
-    is_required = "if-match" in request.headers
-    current = routes["GET"].endpoint(server, request) if "GET" in routes and (is_required or known) else None
-    assert not isinstance(current, Waiter)
-    if current and current.status != 200:   # preconditions are for what would succeed (section 13.2.1)
+    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "").replace("W/", "")
+    current: Any = routes["GET"].endpoint(server, request) if "GET" in routes and (match is not None or none_match) else Answer(200)
+    if current.status != 200:   # they are for what would succeed (section 13.2.1)
         return None
-    tags = {"*", current.headers.get("ETag", "*")} if current else set()
-    if is_required and not tags & set(required):
-        raise Problem("what is there is not what If-Match asks for", 412)
-    if not tags & {tag.replace("W/", "") for tag in known}:
-        return None
-    if method not in ("GET", "HEAD"):
-        raise Problem("there is what If-None-Match excludes", 412)
-    return Answer(304, None, current.headers if current else {})
+    tags = {"*", current.headers.get("ETag", "*")} if current.body else set()
+    is_known = tags & set(none_match.replace(",", " ").split())
+    if match is not None and not tags & set(match.replace(",", " ").split()) or is_known and method not in ("GET", "HEAD"):
+        raise Problem("If-Match or If-None-Match does not hold", 412)
+    return Answer(304, None, current.headers) if is_known else None
 
 
 Outcome = Union[Answer, Waiter]
@@ -1334,7 +1328,7 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
-# The size and extension of a chunk (RFC 9112 section 7.1): whole if it ends in LF, else as far as it has come.
+# The size and extension of a chunk (RFC 9112 section 7.1), as far as it has come.
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]{0,8}(?:;[\t -~\x80-\xff]{0,256}|\Z))?(?:\r\n|\r?\Z)")
 # The first line of a request, as far as it has come; and what no head may hold: a bare LF or CR, and control characters.
 BEGINNING = re.compile(rb"\r?\Z|[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:\Z| [!-~]*(?:\Z| [HTP/.0-9]{0,8}(?:\Z|\r)))")
@@ -1351,7 +1345,6 @@ class Head(NamedTuple):
     length: int = 0                     # of the body, in bytes
     is_chunked: bool = False            # that is what is decoded of it, and more is to come
     closes: bool = True                 # the connection ends with the answer
-    expects: bool = False               # the client waits for 100 Continue
 
 
 NO_HEAD = Head()
@@ -1359,14 +1352,11 @@ NO_HEAD = Head()
 
 def find_head(buffer: bytearray, scanned: int) -> int:
     """Where the head at the start of the buffer ends, or -1 while it is not whole. scanned: the bytes that an earlier call has seen."""
-    if buffer.startswith(b"\x16"):      # RFC 8446 section 5.1: a handshake; some clients show an answer in HTTP, and none shows words of an alert
-        raise Problem("this port speaks HTTP, not TLS: use http://")
+    if not BEGINNING.match(buffer):     # 22 begins a handshake (RFC 8446 section 5.1); some clients show words in HTTP, and an alert has none
+        raise Problem("this port speaks HTTP, not TLS: use http://" if buffer[0] == 22 else "the request line is malformed")
     if len(buffer) >= MAX_REQUEST_LINE and buffer.find(b"\n", 0, MAX_REQUEST_LINE) < 0:
         raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
-    end = find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
-    if end < 0 and not BEGINNING.match(buffer):     # no time is given to what can never become a request
-        raise Problem("the request line is malformed")
-    return end
+    return find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
 
 
 def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
@@ -1398,8 +1388,7 @@ def parse_head(head: bytes) -> Head:
         (method not in METHODS, 501, "methods are case-sensitive: write it in capitals" if method.upper() in METHODS else "there is no such method"),
         # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
         (is_chunked and (not is_new or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1 without Content-Length"),
-        (codings.rpartition(",")[2].strip() != "chunked" or codings.count("chunked") > 1, 400, "the last transfer coding must be chunked"),
-        (codings != "chunked", 501, "no other transfer coding than chunked is understood"),
+        (codings != "chunked", 501 if codings.count("chunked") == 1 and re.search(",[ \t]*chunked$", codings) else 400, "only chunked is decoded"),
         (method in ("POST", "PUT", "PATCH") and "content-length" not in headers and not is_chunked, 411, "a Content-Length is required"),
         (not length.isascii() or not length.isdigit(), 400, "Content-Length must stand once, and be a number"),
         (headers.get("expect", "100-continue").lower() != "100-continue", 417, "only Expect: 100-continue is understood"),
@@ -1409,7 +1398,7 @@ def parse_head(head: bytes) -> Head:
     options = headers.get("connection", "").lower().replace(",", " ").split()
     closes = "close" in options or not is_new and "keep-alive" not in options
     # More digits are too large a length in any case, and slow to convert.
-    return Head(method, target, is_new, headers, int(length.lstrip("0")[:18] or "0"), is_chunked, closes, is_new and "expect" in headers)
+    return Head(method, target, is_new, headers, int(length.lstrip("0")[:18] or "0"), is_chunked, closes)
 
 
 def parse_fields(lines: List[bytes]) -> Dict[str, str]:
@@ -1432,30 +1421,23 @@ def decode_chunks(buffer: bytearray, length: int, limit: int) -> Tuple[int, bool
     The buffer begins with length bytes of the body that are decoded already. Returned is how many they are now, and whether more are to come.
     Problem: the framing is malformed, or the body has more than limit bytes.
     """
-    while length < len(buffer):
+    size = -1
+    while size and length < len(buffer):
         chunk = CHUNK.match(buffer, length)
         if not chunk:
             raise Problem("the size of a chunk is malformed")
-        if not chunk[0].endswith(b"\n"):
-            break
         start, size = chunk.end(), int(chunk[1], 16)
-        end = start + size
         if length + size > limit:
             raise Problem(f"the body has more than {limit} bytes", 413)
-        if not size:
-            end = find_empty_line(buffer, start - 2, start + MAX_TRAILER)
-            if end > start:
-                parse_fields(bytes(buffer[start:end]).split(b"\r\n"))
-            if end >= 0:
-                del buffer[length:end + 4]
-            return length, end < 0
-        if not b"\r\n".startswith(bytes(buffer[end:end + 2])):
+        end = start + size if size else 2 + find_empty_line(buffer, start - 2, start + MAX_TRAILER)     # of the data, or of the trailers
+        if end >= start and not b"\r\n".startswith(bytes(buffer[end:end + 2])):
             raise Problem("a chunk is longer than its size")
-        if len(buffer) < end + 2:
-            break
-        del buffer[end:end + 2], buffer[length:start]
+        if not start <= end <= len(buffer) - 2:
+            return length, True
+        parse_fields(bytes(buffer[start + size:end]).split(b"\r\n")[:-1])
+        del buffer[start + size:end + 2], buffer[length:start]
         length += size
-    return length, True
+    return length, size != 0
 
 
 def read_head(head: bytes) -> Head:
@@ -1479,9 +1461,7 @@ def check_media_type(headers: Mapping[str, str], accept: str) -> None:
 def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
     """The body that Authorization: Bearer stands for where there is none (RFC 6750 section 2.1)."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        return {}
-    return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")}
+    return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")} if scheme.lower() == "bearer" else {}
 
 
 # ---- HTTP: connections ----------------------------------------------------------------------------------------------
@@ -1573,8 +1553,6 @@ class TlsConnection(Connection):
         if self.has_ended:
             return b""
         data, plaintext = super().read(), b""
-        if self.lingers:
-            return data
         if not self.is_open and not self.silent and data[:1].isalpha():     # no message of TLS begins so
             self.buffer += data
             raise Problem("this port speaks TLS: use https://")
@@ -1602,10 +1580,8 @@ class TlsConnection(Connection):
         return plaintext
 
     def write(self, *pieces: bytes) -> None:
-        if self.is_open:
-            self.plaintext += [memoryview(piece) for piece in pieces]
-        else:       # for a client that does not speak TLS
-            self.unsent += pieces
+        waiting: List[Any] = self.plaintext if self.is_open else self.unsent    # to a client that does not speak TLS nothing is encrypted
+        waiting += [memoryview(piece) for piece in pieces]
         self.flush()
 
     def flush(self) -> None:
@@ -1772,7 +1748,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.respond(self.ask)
             except Problem as problem:
                 self.send_error(problem.status, problem=problem)
-        elif connection.lingers and connection.read():
+        elif connection.lingers and Connection.read(connection):        # whatever it is
             raise MustWait
         if not self.close_connection:
             if connection.buffer:       # the next request came with this one, and others have their turn
@@ -1830,7 +1806,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.count(connection, connection.client.key)    # until it is answered
             if connection.head.length > self.max_body:
                 raise Problem(f"the body has more than {self.max_body} bytes", 413)
-            if connection.head.expects and connection.head.length + connection.head.is_chunked > len(buffer):
+            if connection.head.is_new and "expect" in connection.head.headers and connection.head.length + connection.head.is_chunked > len(buffer):
                 connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if connection.head.is_chunked:
             size = len(buffer)
@@ -1896,7 +1872,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.exception("a request failed")
             outcome = self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
         if isinstance(outcome, Waiter):     # nothing of its fields, and of its header the origin alone, is kept
-            origin = {name: value for name, value in self.headers.items() if name == "origin" and value in server.origins}
+            origin = {name: value for name, value in self.headers.items() if name == "origin" and value in server.settings.origins}
             connection.waiter, connection.head = outcome, connection.head._replace(target=self.path[:200], headers=origin)
             raise MustWait
         if server.parking.queue and not connection.waiter:
@@ -1958,19 +1934,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.usual_fields = now, (f"Server: {self.server_version}\r\nDate: {self.date_time_string(now)}\r\n"
                                         f"X-Content-Type-Options: nosniff\r\n{server.cors_fields}")
         text = STATUS_LINES[answer.status] + server.usual_fields[1]
-        if len(server.origins) > 1 and self.headers.get("origin") in server.origins:
-            text += f"Access-Control-Allow-Origin: {self.headers['origin']}\r\n"
-        for name, value in answer.headers.items():
-            text += f"{name}: {value}\r\n"
-        if "Cache-Control" not in answer.headers:
-            text += "Cache-Control: no-store\r\n"
-        if answer.status in (429, 503) and "Retry-After" not in answer.headers:
-            text += f"Retry-After: {RETRY_AFTER}\r\n"
+        fields: Dict[str, Any] = {"Cache-Control": "no-store", **answer.headers}
+        if answer.status in (429, 503):
+            fields.setdefault("Retry-After", RETRY_AFTER)
         if answer.body is not None:
-            text += f"Content-Type: {answer.media_type}\r\nContent-Length: {length}\r\n"
+            fields.update({"Content-Type": answer.media_type, "Content-Length": length})
         if self.close_connection or not self.connection.head.is_new:
-            text += f"Connection: {'close' if self.close_connection else 'keep-alive'}\r\n"
-        return (text + "\r\n").encode("latin-1")
+            fields["Connection"] = "close" if self.close_connection else "keep-alive"
+        if "," in server.settings.cors_origin and self.headers.get("origin") in server.settings.origins:
+            fields["Access-Control-Allow-Origin"] = self.headers["origin"]
+        return (text + "".join([f"{name}: {value}\r\n" for name, value in fields.items()]) + "\r\n").encode("latin-1")
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
@@ -2028,8 +2001,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.limiter = RateLimiter(settings.rate, settings.burst)
         self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how often a client without tokens is told so
         self.began = time.monotonic()
-        self.origins = [origin.strip() for origin in settings.cors_origin.split(",")]
-        origin_field = "Vary: Origin" if len(self.origins) > 1 else f"Access-Control-Allow-Origin: {settings.cors_origin}"
+        origin_field = "Vary: Origin" if "," in settings.cors_origin else f"Access-Control-Allow-Origin: {settings.cors_origin}"
         self.cors_fields = (f"{origin_field}\r\nAccess-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n"
                             if settings.cors_origin else "")
         self.usual_fields = (0, "")         # the second they were made in, and the fields
