@@ -2149,7 +2149,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             recent, self._logged = self.refused - self._logged, self.refused.copy()
         for limit, count in sorted(recent.items()):
-            log_fields("limit {limit}: {count} refused", logging.WARNING, limit=limit, count=count)
+            log_fields("limit {limit}: {count} refused", limit=limit, count=count)
 
     # A new connection.
 
@@ -2330,9 +2330,9 @@ class LogQueue(logging.handlers.QueueHandler):
         ending.join(seconds)
 
 
-def log_fields(text: str, level: int = logging.INFO, /, **fields: Any) -> None:
+def log_fields(text: str, **fields: Any) -> None:
     """Log a line of these fields. Names are quoted as Python does it, so that none can forge a line or steer a terminal."""
-    log.log(level, "%s", text.format_map(fields).rstrip(), extra={"fields": fields})
+    log.info("%s", text.format_map(fields).rstrip(), extra={"fields": fields})
 
 
 class TextFormatter(logging.Formatter):
@@ -2368,7 +2368,7 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
     parser = argparse.ArgumentParser(prog="p2pserver", description="A rendezvous server: through it two players behind home routers find each other.",
                                      epilog="In the environment --game-ttl is P2P_GAME_TTL.", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"p2pserver {__version__}")
-    environment = {name: value for name, value in environment.items() if name not in ignored_variables(environment)}
+    environment = {name: environment[name] for name in environment.keys() - ignored_variables(environment).keys()}
     if "PORT" in environment:       # hosting services say PORT
         environment.setdefault("P2P_PORT", environment["PORT"])
     for option in OPTIONS:
