@@ -1225,12 +1225,14 @@ def check_preconditions(server: Server, request: Request, method: str, routes: M
 
     What they are compared with is what GET gives now. Where there is no GET, nothing matches.
     """
-    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "").replace("W/", "")
-    current: Any = routes["GET"].endpoint(server, request) if "GET" in routes and (match is not None or none_match) else Answer(200)
+    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "")
+    if match is None and not none_match:
+        return None
+    current: Any = routes["GET"].endpoint(server, request) if "GET" in routes else Answer(200)
     if current.status != 200:   # they are for what would succeed (section 13.2.1)
         return None
     tags = {"*", current.headers.get("ETag", "*")} if current.body else set()
-    is_known = tags & set(none_match.replace(",", " ").split())
+    is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
     if match is not None and not tags & set(match.replace(",", " ").split()) or is_known and method not in ("GET", "HEAD"):
         raise Problem("If-Match or If-None-Match does not hold", 412)
     return Answer(304, None, current.headers) if is_known else None
@@ -1316,11 +1318,11 @@ def resolve(target: str) -> Tuple[Dict[str, Route], str]:
 def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait: int) -> int:
     """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
     wait: Optional[float] = fields.get("wait", 0)       # other requests than poll and start have no such field
-    if wait is None:
-        value = next((value for name, value in PREFERENCE.findall(headers.get("prefer", "")) if name.lower() == "wait"), "")
+    if wait is None and "prefer" in headers:
+        value = next((value for name, value in PREFERENCE.findall(headers["prefer"]) if name.lower() == "wait"), "")
         number = re.fullmatch(r"[0-9]+(\.0*)?", value.replace("\\", "").strip('"'))
         wait = float(number[0]) if number else 0
-    return int(min(wait, max_wait))
+    return int(min(wait or 0, max_wait))
 
 
 # ---- HTTP: reading a request ----------------------------------------------------------------------------------------
@@ -1828,8 +1830,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         route = connection.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
             raise Problem("this method is not for this path", 405, Allow=allowed(routes))
-        fields: Dict[str, Any] = {}
-        digest = b""
+        fields, digest = {}, b""    # type: Dict[str, Any], bytes
         if route.fields:
             if self.body:
                 check_media_type(headers, "Accept_Patch" if self.command == "PATCH" else "Accept")
@@ -1934,9 +1935,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.usual_fields = now, (f"Server: {self.server_version}\r\nDate: {self.date_time_string(now)}\r\n"
                                         f"X-Content-Type-Options: nosniff\r\n{server.cors_fields}")
         text = STATUS_LINES[answer.status] + server.usual_fields[1]
-        fields: Dict[str, Any] = {"Cache-Control": "no-store", **answer.headers}
-        if answer.status in (429, 503):
-            fields.setdefault("Retry-After", RETRY_AFTER)
+        retry = {"Retry-After": RETRY_AFTER} if answer.status in (429, 503) else {}
+        fields: Dict[str, Any] = {"Cache-Control": "no-store", **retry, **answer.headers}
         if answer.body is not None:
             fields.update({"Content-Type": answer.media_type, "Content-Length": length})
         if self.close_connection or not self.connection.head.is_new:

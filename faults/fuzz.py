@@ -142,7 +142,18 @@ class Fuzz:
             letters = string.ascii_letters + string.digits + "%%%%//?#[]@!$&'()*+,;=:-._~|\"<>\\^`{}"
             target = "/games/"[:self.random.randrange(8)] + "".join(self.random.choices(letters, k=self.random.randrange(1, 60)))
         fields = {pick(FIELDS): pick(VALUES) for _ in range(pick([0, 0, 1, 2, 5]))}
-        return method, request(method, target, body, **fields)
+        data = request(method, target, body, **fields)
+        return method, self.chunked(data) if body is not None and chance() < 0.3 else data
+
+    def chunked(self, data):
+        """The same request with its body in chunks of any sizes, with and without extensions and trailers."""
+        pick, (head, body), chunks = self.random.choice, data.split(b"\r\n\r\n", 1), b""
+        while body:
+            size = pick([1, 2, 10, 1000, 20_000])
+            chunks += pick([b"%x", b"%X", b"%08x"]) % len(body[:size]) + pick([b"", b"", b";x", b" ; x=\"y z\""]) + b"\r\n" + body[:size] + b"\r\n"
+            body = body[size:]
+        head = re.sub(rb"\r\nContent-Length: [0-9]+", b"\r\nTransfer-Encoding: chunked", head)
+        return head + b"\r\n\r\n" + chunks + pick([b"0", b"000"]) + b"\r\n" + pick([b"", b"", b"X: y\r\nContent-Length: 7\r\n"]) + b"\r\n"
 
     def wild(self):
         """Bytes that may be anything, up to several requests."""
