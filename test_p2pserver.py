@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import types
+import unicodedata
 import urllib.parse
 import zlib
 from typing import NamedTuple
@@ -2114,6 +2115,41 @@ def test_unknown_fields_are_ignored(api, name):
     more = {"later": {"x": [1]}, "": None, "expiresIn": "x"}
     assert api.register_game(name, **more).status_code == 201 and api.start_game(name, replies="no field of start", **more).status_code == 202
     assert api.poll_game(name, **more).status_code == api.update_game(name, **more).status_code == 200
+
+
+def test_which_of_several_errors_comes_first(api, name):
+    def call(method, path, **fields):
+        return api.call(method, path, fields).status_code
+
+    wrong, other = {"peerId": OTHER}, f"{name} taken"
+    for each in (name, other):
+        api.register_game(each)
+    assert call("DELETE", "/games") == 405 and call("PATCH", "/games/no such", peerId="", name="/") == 400
+    assert call("PATCH", "/games/no such", name=other, **wrong) == 404
+    assert call("PATCH", path_of(name), name=other, **wrong) == 403
+    assert call("PATCH", path_of(name), name=other, peerId=HOST) == call("POST", "/games/register", name=name, **wrong) == 409
+
+
+def test_a_peer_id_holds_no_character_of_these_categories_and_any_of_the_others():
+    refused = {"Cc": "\x07", "Cf": "\u200b", "Cs": "\ud800", "Co": "\ue000", "Cn": "\u0378", "Zl": "\u2028", "Zp": "\u2029", "Zs": "\u00a0"}
+    taken = {"Lu": "A", "Lo": "雪", "Mn": "\u0301", "Nd": "1", "Pd": "-", "Sm": "+", "So": "🎲", "Zs": " "}
+    for check, characters in ((pytest.raises, refused), (contextlib.nullcontext, taken)):
+        for category, character in characters.items():
+            assert unicodedata.category(character) == category
+            with check(ValueError) if check is pytest.raises else check():
+                p2pserver.check_peer_id(character, Scope())
+
+
+def test_numbers_inside_of_info_keep_their_value(api, name):
+    api.register_game(name, info={"a": 1.50, "b": 2 ** 60, "c": 1e300, "d": -0.25})
+    assert api.get_game(name).json()["info"] == {"a": 1.5, "b": 2 ** 60, "c": 1e300, "d": -0.25}
+
+
+def test_line_separators_go_through_info_and_addresses(api, name):
+    text = "a\u2028b\u2029"
+    api.register_game(name, info={"text": text})
+    api.poll_game(name, addresses=[text])
+    assert api.get_game(name).json()["info"] == {"text": text} and api.start_game(name).json()["addresses"] == [text]
 
 
 def test_null_for_an_optional_field_is_as_absent(api, name):
@@ -4517,9 +4553,9 @@ def test_the_server_imports_nothing_outside_the_standard_library():
     assert (process.returncode, process.stdout, process.stderr) == (0, "False\n", "")
 
 
-# ---- README ---------------------------------------------------------------------------------------------------------
+# ---- README and docs ------------------------------------------------------------------------------------------------
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, API, OPERATING = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/API.md", "docs/OPERATING.md")]
 
 
 def without_chance(text):
@@ -4530,10 +4566,11 @@ def without_chance(text):
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
-def test_every_curl_example_prints_what_the_readme_says(serve):
-    port = serve().port
-    examples = [example for block in re.findall("```console\n(.*?)```", README, re.DOTALL) for example in block.split("\n\n")]
-    assert len(examples) > 9
+@pytest.mark.parametrize("page", ["README.md", "docs/API.md"])
+def test_every_curl_example_prints_what_the_page_says(page, serve):
+    port, text = serve().port, (ROOT / page).read_text(encoding="utf-8")
+    examples = [example for block in re.findall("```console\n(.*?)```", text, re.DOTALL) for example in block.split("\n\n")]
+    assert len(examples) > 4
     for example in examples:
         command, _, output = example.strip().partition("\n")
         arguments = shlex.split(command[2:].replace("localhost:8000", f"127.0.0.1:{port}"))
@@ -4541,8 +4578,8 @@ def test_every_curl_example_prints_what_the_readme_says(serve):
         assert without_chance(found) == without_chance(output), command
 
 
-def test_every_flag_is_in_the_readme_with_its_default():
-    rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| ([^|]*?) ?\|", README, re.MULTILINE))
+def test_every_flag_is_documented_with_its_default():
+    rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| ([^|]*?) ?\|", OPERATING, re.MULTILINE))
     assert set(rows) == {option.flag for option in p2pserver.OPTIONS} | {"--version"}
     for option in p2pserver.OPTIONS:
         said = rows[option.flag]
@@ -4558,10 +4595,23 @@ def test_the_version_is_the_same_everywhere():
     assert f"## {p2pserver.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_list_of_statuses_in_the_readme_is_complete():
+def test_the_list_of_statuses_is_complete():
     code = (ROOT / "p2pserver.py").read_text(encoding="utf-8")
     used = set(re.findall(r"status = ([45][0-9]{2})|, ([45][0-9]{2})[,)]", code))
-    assert {status for pair_of in used for status in pair_of if status} <= set(re.findall("`([45][0-9]{2})`", README))
+    assert {status for pair_of in used for status in pair_of if status} <= set(re.findall("`([45][0-9]{2})`", API))
+
+
+def headings(page):
+    """What a link to a heading of a page may name."""
+    found = re.findall("^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub("[^a-z0-9 -]", "", line.lower()).strip().replace(" ", "-") for line in found]
+
+
+def test_every_link_in_the_documentation_leads_somewhere():
+    for page in (ROOT / "README.md", ROOT / "deploy" / "README.md", ROOT / "lab" / "README.md", *(ROOT / "docs").glob("*.md")):
+        for path, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            target = page.parent / path if path else page
+            assert target.exists() and (not heading or heading in headings(target)), f"{path}#{heading} in {page.name}"
 
 
 def test_each_test_that_the_threat_model_names_is_there():

@@ -217,7 +217,7 @@ def stock(before="", **options):
 # ---- clients --------------------------------------------------------------------------------------------------------
 
 HEAD = re.compile(rb"HTTP/1\.1 ([1-5][0-9][0-9]) [ -~]+\r\n((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t -~\x80-\xff]*\r\n)*)\r\n")
-DOCUMENTED = {int(status) for status in re.findall(r"`([1-5][0-9][0-9])\b", (ROOT / "README.md").read_text(encoding="utf-8"))} - {500}
+DOCUMENTED = {int(status) for status in re.findall(r"`([1-5][0-9][0-9])\b", (ROOT / "docs" / "API.md").read_text(encoding="utf-8"))} - {500}
 
 
 class Answer(NamedTuple):
@@ -257,7 +257,7 @@ def take_answer(buffer, has_body=True):
 
 
 def check_answer(answer, has_body=True):
-    """An answer is as the README has it: AssertionError if not."""
+    """An answer is as docs/API.md has it: AssertionError if not."""
     status, headers, body = answer
     assert status in DOCUMENTED, f"{status} is not documented: {body!r}"
     assert "date" in headers
