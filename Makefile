@@ -3,6 +3,7 @@
 # make bench   beside the frameworks        make memory  what games and guests weigh
 # make faults  what the server survives     make soak    ten minutes of everything at once
 # make deploy-test    what is in deploy/, with real nginx and Caddy (root, Linux, Debian's packages)
+# make examples-test  what is in examples/, in real browsers (root, Debian's packages)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -10,9 +11,10 @@ READY = $(VENV)/.ready
 LINTERS = $(VENV)/.linters
 LAB = $(VENV)-lab/.ready
 DEPLOY = $(VENV)-deploy/.ready
+EXAMPLES = $(VENV)-examples/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check lab bench memory faults soak deploy-test clean
+.PHONY: test demo check lab bench memory faults soak deploy-test examples-test clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -58,6 +60,17 @@ deploy-test: $(DEPLOY)
 $(DEPLOY): requirements.txt deploy/requirements.txt
 	$(PYTHON) -m venv $(VENV)-deploy
 	$(VENV)-deploy/bin/python -m pip install --quiet -r deploy/requirements.txt
+	touch $@
+
+# The browsers are Debian's: those that Playwright would fetch are not needed. Without Firefox its tests are skipped.
+examples-test: $(EXAMPLES)
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	@command -v firefox-esr >/dev/null || apt-get install -y -qq --no-install-recommends firefox-esr || true
+	$(VENV)-examples/bin/python -m pytest examples
+
+$(EXAMPLES): requirements.txt examples/requirements.txt
+	$(PYTHON) -m venv $(VENV)-examples
+	$(VENV)-examples/bin/python -m pip install --quiet -r examples/requirements.txt
 	touch $@
 
 bench:

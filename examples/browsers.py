@@ -49,7 +49,8 @@ def run(*command, **options):
 @contextlib.contextmanager
 def run_server(*flags):
     """The server, as a process on a free port, if the flags name none; its URL."""
-    with run(sys.executable, HERE.parent / "p2pserver.py", "--port", "0", "--log-level", "warning", *flags, stdout=subprocess.PIPE) as process, process.stdout:
+    command = [sys.executable, HERE.parent / "p2pserver.py", "--port", "0", "--log-level", "warning", *flags]
+    with run(*command, stdout=subprocess.PIPE) as process, process.stdout:
         yield re.search(r"http://\S+?(?=/)", process.stdout.readline())[0]
 
 
