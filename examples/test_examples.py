@@ -19,7 +19,7 @@ from aiortc import RTCPeerConnection, RTCSessionDescription
 from browsers import HERE, PAGE, ChromiumPage, run, run_chromium, run_firefox, run_server, wait_until
 from playwright.sync_api import sync_playwright
 
-NO_GOOD_BYE = "window.fetch = () => new Promise(() => {})"      # what a page that crashes says on its way out
+NO_GOOD_BYE = "() => { window.fetch = () => new Promise(() => {}); }"      # what a page that crashes says on its way out
 NO_WAY = 60     # seconds in which a browser notices that nothing gets through
 needs_firefox = pytest.mark.skipif(not browsers.FIREFOX, reason="there is no firefox-esr")
 
