@@ -120,8 +120,8 @@ class FirefoxPage(Page):
 
     def _submit(self, form, field, value):
         """Give a field its value and submit the form. A list may not have the value yet."""
-        wait_until(lambda: self._script("const [id, value] = arguments; return (document.getElementById(id).value = value) && document.getElementById(id).value",
-                                        field, value))
+        script = "const [id, value] = arguments, field = document.getElementById(id); field.value = value; return field.value"
+        wait_until(lambda: self._script(script, field, value))
         self._script("document.getElementById(arguments[0]).requestSubmit()", form)
 
     def host(self, name):

@@ -70,6 +70,11 @@ def guests_of(server, name):
     return call(server, "GET", f"/games/{name}").get("guests")
 
 
+def wait_for_rest(server):
+    """Until a host's poll and a guest's start wait: none is under way that could overtake a good-bye."""
+    wait_until(lambda: "\np2pserver_waiting 2\n" in requests.get(f"{server}/metrics", timeout=browsers.WAIT).text)
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
@@ -159,6 +164,7 @@ def test_a_guest_whose_page_is_closed_leaves_at_once(castle, open_page, server):
     guest = open_page()
     guest.join("castle")
     name = castle.wait_for(r"connected with (guest \w+) in .*")[1]
+    wait_for_rest(server)
     guest.close()
     castle.wait_for(f"{name} is gone")
     wait_until(lambda: guests_of(server, "castle") == 0)
@@ -281,6 +287,7 @@ def test_a_guest_in_firefox_leaves_when_its_page_goes(castle, server):
     with run_firefox(server) as guest:
         guest.join("castle")
         guest.wait_for("connected with the host in .*")
+        wait_for_rest(server)
         guest.go_away()
         wait_until(lambda: guests_of(server, "castle") == 0)
 
