@@ -136,8 +136,8 @@ class FirefoxPage(Page):
     def log(self):
         return self._script("return document.getElementById('log').textContent")
 
-    def go_away(self):
-        self._command("WebDriver:Navigate", url="about:blank")
+    def reload(self):
+        self._command("WebDriver:Refresh")
 
     def close(self):
         self._stream.close()

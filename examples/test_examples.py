@@ -283,13 +283,15 @@ def test_a_page_in_chromium_joins_one_in_firefox(open_page, server):
 
 
 @needs_firefox
-def test_a_guest_in_firefox_leaves_when_its_page_goes(castle, server):
+def test_a_guest_in_firefox_that_is_reloaded_is_in_the_game_again(castle, server):
     with run_firefox(server) as guest:
         guest.join("castle")
         guest.wait_for("connected with the host in .*")
-        wait_for_rest(server)
-        guest.go_away()
-        wait_until(lambda: guests_of(server, "castle") == 0)
+        guest.reload()
+        guest.wait_for("connected with the host in .*")
+        guest.say("back again")
+        castle.wait_for(r"guest \w+: guest: back again")
+        assert guests_of(server, "castle") == 1
 
 
 # ---- why it does not work -------------------------------------------------------------------------------------------
