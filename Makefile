@@ -4,6 +4,7 @@
 # make faults  what the server survives     make soak    ten minutes of everything at once
 # make docs-test      the OpenAPI document against the live server, by schemathesis
 # make deploy-test    what is in deploy/, with real nginx, Caddy and HAProxy (root, Linux, Debian's packages)
+# make examples-test  what is in examples/, in real browsers (root, Debian's packages)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -12,9 +13,10 @@ LINTERS = $(VENV)/.linters
 LAB = $(VENV)-lab/.ready
 DEPLOY = $(VENV)-deploy/.ready
 DOCS = $(VENV)-docs/.ready
+EXAMPLES = $(VENV)-examples/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check lab bench memory faults soak deploy-test docs-test clean
+.PHONY: test demo check lab bench memory faults soak deploy-test docs-test examples-test clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -68,6 +70,17 @@ docs-test: $(DOCS)
 $(DOCS): requirements.txt docs/requirements.txt
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip install --quiet -r docs/requirements.txt
+	touch $@
+
+# The browsers are Debian's: those that Playwright would fetch are not needed. Without Firefox its tests are skipped.
+examples-test: $(EXAMPLES)
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	@command -v firefox-esr >/dev/null || apt-get install -y -qq --no-install-recommends firefox-esr || true
+	$(VENV)-examples/bin/python -m pytest examples
+
+$(EXAMPLES): requirements.txt examples/requirements.txt
+	$(PYTHON) -m venv $(VENV)-examples
+	$(VENV)-examples/bin/python -m pip install --quiet -r examples/requirements.txt
 	touch $@
 
 bench:
