@@ -15,7 +15,8 @@ import time
 
 try:
     import p2pclient
-    from p2pclient.commandline import parse_server, printable, seconds
+    from p2pclient.commandline import parse_server, seconds
+    from p2pclient.texts import printable
 except ModuleNotFoundError as error:
     sys.exit(f"the module {error.name} is missing; python3 -m pip install {error.name} installs it")
 

@@ -19,13 +19,14 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import pytest
 
 import p2pclient
 import p2pserver
 from p2pclient import __main__ as doctor
-from p2pclient import addresses, candidates, checks, diagnosis, sockets, stun
+from p2pclient import addresses, candidates, checks, diagnosis, sockets, stun, tcp, transport
 from test_p2pserver import ROOT, WAIT, no_thread_stays, wait_until  # noqa: F401
 
 
@@ -680,12 +681,13 @@ def test_a_failure_is_explained_from_what_was_seen(own, published, words):
 
 def test_each_call_gives_what_the_server_says(start_server):
     client = p2pclient.RendezvousClient(url_of(start_server()))
-    assert client.register_game("castle", "ada", info={"map": "x"}) == p2pclient.Registration("castle", True, 60, 0.1)
+    stun_ports = [client.stun_server[1]]
+    assert client.register_game("castle", "ada", info={"map": "x"}) == p2pclient.Registration("castle", True, 60, 0.1, stun_ports)
     assert client.register_game("castle", "ada").created is False
     start = client.start_game("castle", "ben", ["198.51.100.9:5000"])
-    assert start.addresses == []
+    assert start.addresses == [] and start.stun_ports == stun_ports
     poll = client.poll_game("castle", "ada", ["203.0.113.7:4000"], replies={start.session_id: ["203.0.113.7:4001"], "gone": []})
-    assert poll.guests == [p2pclient.Guest(start.session_id, start.session_key, ["198.51.100.9:5000"])] and poll.gone == ["gone"]
+    assert poll.guests == [p2pclient.Guest(start.session_id, start.session_key, ["198.51.100.9:5000"], "127.0.0.1")] and poll.gone == ["gone"]
     assert client.poll_game("castle", "ada", ["203.0.113.7:4000"], after=poll.cursor).guests == []
     assert client.start_game("castle", "ben", ["198.51.100.9:5000"]).addresses == ["203.0.113.7:4001"]
     game = p2pclient.GameInfo("castle", {"map": "x"}, 1, True)
@@ -693,6 +695,41 @@ def test_each_call_gives_what_the_server_says(start_server):
     assert client.update_game("castle", "ada", new_name="a/b".replace("/", " & "), info={}) == p2pclient.GameInfo("a & b", {}, 1, True)
     client.delete_game("a & b", "ada")
     assert client.list_games() == []
+
+
+def test_a_guest_that_leaves_or_is_sent_away_is_told_to_the_host(start_server):
+    client = p2pclient.RendezvousClient(url_of(start_server()))
+    client.register_game("castle", "ada")
+    ben, eve = (client.start_game("castle", name, []).session_id for name in ("ben", "eve"))
+    cursor = client.poll_game("castle", "ada", []).cursor
+    client.leave_game("castle", "ben")
+    poll = client.poll_game("castle", "ada", [], after=cursor, dismiss=[eve])
+    assert set(poll.left) == {ben, eve} and poll.guests == []
+    with pytest.raises(p2pclient.RendezvousError) as caught:
+        client.start_game("castle", "eve", [])
+    assert caught.value.status == 403
+
+
+def test_a_guest_that_knows_the_hosts_addresses_can_wait_for_other_ones(start_server):
+    server = start_server()
+    client = p2pclient.RendezvousClient(url_of(server))
+    client.register_game("castle", "ada")
+    client.poll_game("castle", "ada", ["203.0.113.7:4000"])
+    cursor = client.start_game("castle", "ben", []).cursor
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(client.start_game, "castle", "ben", [], wait=WAIT, after=cursor)
+        wait_until(lambda: server.registry.counts()["waiting"])
+        client.poll_game("castle", "ada", ["203.0.113.7:4001"])
+        assert starting.result(WAIT).addresses == ["203.0.113.7:4001"]
+
+
+@pytest.mark.parametrize("no_stun", [False, True])
+def test_the_server_says_where_it_answers_stun(start_server, no_stun):
+    server = start_server(no_stun=no_stun, **({} if no_stun else {"stun_port": free_port()}))
+    client = p2pclient.RendezvousClient(url_of(server))
+    assert client.stun_servers == [("127.0.0.1", server.server_port)]      # a guess
+    client.register_game("castle", "ada")
+    assert client.stun_servers == [] if no_stun else client.stun_servers == [("127.0.0.1", server.stun.server_address[1])] != [client.stun_server]
 
 
 def test_a_refusal_tells_status_detail_and_the_faults_by_field(start_server):
@@ -820,6 +857,290 @@ class Constant:
 def test_an_answer_of_another_kind_of_server_is_an_error_of_ours(call):
     with Constant(b"200 OK") as server, pytest.raises(p2pclient.RendezvousError, match="no rendezvous server"):
         call(p2pclient.RendezvousClient(server.url))
+
+
+class Script:
+    """A server whose every connection, in a thread of its own, is a function's business: it gets the socket and the bytes of each request, and
+    closes the connection by returning False."""
+
+    def __init__(self, handle, host="127.0.0.1", port=0):
+        self.listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.port, self.handle, self.requests = self.listener.getsockname()[1], handle, []
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.clients, self.threads = [], [threading.Thread(target=self.accept)]
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                self.clients.append(client)
+                self.threads.append(threading.Thread(target=self.serve, args=(client,)))
+                self.threads[-1].start()
+
+    def serve(self, client):
+        with client, contextlib.suppress(OSError):
+            while True:
+                request = client.recv(65536)
+                if not request:
+                    return
+                while int((re.findall(rb"(?i)content-length: (\d+)", request) or [0])[0]) > len(request.partition(b"\r\n\r\n")[2]):
+                    request += client.recv(65536)       # head and body may come apart
+                self.requests.append(request)
+                if self.handle(client, request) is False:
+                    return
+
+    def __enter__(self):
+        self.threads[0].start()
+        return self
+
+    def __exit__(self, *exception):
+        for each in [self.listener, *self.clients]:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        for thread in self.threads:
+            thread.join(5)
+
+
+def http_answer(body, status="200 OK", *fields):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(data)}", *fields, "", ""]).encode() + data
+
+
+def answering(*answer):
+    return lambda client, request: client.sendall(http_answer(*answer))
+
+
+POLL = {"name": "castle", "guests": [], "cursor": 1, "expiresIn": 60, "pollAfter": 2}
+GUEST = {"sessionId": "s", "sessionKey": "k", "addresses": []}
+START = {**GUEST, "name": "castle", "cursor": 1, "expiresIn": 60, "pollAfter": 2}
+GAME = {"name": "castle", "info": {}, "guests": 0, "ready": True}
+CALLS = {
+    "register": (lambda client: client.register_game("x", "y"), {"name": "castle", "expiresIn": 60, "pollAfter": 2}),
+    "poll": (lambda client: client.poll_game("x", "y", []), POLL), "start": (lambda client: client.start_game("x", "y", []), START),
+    "list": (lambda client: client.list_games(), {"games": [GAME]}), "get": (lambda client: client.get_game("x"), GAME),
+    "health": (lambda client: client.health(), {"version": "1"}),
+}
+
+
+@pytest.mark.parametrize("call, change", [
+    *[("register", change) for change in ({"name": 1}, {"name": ""}, {"name": "\ud800"}, {"name": "x" * 2000}, {"expiresIn": "60"}, {"pollAfter": True},
+                                          {"pollAfter": float("nan")}, {"pollAfter": None}, {"stun": 3478}, {"stun": [0]}, {"stun": [65536]}, {"stun": ["1"]})],
+    *[("poll", change) for change in ({"guests": {}}, {"guests": [1]}, {"guests": [{}]}, {"cursor": -1}, {"cursor": 1.5}, {"cursor": 2 ** 70}, {"left": [1]},
+                                      {"gone": "x"}, {"left": None}, *({"guests": [{**GUEST, **fault}]} for fault in (
+                                          {"sessionId": 1}, {"sessionId": "\u00e9"}, {"sessionId": "x" * 251}, {"sessionKey": ""}, {"sessionKey": "a b"},
+                                          {"addresses": "x"}, {"addresses": None}, {"from": "here"}, {"from": 1})))],
+    *[("start", change) for change in ({"sessionId": None}, {"sessionKey": []}, {"addresses": {}}, {"cursor": "1"}, {"name": None}, {"stun": {}})],
+    *[("get", change) for change in ({"info": []}, {"guests": -1}, {"ready": 1}, {"name": None})],
+    ("list", {"games": [1]}), ("list", {"games": {}}), ("health", {"version": 1}),
+], ids=lambda value: value if isinstance(value, str) else ascii(value)[:60])
+def test_a_field_of_an_answer_that_is_not_as_it_should_be_is_an_error_of_ours(call, change):
+    function, good = CALLS[call]
+    answers = iter([good, {**good, **change}])
+    with Script(lambda client, request: client.sendall(http_answer(next(answers)))) as server:
+        client = p2pclient.RendezvousClient(server.url, patience=0)
+        function(client)
+        with pytest.raises(p2pclient.RendezvousError, match="no rendezvous server"):
+            function(client)
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b"[1]", b"null", b"\xff", b"<html>", b'"' * 3])
+def test_an_answer_that_is_no_json_object_is_an_error_of_ours(body):
+    with Script(answering(body)) as server, pytest.raises(p2pclient.RendezvousError, match="does not answer as a rendezvous server does"):
+        p2pclient.RendezvousClient(server.url, patience=0).list_games()
+
+
+@pytest.mark.parametrize("told, taken", [(0, 0.1), (-5, 0.1), (1e300, 3600), (10 ** 400, 3600), (float("inf"), 3600), (7, 7)])
+def test_seconds_that_a_server_asks_for_are_from_a_tenth_to_an_hour(told, taken):
+    with Script(answering({**POLL, "expiresIn": told, "pollAfter": told})) as server:
+        poll = p2pclient.RendezvousClient(server.url).poll_game("castle", "ada", [])
+        assert poll.expires_in == poll.poll_after == taken
+
+
+@pytest.mark.parametrize("told, taken", [("5", 5), ("99999999999", 3600), ("9" * 400, 3600), ("-1", 0), ("soon", 0)])
+def test_retry_after_is_an_hour_at_the_most(told, taken):
+    with Script(answering({}, "503 Service Unavailable", f"Retry-After: {told}")) as server, pytest.raises(p2pclient.RendezvousError) as caught:
+        p2pclient.RendezvousClient(server.url, patience=0).list_games()
+    assert caught.value.retry_after == taken
+
+
+def test_a_redirect_is_not_followed_and_its_target_is_named():
+    with Script(answering({"games": []})) as target, \
+            Script(answering({}, "307 Temporary Redirect", f"Location: {target.url}/\x1b[2J")) as server:
+        with pytest.raises(p2pclient.RendezvousError, match=re.escape(f"{target.url}/\\x1b[2J")) as caught:
+            p2pclient.RendezvousClient(server.url).list_games()
+        assert caught.value.status == 307 and not target.requests
+
+
+def test_what_a_refusal_says_is_harmless_and_short():
+    problem = {"detail": "\x1b]0;owned\x07\n\u202e" + "x" * 10_000, "errors": {"na\nme": "\x1b[2J", "x": 1}}
+    with Script(answering(problem, "400 Bad Request")) as server, pytest.raises(p2pclient.RendezvousError) as caught:
+        p2pclient.RendezvousClient(server.url).list_games()
+    text = str(caught.value) + "".join(caught.value.errors) + "".join(caught.value.errors.values())
+    assert text.isprintable() and "\\x1b]0;owned" in text and len(text) < 1000
+
+
+@pytest.mark.parametrize("errors", [[], "x", 1, None])
+def test_a_refusal_with_errors_of_another_kind_is_told_as_well(errors):
+    with Script(answering({"detail": "no", "errors": errors}, "400 Bad Request")) as server, pytest.raises(p2pclient.RendezvousError) as caught:
+        p2pclient.RendezvousClient(server.url).list_games()
+    assert caught.value.status == 400 and caught.value.errors == {}
+
+
+def test_an_answer_of_more_than_a_megabyte_is_not_read_to_its_end():
+    sent = []
+
+    def flood(client, request):
+        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            sent.append(client.send(bytes(100_000)))
+
+    with Script(flood) as server, pytest.raises(p2pclient.RendezvousError, match="more than 1000000 bytes"):
+        p2pclient.RendezvousClient(server.url).list_games()
+    assert sum(sent) < 20_000_000       # what lies in the sockets' buffers is on top
+
+
+def test_a_compressed_answer_is_not_asked_for_and_never_inflated():
+    bomb = zlib.compress(bytes(100_000_000))
+    with Script(answering(bomb, "200 OK", "Content-Encoding: deflate")) as server:
+        with pytest.raises(p2pclient.RendezvousError, match="does not answer as a rendezvous server does"):
+            p2pclient.RendezvousClient(server.url).list_games()
+        assert b"Accept-Encoding: identity\r\n" in server.requests[0]
+
+
+def dribble(data):
+    """Sends data forever, slowly."""
+    def handle(client, request):
+        client.sendall(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            client.sendall(data)
+            time.sleep(0.02)
+    return handle
+
+
+@pytest.mark.parametrize("handle", [dribble(b"X: y\r\n"), dribble(b"\r\nHTTP/1.1 100 Continue\r\n"), dribble(b"\r\n"), lambda client, request: None],
+                         ids=["head", "continue", "body", "silence"])
+def test_an_answer_that_never_ends_takes_no_longer_than_its_call(handle):
+    with Script(handle) as server:
+        client = p2pclient.RendezvousClient(server.url, timeout=0.5, patience=0)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(p2pclient.RendezvousError, match="timed out"):
+            pool.submit(client.list_games).result(WAIT)
+
+
+def test_a_call_within_a_time_ends_with_it_however_patient_the_client_is():
+    with Script(lambda client, request: None) as server:
+        client = p2pclient.RendezvousClient(server.url, timeout=1000, patience=1000)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(p2pclient.RendezvousError):
+            pool.submit(client.start_game, "castle", "ben", [], wait=1000, within=1).result(WAIT)
+
+
+@pytest.mark.parametrize("end", [http_answer({}, "504 Gateway Timeout"), http_answer({}, "502 Bad Gateway"), b""], ids=["504", "502", "closed"])
+def test_a_call_that_a_proxy_cuts_while_it_is_held_is_repeated_at_once_and_held_for_less(end):
+    def handle(client, request):
+        first = len(server.requests) == 1
+        if first:
+            time.sleep(1.3)     # the proxy's time-out
+        client.sendall(end if first else http_answer(POLL))
+        return not first
+
+    with Script(handle) as server:
+        assert p2pclient.RendezvousClient(server.url, patience=0).poll_game("castle", "ada", [], wait=25).guests == []
+        assert [re.findall(rb"Prefer: wait=(\d+)", request) for request in server.requests] == [[b"25"], [b"1"]]
+
+
+def test_502_at_once_is_a_failure_that_is_repeated_while_patience_lasts():
+    answers = iter(["502 Bad Gateway", "504 Gateway Timeout", "200 OK"])
+    with Script(lambda client, request: client.sendall(http_answer(POLL, next(answers)))) as server:
+        assert p2pclient.RendezvousClient(server.url).poll_game("castle", "ada", [], wait=25).guests == []
+        assert all(b"Prefer: wait=25\r\n" in request for request in server.requests) and len(server.requests) == 3
+
+
+@pytest.fixture
+def black_hole():
+    """Makes listeners that take no connection: the system drops what would open one."""
+    with contextlib.ExitStack() as stack:
+        def dig(host, port):
+            listener = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(0)
+            for _ in range(3):      # the system's queue is full then
+                filler = stack.enter_context(socket.socket(listener.family))
+                filler.setblocking(False)
+                filler.connect_ex(listener.getsockname())
+            return listener
+        yield dig
+
+
+@pytest.fixture
+def name_leads_to(monkeypatch):
+    """Gives the name example.test addresses, in the resolver's place: a machine's own names may have one address each."""
+    monkeypatch.setattr(tcp, "_worked", {})
+    real = socket.getaddrinfo
+
+    def lead(*targets):
+        monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *more, **options: [
+            each for target in targets for each in real(target, port, *more, **options)] if host == "example.test" else real(host, port, *more, **options))
+    return lead
+
+
+def test_an_address_of_a_name_that_leads_nowhere_costs_its_time_once(start_server, black_hole, name_leads_to, monkeypatch):
+    monkeypatch.setattr(transport, "CONNECT_TIME", 0.5)
+    server = start_server()
+    name_leads_to("::1", "127.0.0.1")
+    client = p2pclient.RendezvousClient(f"http://example.test:{server.server_port}", patience=0)
+    began = time.monotonic()
+    with contextlib.closing(black_hole("::1", server.server_port)):
+        assert client.list_games() == [] and time.monotonic() - began >= 0.5
+    with Script(answering({"games": []}), "::1", server.server_port) as elsewhere:
+        client.reconnect()
+        assert client.list_games() == [] and not elsewhere.clients
+
+
+def test_a_server_whose_name_leads_elsewhere_by_now_is_found(start_server, name_leads_to):
+    first = start_server()
+    name_leads_to("127.0.0.1")
+    client = p2pclient.RendezvousClient(f"http://example.test:{first.server_port}")
+    client.register_game("castle", "ada")
+    second = start_server(host="127.0.0.2", port=first.server_port)
+    name_leads_to("127.0.0.2")
+    client.reconnect()
+    assert client.list_games() == []
+    first.stop()
+    assert client.poll_game("castle", "ada", []).guests == [] and second.registry.counts()["games"] == 1
+
+
+def test_a_dead_connection_is_noticed_within_ten_seconds():
+    with Script(answering({"games": []})) as server, contextlib.closing(tcp.connect(("127.0.0.1", server.port), 1)) as sock:
+        def option(name):
+            return sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert option("TCP_KEEPIDLE") + option("TCP_KEEPINTVL") * option("TCP_KEEPCNT") <= 10
+        assert option("TCP_USER_TIMEOUT") <= 9000
+
+
+def test_a_connection_that_was_made_early_is_the_first_calls(start_server):
+    server = start_server()
+    client = p2pclient.RendezvousClient(url_of(server))
+    client.connect()
+    wait_until(lambda: len(server.connections) == 1)
+    assert client.list_games() == [] and len(server.connections) == 1
+    client.connect()        # there is one
+    assert client.list_games() == [] and len(server.connections) == 1
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_loopback_and_named_otherwise(start_server, monkeypatch):
+    proxy = f"http://127.0.0.1:{free_port()}"
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy.replace("//", "//user:secret@"))
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server = start_server()
+    for host in ("127.0.0.1", "localhost"):
+        assert p2pclient.RendezvousClient(f"http://{host}:{server.server_port}", patience=0).list_games() == []
+    with pytest.raises(p2pclient.RendezvousError, match=f"cannot reach http://192.0.2.1 by the proxy {proxy} ") as caught:
+        p2pclient.RendezvousClient("http://192.0.2.1", patience=0).list_games()
+    assert "secret" not in str(caught.value)
 
 
 def test_a_game_that_was_never_ours_is_not_registered_by_a_poll(start_server):

@@ -26,6 +26,9 @@ The files, from leaf to root; none needs one below it:
     checks.py       the connectivity checks of one session, without socket or clock
     pacing.py       what all sessions of a socket may send together
     diagnosis.py    why there is no connection, in words
+    texts.py        texts from the network, made harmless
+    answers.py      what the server answers, checked field by field, and its refusals
+    tcp.py          connections to the server, and the time that an answer may take
     transport.py    one HTTP call, with repetition and errors
     rendezvous.py   the calls to the server, and its answers
     connection.py   a connection with one other player
@@ -54,13 +57,13 @@ def require_requests() -> None:
 
 require_requests()
 
+from .answers import RendezvousError  # noqa: E402
 from .connection import Connection, PeerLost  # noqa: E402
 from .deadline import Deadline  # noqa: E402
 from .diagnosis import ConnectFailed, describe  # noqa: E402
 from .endpoint import KEEPALIVE, Endpoint  # noqa: E402
 from .games import HostedGame, join_game  # noqa: E402
 from .rendezvous import GameInfo, Guest, Poll, Registration, RendezvousClient, Start, new_peer_id  # noqa: E402
-from .transport import RendezvousError  # noqa: E402
 
 __all__ = ["KEEPALIVE", "ConnectFailed", "Connection", "Deadline", "Endpoint", "GameInfo", "Guest", "HostedGame", "PeerLost", "Poll", "Registration",
            "RendezvousClient", "RendezvousError", "Start", "describe", "join_game", "new_peer_id"]

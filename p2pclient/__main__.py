@@ -9,12 +9,12 @@ import time
 from typing import Callable, List, Optional, Sequence
 
 from .addresses import Address, text_of
+from .answers import RendezvousError
 from .commandline import parse_server
 from .diagnosis import ConnectFailed, describe
 from .endpoint import Endpoint
 from .games import HostedGame, default_stun, join_game
 from .rendezvous import RendezvousClient
-from .transport import RendezvousError
 
 
 def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None, report: Callable[[str], None] = print) -> bool:

@@ -1,4 +1,4 @@
-"""What the programs share: arguments, and texts from the network on a terminal."""
+"""What the programs share: arguments."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import argparse
 import urllib.parse
 
 from .addresses import Address
-
-
-def printable(text: str) -> str:
-    """A name from the network, safe for a terminal: what does not print (newlines, escapes, changes of direction) is written as an escape."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode("ascii") for each in text)
 
 
 def seconds(text: str) -> float:

@@ -8,12 +8,12 @@ import time
 from typing import Any, Callable, Dict, Optional, Sequence
 
 from .addresses import Address
+from .answers import RendezvousError
 from .connection import Connection
 from .deadline import Deadline
 from .diagnosis import ConnectFailed
 from .endpoint import KEEPALIVE, Endpoint, log
 from .rendezvous import Poll, RendezvousClient, Start, new_peer_id
-from .transport import RendezvousError
 
 FAILED_PAUSE = 2.0  # seconds before a host tries a server again that does not serve it
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
