@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import hmac
 import json
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 
 import pytest
@@ -26,7 +28,7 @@ import pytest
 import p2pclient
 import p2pserver
 from p2pclient import __main__ as doctor
-from p2pclient import addresses, candidates, checks, diagnosis, sockets, stun, tcp, transport
+from p2pclient import addresses, candidates, checks, diagnosis, games, presence, sockets, stun, tcp, transport
 from test_p2pserver import ROOT, WAIT, no_thread_stays, wait_until  # noqa: F401
 
 
@@ -1245,7 +1247,7 @@ def test_a_host_does_not_hammer_a_server_that_is_sick(start_server, monkeypatch)
         with Constant(b"502 Bad Gateway") as sick:
             game._client._transport.base_url = sick.url
             wait_until(lambda: sick.count)
-            game._closed.wait(1)
+            time.sleep(1)      # seconds in which there could be many calls
             assert sick.count <= 2
 
 
@@ -1257,20 +1259,257 @@ def test_a_taken_name_is_told_at_once(start_server):
     assert caught.value.status == 409
 
 
-def test_a_game_that_another_host_has_taken_over_is_given_up(start_server):
+def test_a_game_that_a_stranger_has_taken_over_is_lost_and_said_so_and_its_connections_go_on_until_it_is_ours_again(start_server, monkeypatch):
+    monkeypatch.setattr(presence, "REFUSED_PAUSE", 0.1)
     port, lines = free_port(), []
     first = start_server(port=port)
-    game = p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first), patience=0.1), "castle", report=lines.append)
-    first.stop()
-    wait_until(lambda: any("trying again" in line for line in lines))
-    second = p2pserver.open_server(p2pserver.Settings(host="127.0.0.1", port=port))
-    second.registry.register_game("castle", b"somebody else")
-    second.start()
-    with pytest.raises(p2pclient.PeerLost):
-        game.accept(10)
-    assert any("the game is lost" in line for line in lines)
-    game.close()
-    second.stop()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first), patience=0.1), "castle", report=lines.append) as game, \
+            p2pclient.join_game(p2pclient.RendezvousClient(url_of(first)), "castle") as guest:
+        hosts = game.accept(5)
+        first.stop()
+        wait_until(lambda: any("trying again" in line for line in lines))
+        second = p2pserver.open_server(p2pserver.Settings(host="127.0.0.1", port=port))
+        second.registry.register_game("castle", b"somebody else")
+        with contextlib.closing(types.SimpleNamespace(close=second.stop)):
+            second.start()
+            wait_until(lambda: any("no longer offered: the" in line for line in lines))
+            guest.send(b"still here?")
+            hosts.send(hosts.recv(5))
+            assert guest.recv(5) == b"still here?"
+            second.registry.delete_game("castle", b"somebody else")
+            wait_until(lambda: "the game is offered again" in lines)
+            with p2pclient.join_game(p2pclient.RendezvousClient(url_of(second)), "castle") as other:
+                assert other.session_id == game.accept(5).session_id
+
+
+@pytest.mark.parametrize("status", ["400 Bad Request", "403 Forbidden", "404 Not Found", "409 Conflict"])
+def test_a_poll_that_is_refused_ends_no_connection_and_is_tried_again(start_server, status, monkeypatch):
+    monkeypatch.setattr(presence, "REFUSED_PAUSE", 0.1)
+    server, lines = start_server(), []
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle", report=lines.append) as game, \
+            p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle") as guest:
+        hosts = game.accept(5)
+        with Script(answering({"detail": "no"}, status)) as refusing:
+            game._client._transport.base_url = refusing.url
+            game._moved()
+            wait_until(lambda: len(refusing.requests) > 2)
+        game._client._transport.base_url = url_of(server)
+        wait_until(lambda: "the game is offered again" in lines)
+        assert sum("no longer offered: no" in line for line in lines) == 1
+        guest.send(b"hello")
+        assert hosts.recv(5) == b"hello"
+
+
+@pytest.mark.parametrize("answer", [{**POLL, "guests": [{}]}, {**POLL, "guests": [{**GUEST, "sessionId": "\ud800"}]}, {}, {**POLL, "cursor": None}])
+def test_an_answer_that_is_none_ends_neither_the_polling_nor_a_connection(start_server, answer):
+    server, lines = start_server(), []
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle", report=lines.append) as game:
+        with Script(answering(answer)) as broken:
+            game._client._transport.base_url = broken.url
+            game._moved()
+            wait_until(lambda: any("no rendezvous server" in line and "trying again" in line for line in lines))
+        game._client._transport.base_url = url_of(server)
+        with p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle"):
+            game.accept(5)
+        assert "the server is back" in lines
+
+
+def test_an_exception_of_any_kind_is_reported_and_the_polling_goes_on(start_server, monkeypatch):
+    """Here one that a game's own report raises, and one from inside."""
+    server, lines = start_server(), []
+
+    def report(line):
+        lines.append(line)
+        raise RuntimeError("a report that fails")
+
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle", report=report) as game:
+        good, game._client._transport.base_url = game._client._transport.base_url, None
+        game._moved()
+        wait_until(lambda: any("TypeError" in line and "trying again" in line for line in lines))
+        game._client._transport.base_url = good
+        wait_until(lambda: "the server is back" in lines)
+
+
+def test_a_host_and_a_guest_that_come_back_with_their_peer_id_have_their_game_and_session_again(start_server):
+    """Both have crashed: nobody was told that they are gone."""
+    url = url_of(start_server())
+    game = p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle", peer_id="ada")
+    guest = p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", peer_id="ben")
+    crash(game, guest)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle", peer_id="ada") as game, \
+            p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", peer_id="ben") as again:
+        assert again.session_id == game.accept(5).session_id == guest.session_id
+
+
+def crash(game, guest):
+    """Ends a host and its guest, without a word to the server."""
+    for repeater, endpoint in ((game._repeater, game.endpoint), (guest.closing.__self__._repeater, guest._endpoint)):
+        repeater.end()
+        endpoint.close()
+    game._client._transport.base_url = guest.closing.__self__._client._transport.base_url = "http://127.0.0.1:1"
+
+
+def test_a_guest_that_closes_its_connection_leaves_the_game(start_server):
+    server = start_server()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle"):
+        guest = p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle")
+        assert server.registry.counts()["guests"] == 1
+        guest.close()
+        assert server.registry.counts()["guests"] == 0
+        wait_until(lambda: not any(thread.name == "guest" for thread in threading.enumerate()))
+        assert server.registry.counts()["guests"] == 0
+
+
+def test_a_guest_that_does_not_get_through_leaves_the_game(start_server, monkeypatch):
+    monkeypatch.setattr(checks, "CHECK_TIME", 0.5)
+    server = start_server()
+    host = p2pclient.RendezvousClient(url_of(server))
+    host.register_game("castle", "ada")
+    host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"])
+    with pytest.raises(p2pclient.ConnectFailed, match="the host never answered"):
+        p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle")
+    assert server.registry.counts()["guests"] == 0
+
+
+def test_a_guest_stays_known_to_the_server_for_as_long_as_it_plays(start_server):
+    server = start_server(guest_ttl=1, max_wait=1)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle") as game, \
+            p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle") as guest:
+        time.sleep(2.5)     # seconds, of which the server remembers a silent guest for one
+        assert server.registry.counts()["guests"] == 1
+        guest.send(b"hello")
+        assert game.accept(5).recv(5) == b"hello"
+
+
+def test_a_host_that_moves_while_a_guest_checks_is_found_at_its_new_address(start_server):
+    """The host's address at first is one where nobody answers."""
+    url = url_of(start_server())
+    host = p2pclient.RendezvousClient(url)
+    host.register_game("castle", "ada")
+    host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(p2pclient.join_game, p2pclient.RendezvousClient(url), "castle")
+        guest = wait_until(lambda: host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"]).guests)[0]
+        with contextlib.closing(p2pclient.Endpoint(loopback=True)) as endpoint:
+            endpoint.expect(guest)
+            host.poll_game("castle", "ada", endpoint.candidates.published)
+            with joining.result(WAIT) as connection:
+                assert endpoint.accept(5).session_id == connection.session_id
+
+
+def test_a_guest_that_moves_tells_its_host_where_it_is(start_server):
+    url = url_of(start_server())
+    host = p2pclient.RendezvousClient(url)
+    with p2pclient.HostedGame(host, "castle", peer_id="ada") as game, p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", peer_id="ben") as guest:
+        game.accept(5)
+        own = guest._endpoint
+        own.candidates = dataclasses.replace(own.candidates, addresses=["127.0.0.1:5000"])
+        own._moved()
+        told = wait_until(lambda: [each for each in p2pclient.RendezvousClient(url).poll_game("castle", "ada", ["127.0.0.1:4000"]).guests
+                                   if each.addresses == ["127.0.0.1:5000"]])
+        assert [each.session_id for each in told] == [guest.session_id]
+
+
+def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_not_begun_anew(start_server):
+    port = free_port()
+    first = start_server(port=port)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first)), "castle") as game, \
+            p2pclient.join_game(p2pclient.RendezvousClient(url_of(first)), "castle") as guest:
+        hosts = game.accept(5)
+        first.stop()
+        second = start_server(port=port)
+        wait_until(lambda: second.answered["leave_game", 204])
+        guest.send(b"hello")
+        assert hosts.recv(5) == b"hello" and second.registry.counts() == {**second.registry.counts(), "games": 1, "guests": 0}
+
+
+def in_seconds(seconds, function, *arguments, **options):
+    """What a call gives or raises, which it must do in so many seconds: a daemon thread makes it."""
+    results = []
+
+    def run():
+        try:
+            results.append(function(*arguments, **options))
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive()
+    return results[0]
+
+
+@pytest.mark.parametrize("handle", [lambda client, request: None, dribble(b"X: y\r\n"), answering({}, "503 Busy", "Retry-After: 1"),
+                                    answering({**START, "pollAfter": 3600}), answering(START, "200 OK", "Preference-Applied: wait=1")],
+                         ids=["silence", "dribble", "503", "slow pace", "nothing"])
+def test_who_joins_waits_no_longer_than_he_wants_whatever_the_server_does(handle):
+    with Script(handle) as server:
+        failure = in_seconds(1 + 5, p2pclient.join_game, p2pclient.RendezvousClient(server.url), "castle", [], timeout=1)
+        assert isinstance(failure, (p2pclient.RendezvousError, p2pclient.ConnectFailed))
+
+
+def test_closing_takes_two_seconds_at_the_most_where_the_server_hangs(start_server, monkeypatch):
+    monkeypatch.setattr(transport, "LONGEST_WAIT", 1)       # seconds, so that the threads that wait end soon as well
+    server = start_server()
+    clients = [p2pclient.RendezvousClient(url_of(server), timeout=3, patience=0) for _ in range(2)]
+    game = p2pclient.HostedGame(clients[0], "castle")
+    guest = p2pclient.join_game(clients[1], "castle")
+    with Script(lambda client, request: None) as hanging:
+        for client in clients:
+            client._transport.base_url = hanging.url
+        game._moved()
+        guest._endpoint._moved()
+        wait_until(lambda: len(hanging.requests) >= 2)
+        for each in (guest, game):
+            began = time.monotonic()
+            each.close()
+            assert time.monotonic() - began < 2
+    wait_until(lambda: not any(thread.name in ("guest", "host") for thread in threading.enumerate()))
+
+
+def test_a_server_can_begin_at_most_64_sessions(start_server):
+    guests = [{**GUEST, "sessionId": f"s{i}", "addresses": ["192.0.2.1:4000"]} for i in range(200)]
+    server, lines = start_server(), []
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle", report=lines.append) as game, \
+            Script(answering({**POLL, "guests": guests})) as hostile:
+        game._client._transport.base_url = hostile.url
+        game._moved()
+        wait_until(lambda: len(hostile.requests) > 1)
+        assert len(game.endpoint._connections) == 64
+        game._client._transport.base_url = url_of(server)
+
+
+def test_nobody_is_told_that_udp_is_blocked_where_the_server_has_no_stun(start_server, monkeypatch):
+    monkeypatch.setattr(candidates, "STUN_PATIENCE", 0.2)
+    monkeypatch.setattr(checks, "CHECK_TIME", 0.5)
+    server = start_server(no_stun=True)
+    client = p2pclient.RendezvousClient(url_of(server))
+    with p2pclient.HostedGame(client, "castle") as game:
+        assert game.endpoint.candidates.nat == "not asked"
+    client.register_game("castle", "ada")
+    client.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"])
+    with pytest.raises(p2pclient.ConnectFailed) as caught:
+        p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle")
+    assert "never answered" in str(caught.value) and "not even from the STUN server" not in str(caught.value)
+
+
+def test_stun_at_another_port_is_found_when_the_server_tells(start_server, monkeypatch):
+    monkeypatch.setattr(candidates, "STUN_PATIENCE", 0.2)
+    server = start_server(stun_port=free_port())
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle") as game:
+        wait_until(lambda: game.endpoint.candidates.mapped)
+
+
+def test_who_joins_a_silent_host_is_told_so(start_server, monkeypatch):
+    monkeypatch.setattr(games, "UNHEARD_TIME", 0.2)
+    monkeypatch.setattr(checks, "CHECK_TIME", 1)
+    host, lines = p2pclient.RendezvousClient(url_of(start_server())), []
+    host.register_game("castle", "ada")
+    host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}", {"p2p": 5}, {"p2p": {"nat": []}}, {"x": "y:5000"}])
+    with pytest.raises(p2pclient.ConnectFailed):
+        p2pclient.join_game(p2pclient.RendezvousClient(host.base_url), "castle", report=lines.append)
+    assert len(lines) == 1 and "the host has not answered for 0.2 seconds" in lines[0]
 
 
 def test_a_host_that_publishes_nothing_is_named_as_the_reason(start_server):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from typing import TYPE_CHECKING, Deque, Optional
+from typing import TYPE_CHECKING, Callable, Deque, Optional
 
 from .addresses import text_of
 from .checks import Session
@@ -30,6 +30,7 @@ class Connection:
         self.session = session              # guarded by the endpoint's lock
         self.announced = False              # who waits for it to connect has been told
         self.owns_endpoint = False          # to close it is to close the endpoint
+        self.closing: Callable[[], None] = lambda: None     # called when it is closed here
         self._endpoint = endpoint
         self._inbox: Deque[bytes] = collections.deque(maxlen=INBOX)
         self._changed = threading.Condition(lock)       # on the endpoint's lock: a datagram came, it connected, or it is over
@@ -82,6 +83,7 @@ class Connection:
     def close(self) -> None:
         """Say good-bye and end."""
         self._endpoint.end(self)
+        self.closing()
         if self.owns_endpoint:
             self._endpoint.close()
 

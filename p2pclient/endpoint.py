@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import logging
 import selectors
 import socket
@@ -25,6 +26,7 @@ log = logging.getLogger("p2pclient")
 
 # Seconds between two questions to the STUN servers; routers should keep a mapping for two minutes (RFC 4787 REQ-5), and many do not.
 KEEPALIVE = 15.0
+MAX_SESSIONS = 64       # with guests at once, whatever the server says
 
 
 class Endpoint:
@@ -62,7 +64,30 @@ class Endpoint:
     def expect(self, guest: Guest) -> None:
         """Begin to connect with a guest that a poll told of; accept() returns it when that has worked. To do so again is to learn its
         new addresses."""
-        self._begin(guest.session_id, guest.session_key, guest.addresses, controlling=False)
+        with self._lock:
+            if guest.session_id in self._connections or len(self._connections) < MAX_SESSIONS:
+                self._begin(guest.session_id, guest.session_key, guest.addresses, controlling=False)
+
+    def renew(self, start: Start) -> None:
+        """Learn the new addresses of the host of a session that there is."""
+        with self._lock:
+            if start.session_id in self._connections:
+                self._begin(start.session_id, start.session_key, start.addresses, controlling=True)
+
+    def when_moved(self, moved: Callable[[], None]) -> None:
+        """Call this when the candidates have changed, as the constructor's moved."""
+        self._moved = moved
+
+    def use_stun(self, servers: Sequence[Address]) -> None:
+        """Ask these STUN servers from now on."""
+        found = resolve(servers, self.socket.family == socket.AF_INET6)
+        with self._lock:
+            if found == self._stun_servers:
+                return
+            self._stun_servers, self._next_keepalive = found, time.monotonic()
+            if not found and self.candidates.nat == "no answer":
+                self.candidates = dataclasses.replace(self.candidates, nat="not asked")
+        self._wake()
 
     def leave_loopback(self) -> bool:
         """Publish no loopback addresses from now on; False if there were none."""
@@ -248,7 +273,7 @@ class Endpoint:
     def _conclude_where_we_are(self) -> None:
         """All answers count together: one of them alone would make a NAT that has just forgotten us look symmetric."""
         before, own = self.candidates, gather_addresses(self.socket, self._loopback, self._stun_servers)
-        self.candidates = candidates_from(own, self._query.seen, True)
+        self.candidates = candidates_from(own, self._query.seen, bool(self._stun_servers))
         self._query = StunQuery([])
         if self.candidates.mapped and self.candidates.mapped != before.mapped:
             self._report(f"the public address is now {text_of(self.candidates.mapped)}")

@@ -112,9 +112,9 @@ class RendezvousClient:
         """Where the server answers STUN, as far as it has told: at the port of HTTP otherwise."""
         return [self.stun_server] if self.stun_ports is None else [(self.stun_server[0], port) for port in self.stun_ports]
 
-    def connect(self) -> None:
+    def connect(self, within: Optional[float] = None) -> None:
         """Make a connection before the first call needs it: whoever has something else to do meanwhile saves a round trip."""
-        self._transport.connect()
+        self._transport.connect(within)
 
     def reconnect(self) -> None:
         """Have further calls use new connections: a router that has forgotten us answers on none of those that there are."""

@@ -55,10 +55,10 @@ def connect(address: Address, seconds: float) -> socket.socket:
     raise failure
 
 
-def connect_early(address: Address) -> None:
+def connect_early(address: Address, seconds: float) -> None:
     """Make a connection for the next call that needs one. That there is none shows then."""
     with contextlib.suppress(OSError):
-        _early[address] = connect(address, CONNECT_TIME)
+        _early[address] = connect(address, seconds)
 
 
 class TimedFile(io.RawIOBase):
