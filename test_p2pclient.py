@@ -671,12 +671,32 @@ def test_loopback_candidates_of_a_peer_are_not_tried_unless_the_server_is_on_loo
     ("symmetric", [{"nat": "symmetric"}], "both routers give each destination another port"),
     ("symmetric", [], "your router gives each destination another port"),
     ("none", [{"nat": "symmetric"}], "the host's router gives each destination another port"),
+    ("none", [{"p2p": {"nat": "symmetric"}}], "the host's router gives each destination another port"),
+    ("not asked", [], "the host never answered"),
     ("none", [], "the host never answered"),
 ])
 def test_a_failure_is_explained_from_what_was_seen(own, published, words):
     session = checks.Session("session", "key", True, 0.0)
     session.over = checks.NO_WAY
     assert words in str(diagnosis.why_not(session, candidates.Candidates([], nat=own), published))
+
+
+def test_a_failure_names_what_each_side_saw():
+    session = checks.Session("session", "key", True, 0.0)
+    session.add(["198.51.100.1:5000"])
+    session.over = checks.NO_WAY
+    text = str(diagnosis.why_not(session, candidates.Candidates([], nat="endpoint-independent"), [{"p2p": {"nat": "symmetric"}}]))
+    assert "you: the NAT keeps one port for all destinations: good; 0 checks to 198.51.100.1:5000; heard from 0 of these" in text
+    assert "the host: the NAT gives each destination another port (symmetric)" in text
+
+
+@pytest.mark.parametrize("published", [[], [None, 1, "x"], [{"nat": []}], [{"p2p": "symmetric"}], [{"p2p": {"nat": "\x1b[2J"}}], [{"p2p": {}}], [{"x": {}}]])
+def test_what_a_peer_tells_in_a_form_that_we_do_not_know_is_ignored(published):
+    session = checks.Session("session", "key", True, 0.0)
+    session.add(published)
+    session.over = checks.NO_WAY
+    text = str(diagnosis.why_not(session, candidates.Candidates([], nat="none"), published))
+    assert "tells nothing of its NAT" in text and text.isprintable() and not session.remotes
 
 
 # ---- the server's calls ---------------------------------------------------------------------------------------------
@@ -1546,7 +1566,22 @@ def test_the_doctor_says_what_is_wrong_without_stun(start_server, monkeypatch):
     monkeypatch.setattr(candidates, "STUN_PATIENCE", 0.2)
     lines = []
     assert not doctor.check_server(url_of(start_server(no_stun=True)), report=lines.append)
-    assert lines[1].startswith("FAILED  STUN: no answer") and lines[3].startswith("ok      CONNECTION")
+    assert lines[1].startswith("FAILED  STUN: this server answers none") and lines[3].startswith("ok      CONNECTION")
+    with contextlib.closing(sockets.open_socket()) as silent:
+        assert not doctor.check_server(url_of(start_server()), [("127.0.0.1", silent.getsockname()[1])], lines.append)
+    assert lines[5].startswith("FAILED  STUN: no answer") and lines[7].startswith("ok      CONNECTION")
+
+
+def test_the_doctor_finds_stun_at_another_port(start_server):
+    lines = []
+    assert doctor.check_server(url_of(start_server(stun_port=free_port())), report=lines.append), lines
+
+
+def test_the_doctors_lines_are_harmless():
+    lines = []
+    with Script(answering({"version": "\x1b[2J\n\u202e"})) as server:
+        assert not doctor.check_server(server.url, report=lines.append)
+    assert "\\x1b[2J\\n\\u202e" in lines[0] and all(line.isprintable() for line in lines)
 
 
 # ---- simulators -----------------------------------------------------------------------------------------------------
@@ -1577,11 +1612,11 @@ class Process:
 
 
 @pytest.fixture
-def program():
+def program(tmp_path):
     started = []
 
     def start(*arguments, **environment):
-        started.append(Process(*arguments, **environment))
+        started.append(Process(*arguments, **{"XDG_STATE_HOME": str(tmp_path), **environment}))
         return started[-1]
 
     yield start
@@ -1637,6 +1672,53 @@ def test_hosts_choose_another_name_where_one_is_taken(start_server, program):
     p2pclient.RendezvousClient(url).register_game("castle 1", "ada")
     _, text = program("simulate_hosts.py", "--server", url, "--hosts", "1", "--name", "castle", "--duration", "0.2").end()
     assert "[castle 1] this name is taken" in text and "[castle 2] registered" in text
+
+
+def test_hosts_and_a_guest_that_were_killed_come_back_as_who_they_were(start_server, program, tmp_path):
+    server = start_server()
+    for _ in range(2):
+        hosts = program("simulate_hosts.py", "--server", url_of(server), "--hosts", "1", "--name", "castle")
+        hosts.has("castle 1. registered")
+        guest = program("simulate_guest.py", "--server", url_of(server), "--messages", "1000")
+        guest.has("message 1 of 1000: round trip")
+        for each in (hosts, guest):
+            each.process.kill()
+            each.process.wait()
+    assert server.registry.counts() == {**server.registry.counts(), "games": 1, "guests": 1}
+    kept = list((tmp_path / "p2pclient").iterdir())
+    assert sorted(file.name for file in kept) == ["guest", "host"] and all(file.stat().st_mode & 0o777 == 0o600 for file in kept)
+    assert (tmp_path / "p2pclient").stat().st_mode & 0o777 == 0o700
+
+
+def test_of_two_programs_with_one_file_of_a_peer_id_one_has_another(start_server, program):
+    server = start_server()
+    first = program("simulate_hosts.py", "--server", url_of(server), "--hosts", "1", "--name", "castle")
+    first.has("castle 1. registered")
+    _, text = program("simulate_hosts.py", "--server", url_of(server), "--hosts", "1", "--name", "castle", "--duration", "0.2").end()
+    assert "[castle 1] this name is taken" in text and "[castle 2] registered" in text
+
+
+@pytest.mark.parametrize("script", ["simulate_hosts.py", "simulate_guest.py"])
+def test_a_file_that_can_keep_no_peer_id_is_one_line_and_left_as_it_is(program, tmp_path, script):
+    letter = tmp_path / "letter"
+    letter.write_text("Dear Ada,")
+    for path in (letter, tmp_path):
+        status, text = program(script, "--peer-id-file", path).end()
+        assert status == 2 and text.count("\n") == 1
+    assert letter.read_text() == "Dear Ada,"
+
+
+def test_without_a_place_to_keep_a_peer_id_the_simulators_work_all_the_same(start_server, program, tmp_path):
+    nowhere = tmp_path / "file"
+    nowhere.write_text("")
+    hosts = program("simulate_hosts.py", "--server", url_of(start_server()), "--duration", "0.2", XDG_STATE_HOME=str(nowhere))
+    assert hosts.end()[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [("simulate_hosts.py",), ("simulate_guest.py",), ("-m", "p2pclient", "check")])
+def test_a_stun_server_that_does_not_exist_is_told_as_no_such_name(program, arguments):
+    status, text = program(*arguments, "--stun", "nosuch.invalid").end()
+    assert status == 2 and "no such name: 'nosuch.invalid'" in text
 
 
 @pytest.mark.parametrize("path", ["simulate_hosts.py", "simulate_guest.py"])

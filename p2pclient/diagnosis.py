@@ -32,17 +32,28 @@ def describe(candidates: Candidates) -> str:
     return f"candidates {', '.join(candidates.addresses) or 'none'}; {NAT_KINDS[candidates.nat]}"
 
 
+def nat_told(published: Iterable[Any]) -> str:
+    """The kind of its NAT that a player tells among its addresses, as {"p2p": {"nat": kind}}, or {"nat": kind} as older clients do. "" if it
+    tells none that we know: what else is there is for others."""
+    for each in published:
+        told = each.get("p2p", each) if isinstance(each, dict) else None
+        kind = told.get("nat") if isinstance(told, dict) else None
+        if isinstance(kind, str) and kind in NAT_KINDS:
+            return kind
+    return ""
+
+
 def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> ConnectFailed:
     """Why a guest did not reach its host, as far as can be told from what was seen."""
-    told = [each.get("nat") for each in published if isinstance(each, dict)]
-    yours, hosts = own.nat == "symmetric", "symmetric" in told
+    told = nat_told(published)
+    yours, hosts = own.nat == "symmetric", told == "symmetric"
     advice = RELAY
     if session.over != NO_WAY:
         reason, advice = session.over, ""
     elif own.nat == "no answer":
         reason = "no UDP datagram comes back to you, not even from the STUN server"
         advice = "A firewall or router seems to block UDP: try another network, or a relay (TURN)."
-    elif "no answer" in told:
+    elif told == "no answer":
         reason = "the host never answered, nor does any STUN server answer it"
         advice = "Its firewall or router seems to block UDP: it might try another network, or a relay (TURN)."
     elif yours and hosts:
@@ -55,5 +66,6 @@ def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> Conn
     else:
         reason = "the host never answered"
         advice = f"It may be gone, or its network may block UDP. {advice}"
-    evidence = f"{session.sent} checks to {', '.join(map(text_of, session.remotes)) or 'no usable address'}; heard from {len(session.heard)} of these"
-    return ConnectFailed(f"{reason} ({evidence})", advice)
+    seen = f"you: {NAT_KINDS[own.nat]}; {session.sent} checks to {', '.join(map(text_of, session.remotes)) or 'no usable address'}; " \
+           f"heard from {len(session.heard)} of these; the host: {NAT_KINDS[told] if told else 'tells nothing of its NAT'}"
+    return ConnectFailed(f"{reason} ({seen})", advice)

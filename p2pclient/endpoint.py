@@ -78,11 +78,12 @@ class Endpoint:
         """Call this when the candidates have changed, as the constructor's moved."""
         self._moved = moved
 
-    def use_stun(self, servers: Sequence[Address]) -> None:
-        """Ask these STUN servers from now on."""
-        found = resolve(servers, self.socket.family == socket.AF_INET6)
+    def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address]) -> None:
+        """Ask these STUN servers from now on, if those others were asked until now."""
+        ipv6 = self.socket.family == socket.AF_INET6
+        found, guessed = resolve(servers, ipv6), resolve(instead_of, ipv6)
         with self._lock:
-            if found == self._stun_servers:
+            if self._stun_servers != guessed or found == guessed:
                 return
             self._stun_servers, self._next_keepalive = found, time.monotonic()
             if not found and self.candidates.nat == "no answer":

@@ -51,7 +51,7 @@ class HostedGame:
             if not isinstance(error, RendezvousError):
                 self._delete()
             raise
-        use_told_stun(client, self.endpoint, stun_servers)
+        use_told_stun(client, self.endpoint)
         self._repeater.begin_anew()
 
     def accept(self, timeout: Optional[float] = None) -> Connection:
@@ -146,8 +146,7 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
         own = gathered(gathering, deadline) if gathering else endpoint
         assert own
         start = start_with_addresses(client, name, own, peer_id, deadline)
-        if endpoint is None:
-            use_told_stun(client, own, stun_servers)
+        use_told_stun(client, own)
         presence = Presence(client, own, start, peer_id)
         presence.begin()
         presence.connection = connection = connect_or_explain(client, own, start, report)
@@ -187,10 +186,10 @@ def close_gathered(gathering: concurrent.futures.Future[Endpoint]) -> None:
         gathering.result().close()
 
 
-def use_told_stun(client: RendezvousClient, endpoint: Endpoint, stun_servers: Optional[Sequence[Address]]) -> None:
-    """Where nobody has named STUN servers, the rendezvous server has told by now where it answers STUN, if at all."""
-    if stun_servers is None and client.stun_servers != [client.stun_server]:
-        endpoint.use_stun(client.stun_servers)
+def use_told_stun(client: RendezvousClient, endpoint: Endpoint) -> None:
+    """By now the server has told where it answers STUN, if at all: an endpoint that has asked where it was thought to be asks there."""
+    if client.stun_servers != [client.stun_server]:
+        endpoint.use_stun(client.stun_servers, instead_of=[client.stun_server])
 
 
 def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint, peer_id: str, deadline: Deadline) -> Start:
