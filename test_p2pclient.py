@@ -13,6 +13,7 @@ import hmac
 import json
 import random
 import re
+import secrets
 import signal
 import socket
 import struct
@@ -278,12 +279,24 @@ def test_a_host_is_not_connected_before_the_guest_has_nominated():
 
 
 def test_a_host_that_nominates_is_not_followed():
-    wire = Wire(guest_knows=())
-    wire.host._encode = lambda kind, transaction, nominate=False: stun.encode(
-        kind, transaction, [(stun.USERNAME, b"session"), (stun.ICE_CONTROLLED, bytes(8)), (stun.USE_CANDIDATE, b"")], "key")
-    wire.way = lambda source, destination: (source, destination) if source == HOST_AT else None
+    """It has a second address, from which it checks a guest that is connected, and then nominates."""
+    second = ("203.0.113.1", 6001)
+
+    def check(wire, *attributes):
+        wire.deliver(stun.encode(stun.REQUEST, secrets.token_bytes(12), [(stun.USERNAME, username), *attributes], "key"), second, GUEST_AT)
+
+    wire = Wire()
     wire.run(1)
-    assert wire.guest.selected is None
+    username = next(stun.decode(datagram).attributes[stun.USERNAME] for _, source, _, datagram in wire.sent if source == HOST_AT
+                    and stun.USERNAME in stun.decode(datagram).attributes)
+    assert wire.guest.selected == HOST_AT
+    wire.sessions[second] = wire.host
+    check(wire, (stun.ICE_CONTROLLED, bytes(8)))
+    wire.run(1)
+    assert any(destination == second for _, destination in wire.checks(GUEST_AT))        # so the guest has proof that this address works
+    check(wire, (stun.ICE_CONTROLLED, bytes(8)), (stun.USE_CANDIDATE, b""))
+    wire.run(1)
+    assert wire.guest.selected == HOST_AT
 
 
 def test_an_address_that_nobody_listed_is_learnt_from_an_authentic_check():
