@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Iterable
 
-from .addresses import text_of
-from .candidates import Candidates
+from .addresses import private_network, text_of
+from .candidates import Candidates, about_peer
 from .checks import NO_WAY, Session
 
 RELAY = "What would help: a port forwarded on the router of one of you, IPv6 on both sides, or a relay (TURN)."
@@ -29,23 +29,14 @@ class ConnectFailed(Exception):
 
 def describe(candidates: Candidates) -> str:
     """Candidates and NAT kind in a line."""
-    return f"candidates {', '.join(candidates.addresses) or 'none'}; {NAT_KINDS[candidates.nat]}"
-
-
-def nat_told(published: Iterable[Any]) -> str:
-    """The kind of its NAT that a player tells among its addresses, as {"p2p": {"nat": kind}}, or {"nat": kind} as older clients do. "" if it
-    tells none that we know: what else is there is for others."""
-    for each in published:
-        told = each.get("p2p", each) if isinstance(each, dict) else None
-        kind = told.get("nat") if isinstance(told, dict) else None
-        if isinstance(kind, str) and kind in NAT_KINDS:
-            return kind
-    return ""
+    is_inside = candidates.mapped is not None and private_network(candidates.mapped[0])
+    kind = "the STUN server is behind the same router, so the kind of NAT is unknown; use one outside (--stun)" if is_inside else NAT_KINDS[candidates.nat]
+    return f"candidates {', '.join(candidates.addresses) or 'none'}; {kind}"
 
 
 def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> ConnectFailed:
     """Why a guest did not reach its host, as far as can be told from what was seen."""
-    told = nat_told(published)
+    told = about_peer(list(published))[1]
     yours, hosts = own.nat == "symmetric", told == "symmetric"
     advice = RELAY
     if session.over != NO_WAY:
@@ -67,5 +58,5 @@ def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> Conn
         reason = "the host never answered"
         advice = f"It may be gone, or its network may block UDP. {advice}"
     seen = f"you: {NAT_KINDS[own.nat]}; {session.sent} checks to {', '.join(map(text_of, session.remotes)) or 'no usable address'}; " \
-           f"heard from {len(session.heard)} of these; the host: {NAT_KINDS[told] if told else 'tells nothing of its NAT'}"
+           f"heard from {len(session.heard)} of these; the host: {NAT_KINDS.get(told, 'tells nothing of its NAT')}"
     return ConnectFailed(f"{reason} ({seen})", advice)

@@ -30,12 +30,12 @@ class Presence:
         self._repeater = Repeater("guest", self._ask, self._failed)
 
     def begin(self) -> None:
-        self._endpoint.when_moved(self._moved)
+        self._endpoint.moved = self._moved
         self._repeater.begin_anew()
 
     def close(self) -> None:
         """Leave the game, as far as the server can be told within two seconds."""
-        self._endpoint.when_moved(lambda: None)
+        self._endpoint.moved = lambda: None
         self._repeater.end()
         self._leave()
         self._repeater.join(0.4)
