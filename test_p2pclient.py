@@ -1293,6 +1293,34 @@ def test_a_dead_connection_is_noticed_within_ten_seconds():
         assert option("TCP_USER_TIMEOUT") <= 9000
 
 
+def test_a_held_call_over_a_connection_that_a_router_has_forgotten_fails_before_its_time():
+    """In a network of its own, in which nothing arrives any more from one moment on."""
+    code = """if True:
+        import os, subprocess, threading, p2pclient, p2pserver
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        server = p2pserver.open_server(p2pserver.Settings(host="127.0.0.1", port=0, no_stun=True))
+        server.start()
+        client = p2pclient.RendezvousClient(f"http://127.0.0.1:{server.server_port}", patience=0)
+        client.register_game("castle", "ada")
+
+        def forget():
+            while not server.registry.counts()["waiting"]:
+                pass
+            subprocess.run(["nft", "add table ip t; add chain ip t c { type filter hook input priority 0; policy drop; }"], check=True)
+
+        threading.Thread(target=forget).start()
+        try:
+            client.poll_game("castle", "ada", [], wait=25)
+        except p2pclient.RendezvousError as error:
+            print(error, flush=True)
+        os._exit(0)
+    """
+    if not (shutil.which("unshare") and shutil.which("nft") and shutil.which("ip")) or subprocess.run(["unshare", "-rn", "nft", "list", "tables"]).returncode:
+        pytest.skip("networks of one's own take unshare, ip and nft")
+    ended = subprocess.run(["unshare", "-rn", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    assert "Connection timed out" in ended.stdout
+
+
 def test_a_connection_that_was_made_early_is_the_first_calls(start_server):
     server = start_server()
     client = p2pclient.RendezvousClient(url_of(server))
@@ -1519,6 +1547,26 @@ def crash(game, guest):
         repeater.end()
         endpoint.close()
     game._client._transport.base_url = guest.closing.__self__._client._transport.base_url = "http://127.0.0.1:1"
+
+
+def test_the_connection_to_the_server_is_made_while_stun_is_asked(start_server):
+    """STUN answers only when that connection is there."""
+    server = start_server()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stun_server:
+        before = len(server.connections)
+        stun_server.bind(("127.0.0.1", 0))
+        stun_server.settimeout(WAIT)
+
+        def answer_late():
+            request, source = stun_server.recvfrom(2048)
+            wait_until(lambda: len(server.connections) > before)
+            stun_server.sendto(p2pserver.stun_answer(request, source), source)
+
+        thread = threading.Thread(target=answer_late)
+        thread.start()
+        with p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle", [stun_server.getsockname()]) as guest:
+            assert guest._endpoint.candidates.mapped
+        thread.join()
 
 
 def test_a_guest_that_closes_its_connection_leaves_the_game(start_server):

@@ -33,13 +33,16 @@ The files, from leaf to root; none needs one below it:
     rendezvous.py   the calls to the server, and its answers
     connection.py   a connection with one other player
     endpoint.py     one UDP socket, its thread, and its connections
+    repeater.py     a thread that calls the server again and again
+    presence.py     what a guest keeps up at the server while it checks and plays
     games.py        HostedGame, join_game
     commandline.py  what the doctor and the simulators share
     __main__.py     the doctor: python -m p2pclient check
 
-Threads: each Endpoint has one, which reads the socket and does what is due; each HostedGame has one, which polls. All state
-of an Endpoint lies behind its one lock. Errors are RendezvousError (the server), ConnectFailed and PeerLost (the other player).
-Only the HTTP part needs a library, requests.
+Threads: each Endpoint has one, which reads the socket and does what is due; each HostedGame has one, which polls, and each
+connection of a guest one, which starts the game again, held by the server until there is news. What becomes of these calls never
+ends a connection. All state of an Endpoint lies behind its one lock. Errors are RendezvousError (the server), ConnectFailed and
+PeerLost (the other player). Only the HTTP part needs a library, requests.
 """
 
 import sys
