@@ -5,8 +5,10 @@ The sections follow the client's files.
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import hmac
 import ipaddress
@@ -29,7 +31,7 @@ import pytest
 import p2pclient
 import p2pserver
 from p2pclient import __main__ as doctor
-from p2pclient import addresses, candidates, checklist, checks, diagnosis, games, pacing, presence, sockets, stun, tcp, transport
+from p2pclient import addresses, candidates, channel, checklist, checks, diagnosis, early, games, pacing, presence, sockets, stun, tcp, transport, whereabouts
 from test_p2pserver import ROOT, WAIT, no_thread_stays, wait_until  # noqa: F401
 
 
@@ -118,6 +120,21 @@ def test_what_follows_the_integrity_is_not_taken():
     longer = stun.head(stun.REQUEST, len(added) - 20 + 8, bytes(12)) + added[20:]
     message = stun.decode(longer + stun.attribute(stun.FINGERPRINT, stun.fingerprint(longer)))
     assert stun.authentic(message, "key") and stun.USE_CANDIDATE not in message.attributes
+
+
+@pytest.mark.parametrize("attributes, is_read", [([(0x8100, bytes(1400))], True), ([(0x8100, bytes(1472))], False),
+                                                 ([(0x8100, b"")] * 15, True), ([(0x8100, b"")] * 16, False)])
+def test_messages_beyond_1500_bytes_or_16_attributes_are_not_read(attributes, is_read):
+    assert bool(stun.decode(stun.encode(stun.REQUEST, bytes(12), attributes))) == is_read
+
+
+def test_the_integrity_is_compared_in_constant_time(monkeypatch):
+    """It is hmac.compare_digest that decides."""
+    message = stun.decode(RFC5769["request"])
+    monkeypatch.setattr(stun.hmac, "compare_digest", lambda ours, theirs: True)
+    assert stun.authentic(message, KEY + "x")
+    monkeypatch.setattr(stun.hmac, "compare_digest", lambda ours, theirs: False)
+    assert not stun.authentic(message, KEY)
 
 
 # ---- candidates -----------------------------------------------------------------------------------------------------
@@ -485,10 +502,10 @@ def test_a_host_sends_five_datagrams_at_most_to_an_address_that_may_be_a_third_p
 
 def test_a_guest_sends_a_hundred_datagrams_at_most_to_a_third_party_also_when_it_is_told_again_and_again():
     wire = Wire(way=lambda source, destination: None)
-    for _ in range(10):
-        wire.guest.add([HOST_AT], wire.now, pacing.LEAST_PACING)
-        wire.run(1.4)
-    assert len(wire.checks(GUEST_AT)) <= 100
+    for i in range(140):
+        wire.guest.add([(HOST_AT[0], 7000 + i)], wire.now, pacing.LEAST_PACING)
+        wire.run(0.1)
+    assert len(wire.checks(GUEST_AT)) == 100
 
 
 def test_an_address_from_which_the_peer_is_heard_takes_the_place_of_a_silent_one():
@@ -641,6 +658,346 @@ def test_random_loss_of_every_third_datagram_keeps_nobody_apart():
         wire = Wire(way=lambda source, destination: (source, destination) if chance.random() > 0.33 else None)
         wire.run(10)
         assert (wire.guest.selected, wire.host.selected) == (HOST_AT, GUEST_AT)
+
+
+def connected(seconds=1.0, **values):
+    wire = Wire(**values)
+    wire.run(seconds)
+    assert (wire.guest.selected, wire.host.selected) == (HOST_AT, GUEST_AT)
+    return wire
+
+
+def captured(wire, kind, source=GUEST_AT):
+    return [datagram for _, sender, _, datagram in wire.sent if sender == source and stun.decode(datagram).kind == kind]
+
+
+def test_datagrams_are_authentic_and_each_comes_through_once():
+    wire = connected()
+    sealed = [wire.guest.channel.seal(b"%d" % i) for i in range(3)]
+    assert [wire.host.open(sealed[i], wire.now) for i in (2, 0, 1)] == [b"2", b"0", b"1"]
+    assert [wire.host.open(each, wire.now) for each in sealed] == [None] * 3
+    assert wire.guest.open(wire.guest.channel.seal(b"our own, sent back"), wire.now) is None
+    assert wire.host.open(b"as it is", wire.now) is None and wire.host.open(b"", wire.now) is None
+
+
+def test_every_flipped_bit_of_a_datagram_is_noticed():
+    wire = connected()
+    sealed = wire.guest.channel.seal(b"hello")
+    assert len(sealed) == 5 + channel.OVERHEAD and stun.decode(sealed) is None
+    for bit in range(8 * len(sealed)):
+        flipped = bytearray(sealed)
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert wire.host.open(bytes(flipped), wire.now) is None, bit
+    assert wire.host.open(sealed, wire.now) == b"hello"
+
+
+def test_a_sequence_number_counts_once_and_not_when_it_is_too_old():
+    window = channel.ReplayWindow()
+    assert [window.accept(number) for number in (5, 5, 3, 3, 2000, 5, 2000 - 1023, 2000 - 1024, 10**15, 2000)] == [
+        True, False, True, False, True, False, True, False, True, False]
+
+
+def test_a_datagram_that_comes_before_the_hosts_check_is_answered_is_not_lost():
+    """The guest is connected first; its datagram proves who it is."""
+    wire = Wire(host_knows=())
+    wire.way = lambda source, destination: (source, destination) if source == GUEST_AT or stun.decode(wire.sent[-1][3]).kind == stun.SUCCESS else None
+    wire.run(0.1)
+    assert wire.guest.selected and not wire.host.selected
+    assert wire.host.open(wire.guest.channel.seal(b"first"), wire.now) == b"first"
+
+
+def test_nothing_of_an_earlier_connection_counts_in_a_later_one_of_the_same_session():
+    """Both sides have been started again, so nobody remembers what came; a stranger who can send from the guest's address has kept everything."""
+    earlier = connected()
+    kept = [earlier.guest.channel.seal(b"old")]
+    earlier.send(GUEST_AT, earlier.guest.goodbye())
+    kept += captured(earlier, stun.REQUEST) + captured(earlier, stun.INDICATION)
+    assert earlier.host.over == checks.LEFT and len(kept) >= 3
+    later = connected()
+    before = later.host.selected, set(later.host.heard), later.host.sent
+    for datagram in kept:
+        message = stun.decode(datagram)
+        if message:
+            later.host.receive(message, GUEST_AT, later.now)
+        assert not later.host.over and (message or later.host.open(datagram, later.now) is None)
+    assert (later.host.selected, later.host.heard, later.host.sent) == before
+
+
+def test_a_kept_nomination_or_good_bye_does_not_count_in_a_later_connection_not_even_before_its_guest_is_known():
+    earlier = connected()
+    earlier.send(GUEST_AT, earlier.guest.goodbye())
+    old = captured(earlier, stun.REQUEST) + captured(earlier, stun.INDICATION)
+    later = Wire(guest_knows=(), host_knows=())
+    later.host.add([GUEST_AT], later.now, pacing.LEAST_PACING)
+    later.guest._encode = lambda kind, transaction, nominates=False, echo=None: checks.Session._encode(later.guest, kind, transaction, False, echo)
+    for datagram in old:
+        later.host.receive(stun.decode(datagram), GUEST_AT, later.now)
+    later.run(1)
+    assert GUEST_AT in later.host._list.proven and later.host.selected is None and not later.host.over
+
+
+def test_of_two_nominations_the_later_one_counts_also_when_they_come_in_the_other_order():
+    moved = ("198.51.100.1", 5555)
+    wire = Wire(way=lambda source, destination: None, host_knows=())
+    early, late = (stun.decode(wire.guest._encode(stun.REQUEST, bytes([i]) * 12, True)) for i in range(2))
+    wire.host.receive(late, GUEST_AT, wire.now)
+    wire.host.receive(early, moved, wire.now)
+    assert wire.host._nominated[0] == GUEST_AT
+
+
+def test_a_check_that_is_repeated_from_where_it_came_is_answered_and_changes_nothing():
+    wire = connected()
+    check, moved = stun.decode(captured(wire, stun.REQUEST)[-1]), ("198.51.100.1", 5555)
+    wire.host.selected, wire.host._nominated = moved, None
+    assert [stun.decode(datagram).kind for datagram, _ in wire.host.receive(check, GUEST_AT, wire.now)] == [stun.SUCCESS]
+    assert wire.host.selected == moved and wire.host._nominated is None
+
+
+def test_a_replay_is_known_as_one_beyond_the_latest_thousand_checks():
+    """Its sequence number tells when its transaction is forgotten; what is remembered stays bounded."""
+    wire = connected()
+    check = stun.decode(captured(wire, stun.REQUEST)[0])
+    for i in range(2000):
+        wire.host.receive(stun.decode(wire.guest._encode(stun.REQUEST, struct.pack(">III", i, 0, 1))), GUEST_AT, wire.now)
+    assert len(wire.host._requests) <= 1024 and check.transaction not in wire.host._requests
+    heard = set(wire.host.heard)
+    wire.host.receive(check, STRANGER, wire.now)
+    assert wire.host.heard == heard
+
+
+def test_a_good_bye_counts_only_from_where_the_peer_was_heard():
+    wire = connected()
+    goodbye = stun.decode(wire.guest.goodbye()[0][0])
+    wire.host.receive(goodbye, STRANGER, wire.now)
+    assert not wire.host.over
+    again = stun.decode(wire.guest.goodbye()[0][0])
+    wire.host.receive(again, GUEST_AT, wire.now)
+    assert wire.host.over == checks.LEFT
+
+
+def test_a_check_to_a_connection_that_has_ended_is_answered_by_a_good_bye():
+    wire = connected()
+    wire.guest.goodbye()        # which is lost
+    wire.run(7)
+    assert wire.host.over == checks.LEFT
+
+
+def test_a_peer_is_silent_after_seven_seconds_without_anything_authentic():
+    wire = connected()
+    wire.run(30)
+    assert not wire.guest.is_silent(wire.now) and not wire.host.is_silent(wire.now)
+    wire.way = lambda source, destination: None
+    wire.run(0.8)
+    assert not wire.guest.is_silent(wire.now) and not wire.host.is_silent(wire.now)
+    wire.run(6.5)
+    assert wire.guest.is_silent(wire.now) and wire.host.is_silent(wire.now)
+
+
+def test_a_connection_goes_on_when_both_have_moved_and_told_each_other_through_the_server():
+    """Both are behind port-restricted routers that were restarted: each lets in only whom it has sent to."""
+    wire, new_guest, new_host = connected(), ("198.51.100.1", 5555), ("203.0.113.1", 6666)
+    sent = set()
+
+    def way(source, destination):
+        outside = {GUEST_AT: new_guest, HOST_AT: new_host}[source]
+        sent.add((outside, destination))
+        inside = {new_guest: GUEST_AT, new_host: HOST_AT}.get(destination)
+        return (outside, inside) if inside and (destination, outside) in sent else None
+
+    wire.way = way
+    wire.run(10)
+    assert wire.guest.is_silent(wire.now) and wire.host.is_silent(wire.now)
+    wire.guest.add([new_host], wire.now, pacing.LEAST_PACING)
+    wire.run(0.3)
+    wire.host.add([new_guest], wire.now, pacing.LEAST_PACING, seen_at=new_guest[0])
+    wire.run(1)
+    assert (wire.guest.selected, wire.host.selected) == (new_host, new_guest) and not wire.guest.over and not wire.host.over
+    assert wire.host.open(wire.guest.channel.seal(b"on"), wire.now) == b"on"
+
+
+def test_a_link_that_was_down_for_twenty_five_seconds_is_used_again():
+    wire = connected()
+    wire.way = lambda source, destination: None
+    wire.run(25)
+    wire.way = lambda source, destination: (source, destination)
+    wire.run(7)
+    assert not wire.guest.is_silent(wire.now) and not wire.host.is_silent(wire.now)
+
+
+def test_seconds_in_which_this_program_did_not_run_are_not_the_peers_silence():
+    wire = connected()
+    wire.now += 60
+    wire.guest.forgive(60, wire.now)
+    wire.host.forgive(60, wire.now)
+    wire.run(10)
+    assert not wire.guest.over and not wire.host.over
+
+
+def test_a_check_without_fingerprint_is_not_taken(endpoint):
+    host = endpoint()
+    host.expect(p2pclient.Guest("session", "key", []))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.settimeout(5)
+        bare = foreign_check(bytes(12))[:-8]
+        stranger.sendto(bare[:2] + struct.pack(">H", len(bare) - 20) + bare[4:], loopback_of(host))
+        stranger.sendto(foreign_check(b"1" * 12), loopback_of(host))
+        assert stun.decode(stranger.recv(2048)).transaction == b"1" * 12
+
+
+def test_to_one_address_go_a_hundred_checks_at_once_over_all_sessions_and_then_twenty_a_second():
+    limiter = pacing.UnheardLimiter()
+    assert sum(limiter.allows("192.0.2.1", 1000.0) for _ in range(500)) == 100
+    assert sum(limiter.allows("192.0.2.1", 1000.0 + i / 100) for i in range(1, 501)) in range(98, 102)
+    assert limiter.allows("192.0.2.2", 1000.0)
+    for i in range(5000):
+        limiter.allows(f"host {i}", 1000.0)
+    assert len(limiter._full_at) == 1024
+
+
+def test_the_limit_for_who_was_not_heard_holds_over_all_sessions_of_an_endpoint(endpoint):
+    """Forty sessions that list one third party, each of which might send it five datagrams at once."""
+    host = endpoint()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as third:
+        third.bind(("127.0.0.1", 0))
+        host._unheard.allows = lambda ip, now: False
+        host.expect(p2pclient.Guest("session", "key", [f"127.0.0.1:{third.getsockname()[1]}"]))
+        third.settimeout(0.3)
+        with pytest.raises(socket.timeout):
+            third.recv(2048)
+
+
+# Stock ICE agents: theirs is what RFC 8445 says, without our attribute.
+
+def test_a_check_is_as_rfc_8445_has_it():
+    wire = connected()
+    for source, role in ((GUEST_AT, stun.ICE_CONTROLLING), (HOST_AT, stun.ICE_CONTROLLED)):
+        check = stun.decode(captured(wire, stun.REQUEST, source)[0])
+        assert check.attributes[stun.USERNAME] == b"session:session" and len(check.attributes[stun.PRIORITY]) == 4
+        assert len(check.attributes[role]) == 8 and check.attributes[role] != bytes(8) and check.fingerprint
+
+
+def test_a_stock_agents_datagrams_are_taken_as_they_are():
+    wire = Wire(guest_knows=(), host_knows=())
+    wire.host.receive(stun.decode(foreign_check(bytes(12), (stun.USE_CANDIDATE, b""))), GUEST_AT, wire.now)
+    assert wire.host.open(b"as it is", wire.now) == b"as it is" and not wire.host.channel.is_open
+    assert wire.host.channel.seal(b"as it is") == b"as it is"
+
+
+@pytest.mark.parametrize("theirs, answered", [(bytes(8), stun.ERROR), (b"\xff" * 8, stun.SUCCESS)], ids=["smaller tie-breaker", "larger tie-breaker"])
+def test_a_guest_in_a_conflict_of_roles_keeps_its_role_with_the_larger_tie_breaker(theirs, answered):
+    wire = Wire(guest_knows=())
+    check = stun.encode(stun.REQUEST, bytes(12), [(stun.USERNAME, b"session:session"), (stun.ICE_CONTROLLING, theirs)], "key")
+    answer = stun.decode(wire.guest.receive(stun.decode(check), HOST_AT, wire.now)[0][0])
+    assert answer.kind == answered and wire.guest.controlling == (answered == stun.ERROR) and stun.authentic(answer, "key")
+    assert answered == stun.SUCCESS or stun.error_number(answer) == 487
+
+
+@pytest.mark.parametrize("theirs, answered", [(bytes(8), stun.SUCCESS), (b"\xff" * 8, stun.ERROR)], ids=["smaller tie-breaker", "larger tie-breaker"])
+def test_a_host_in_a_conflict_of_roles_takes_the_other_with_the_larger_tie_breaker(theirs, answered):
+    wire = Wire(host_knows=())
+    check = stun.encode(stun.REQUEST, bytes(12), [(stun.USERNAME, b"session:session"), (stun.ICE_CONTROLLED, theirs)], "key")
+    answer = stun.decode(wire.host.receive(stun.decode(check), GUEST_AT, wire.now)[0][0])
+    assert answer.kind == answered and wire.host.controlling == (answered == stun.SUCCESS)
+
+
+def test_who_is_told_of_a_conflict_of_roles_takes_the_other_and_checks_again():
+    wire = Wire(way=lambda source, destination: None)
+    wire.run(0.005)
+    check = stun.decode(wire.sent[0][3])
+    refusal = stun.encode(stun.ERROR, check.transaction, [stun.error_code(487, "Role Conflict")], "key")
+    wire.deliver(refusal, HOST_AT, GUEST_AT)
+    wire.run(0.1)
+    assert not wire.guest.controlling and stun.ICE_CONTROLLED in stun.decode(captured(wire, stun.REQUEST)[-1]).attributes
+
+
+# ---- whereabouts ----------------------------------------------------------------------------------------------------
+
+class Watch:
+    """Whereabouts on a clock of its own, with two STUN servers that are this object."""
+
+    def __init__(self, monkeypatch, servers=(STUN_A, STUN_B)):
+        self.now, self.mapped, self.own, self.lines, self.asked, self.source = 1000.0, ("198.51.100.1", 6000), [OWN], [], [], None
+        monkeypatch.setattr(whereabouts, "gather_addresses", lambda *_: self.own)
+        monkeypatch.setattr(whereabouts, "resolve", lambda *_: list(servers))
+        monkeypatch.setattr(whereabouts, "ask_stun", lambda *_: dict.fromkeys(servers, self.mapped))
+        self.socket = sockets.open_socket()
+        self.it = whereabouts.Whereabouts(self.socket, servers, False, whereabouts.KEEPALIVE, [], self.lines.append, lambda: self.now)
+        self.socket.close()
+
+    def run(self, seconds, answering=(STUN_A, STUN_B)):
+        end = self.now + seconds
+        while self.now < end:
+            for datagram, server in self.it.tick(self.now):
+                self.asked.append(self.now)
+                if server in answering and self.mapped:
+                    message = stun.decode(datagram)
+                    value = stun.pack_address(self.mapped, message.transaction)
+                    answer = stun.decode(stun.encode(stun.SUCCESS, message.transaction, [(stun.XOR_MAPPED_ADDRESS, value)]))
+                    if self.it.awaits(message.transaction):
+                        self.it.receive(answer, self.source or server, self.now)
+            self.now += 0.1
+
+    def news(self):
+        was, self.it.is_news = self.it.is_news, False
+        return was
+
+
+def test_a_new_mapping_is_news_and_has_the_router_asked_more_often(monkeypatch):
+    """A router that forgets after ten seconds is asked every seven and a half from then on."""
+    watch = Watch(monkeypatch)
+    watch.run(14)
+    assert not watch.asked
+    watch.mapped = ("198.51.100.1", 6001)
+    watch.run(2)
+    assert watch.news() and "198.51.100.1:6001" in watch.it.candidates.addresses and watch.lines == ["the public address is now 198.51.100.1:6001"]
+    watch.asked.clear()
+    watch.run(30)
+    assert not watch.news() and len(watch.asked) == 8 and max(gaps(watch.asked)) < 8
+
+
+def test_a_new_address_of_this_machine_is_news_within_three_seconds_and_stun_is_asked(monkeypatch):
+    watch = Watch(monkeypatch)
+    watch.own = ["10.0.0.7:5000"]
+    watch.run(3.2)
+    assert watch.news() and "10.0.0.7:5000" in watch.it.candidates.addresses and len(watch.asked) == 2
+    watch.mapped = ("198.51.100.9", 7000)
+    watch.run(16)
+    assert watch.it._keepalive == whereabouts.KEEPALIVE / 2
+
+
+def test_a_new_address_of_this_machine_is_news_without_stun_too(monkeypatch):
+    watch = Watch(monkeypatch, servers=())
+    watch.own = ["10.0.0.7:5000"]
+    watch.run(3.2)
+    assert watch.news() and watch.it.candidates.addresses == ["10.0.0.7:5000"]
+
+
+def test_a_keep_alive_that_nobody_answers_is_put_again_soon_and_then_less_often(monkeypatch):
+    watch = Watch(monkeypatch)
+    watch.run(60, answering=())
+    times = sorted(set(watch.asked))
+    assert gaps(times)[0] == pytest.approx(0.5, abs=0.11) and times[2] - times[0] < 2.2 and times[-1] - times[-3] > 10
+    watch.run(20)
+    assert not watch.news() and not watch.it.is_asking
+
+
+def test_a_keep_alive_answer_from_another_address_than_was_asked_does_not_count(monkeypatch):
+    watch = Watch(monkeypatch)
+    watch.mapped, watch.source = ("192.0.2.66", 6666), STRANGER
+    watch.run(40)
+    assert watch.asked and not watch.news() and watch.it.candidates.mapped == ("198.51.100.1", 6000)
+
+
+def test_one_silent_stun_server_of_two_costs_little(start_server):
+    port = start_server().stun.server_address[1]
+    with contextlib.closing(sockets.open_socket()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.settimeout(0.1)
+        found = candidates.ask_stun(sock, [("127.0.0.1", port), silent.getsockname()])
+        assert list(found) == [("127.0.0.1", port)]
+        silent.recv(2048)
+        with pytest.raises(socket.timeout):
+            silent.recv(2048)       # the second question, which goes out after half a second
 
 
 # ---- connections ----------------------------------------------------------------------------------------------------
@@ -803,6 +1160,268 @@ def test_an_endpoint_works_beside_a_thousand_open_files(endpoint):
         guests.close()
 
 
+def loopback_of(endpoint):
+    return "127.0.0.1", endpoint.socket.getsockname()[1]
+
+
+def lossy(endpoint, is_lost):
+    """Have an endpoint's datagrams lost as a function says."""
+    send = endpoint.send
+    endpoint.send = lambda datagram, address: None if is_lost(datagram, address) else send(datagram, address)
+
+
+def test_datagrams_between_our_like_are_authentic(endpoint):
+    hosts, guests = pair(endpoint(), endpoint())
+    assert hosts.authentic and guests.authentic
+    with hosts._endpoint._lock:
+        sealed = guests.session.channel.seal(b"once")
+        for datagram in (b"forged", sealed, sealed, sealed[:-1] + b"!"):
+            hosts._endpoint._take(datagram, hosts.session.selected)     # as if a stranger spoofed the guest's address
+    assert hosts.recv(5) == b"once"
+    guests.send(stun.encode(stun.REQUEST, bytes(12)))       # reads as STUN, which does not matter here
+    assert stun.decode(hosts.recv(5))
+
+
+def test_datagrams_that_are_too_long_are_dropped_on_receipt(endpoint):
+    hosts, guests = pair(endpoint(), endpoint())
+    with hosts._endpoint._lock:
+        for size in (1201, 1900):
+            hosts._endpoint._take(guests.session.channel.seal(bytes(size)), hosts.session.selected)
+    guests.send(b"short")
+    assert hosts.recv(5) == b"short"
+
+
+@pytest.mark.parametrize("size, count", [(1000, 65), (0, 1024)], ids=["bytes", "datagrams"])
+def test_an_inbox_keeps_the_latest_64_kilobytes_and_1024_datagrams(endpoint, size, count):
+    hosts, _ = pair(endpoint(), endpoint())
+    with hosts._endpoint._lock:
+        for i in range(2000):
+            hosts.deliver(bytes([i % 256]) * size)
+    got = []
+    with pytest.raises(TimeoutError):
+        while True:
+            got.append(hosts.recv(0))
+    assert len(got) == count and got[-1] == bytes([1999 % 256]) * size
+
+
+def test_a_check_that_comes_before_the_poll_tells_of_its_session_is_taken_then(endpoint):
+    host = endpoint()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as guest:
+        guest.settimeout(5)
+        guest.sendto(foreign_check(bytes(12)), loopback_of(host))
+        wait_until(lambda: host._early._kept)
+        host.expect(p2pclient.Guest("session", "key", []))
+        assert stun.decode(guest.recv(2048)).transaction == bytes(12)
+
+
+def test_early_checks_are_kept_for_two_seconds_and_are_few():
+    kept = early.EarlyChecks()
+    for i in range(200):
+        kept.keep(f"session {i}", stun.decode(foreign_check(bytes(12))), GUEST_AT, 1000.0)
+    assert len(kept._kept) == 64
+    assert kept.take("session 0", 1000.0) == [] and len(kept.take("session 199", 1002.0)) == 1 and kept.take("session 199", 1002.0) == []
+    assert kept.take("session 198", 1002.1) == []
+    kept.keep("session", stun.decode(foreign_check(bytes(12), (0x8100, bytes(600)))), GUEST_AT, 1000.0)
+    assert kept.take("session", 1000.0) == []
+
+
+class Relay:
+    """Another way to an endpoint: a router that passes on what comes to its outer port, from another port."""
+
+    def __init__(self, inner):
+        self.inner, self.peer = inner, None
+        self.front, self.back = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+        for each in (self.front, self.back):
+            each.bind(("127.0.0.1", 0))
+        self.threads = [threading.Thread(target=run, daemon=True) for run in (self.inwards, self.outwards)]
+        for thread in self.threads:
+            thread.start()
+
+    def inwards(self):
+        with contextlib.suppress(OSError):
+            while True:
+                datagram, self.peer = self.front.recvfrom(2048)
+                self.back.sendto(datagram, self.inner)
+
+    def outwards(self):
+        with contextlib.suppress(OSError):
+            while True:
+                self.front.sendto(self.back.recv(2048), self.peer)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for each in (self.front, self.back):
+            each.close()
+
+
+def test_a_connection_whose_peer_is_silent_asks_for_its_new_addresses_and_goes_on(endpoint, monkeypatch):
+    monkeypatch.setattr(checks, "SILENT_TIME", 0.5)
+    host, guest = endpoint(consent_interval=0.1), endpoint(consent_interval=0.1)
+    hosts, guests = pair(host, guest)
+    called = threading.Event()
+    guest.moved = called.set
+    with Relay(loopback_of(host)) as relay:
+        assert not called.wait(1)
+        for each, unreachable in ((host, loopback_of(guest)), (guest, loopback_of(host))):
+            lossy(each, lambda datagram, address, unreachable=unreachable: address == unreachable)
+        assert called.wait(WAIT)
+        guest.renew(p2pclient.Start("game", "session", "key", [addresses.text_of(relay.front.getsockname())], 2, 60, 2))
+        wait_until(lambda: guests.remote_address == addresses.text_of(relay.front.getsockname()))
+        wait_until(lambda: hosts.remote_address == addresses.text_of(relay.back.getsockname()))
+        guests.send(b"still there?")
+        assert hosts.recv(5) == b"still there?"
+        hosts.send(b"yes")
+        assert guests.recv(5) == b"yes"
+
+
+def test_a_guest_that_nobody_answers_asks_for_the_hosts_addresses_again(endpoint, monkeypatch):
+    monkeypatch.setattr(checks, "UNHEARD_TIME", 0.2)
+    host, guest = endpoint(), endpoint()
+    host.expect(p2pclient.Guest("session", "key", []))
+    start = p2pclient.Start("game", "session", "key", [f"127.0.0.1:{free_port()}"], 1, 60, 2)
+    guest.moved = lambda: guest.renew(dataclasses.replace(start, addresses=host.candidates.addresses[:1]))
+    assert guest.connect(start).remote_address == addresses.text_of(loopback_of(host))
+
+
+def test_a_renewal_of_a_session_that_is_not_there_begins_none(endpoint):
+    guest = endpoint()
+    guest.renew(p2pclient.Start("game", "session", "key", ["127.0.0.1:5000"], 1, 60, 2))
+    assert not guest._connections
+
+
+def test_a_program_that_was_suspended_goes_on(endpoint, monkeypatch):
+    """Neither thread runs for longer than a peer may be silent."""
+    monkeypatch.setattr(checks, "CONSENT_TIME", 1.0)
+    host, guest = endpoint(consent_interval=0.1), endpoint(consent_interval=0.1)
+    hosts, guests = pair(host, guest)
+    with host._lock, guest._lock:
+        time.sleep(3)
+    wait_until(lambda: time.monotonic() - guests.session._last_answer < 0.2)
+    guests.send(b"awake")
+    assert hosts.recv(5) == b"awake"
+
+
+def is_goodbye(datagram, address):
+    message = stun.decode(datagram)
+    return message is not None and message.kind == stun.INDICATION
+
+
+@pytest.mark.parametrize("is_closed", [False, True], ids=["connection", "endpoint"])
+def test_a_good_bye_that_is_lost_is_said_again(endpoint, is_closed):
+    hosts, guests = pair(endpoint(), endpoint())
+    said = []
+    lossy(guests._endpoint, lambda datagram, address: is_goodbye(datagram, address) and (said.append(1) or len(said) == 1))
+    (guests._endpoint if is_closed else guests).close()
+    with pytest.raises(p2pclient.PeerLost, match="has left"):
+        hosts.recv(5)
+    assert len(said) > 1
+
+
+def test_who_missed_the_good_bye_is_told_when_it_checks(endpoint):
+    hosts, guests = pair(endpoint(consent_interval=0.2), endpoint())
+    lost = []
+    lossy(guests._endpoint, lambda datagram, address: is_goodbye(datagram, address) and len(lost) < 3 and not lost.append(1))
+    guests.close()
+    with pytest.raises(p2pclient.PeerLost, match="has left"):
+        hosts.recv(5)
+
+
+def test_a_player_who_crashed_comes_back_in_the_same_session_from_the_same_port(endpoint):
+    host, port = endpoint(), free_port()
+    crashing = endpoint(sock=sockets.open_socket(port))
+    hosts, _ = pair(host, crashing)
+    lossy(crashing, lambda datagram, address: True)
+    crashing.close()
+    guests = endpoint(sock=sockets.open_socket(port)).connect(p2pclient.Start("game", "session", "key", host.candidates.addresses[:1], 1, 60, 2))
+    again = host.accept(5)
+    with pytest.raises(p2pclient.PeerLost, match="begun anew"):
+        hosts.recv(5)
+    guests.send(b"back")
+    assert again.recv(5) == b"back"
+    again.send(b"welcome")
+    assert guests.recv(5) == b"welcome"
+
+
+def test_a_host_that_crashed_and_is_back_is_not_taken_for_the_one_that_the_guest_knew(endpoint):
+    port = free_port()
+    crashing, guest = endpoint(sock=sockets.open_socket(port)), endpoint(consent_interval=0.2)
+    _, guests = pair(crashing, guest)
+    lossy(crashing, lambda datagram, address: True)
+    crashing.close()
+    endpoint(sock=sockets.open_socket(port)).expect(p2pclient.Guest("session", "key", guest.candidates.addresses[:1]))
+    with pytest.raises(p2pclient.PeerLost, match="begun anew|has left"):
+        guests.recv(WAIT)
+
+
+def test_a_guest_that_left_or_failed_is_not_tried_again_at_addresses_that_were_tried(endpoint):
+    host = endpoint()
+    hosts, guests = pair(host, endpoint())
+    guests.close()
+    with pytest.raises(p2pclient.PeerLost):
+        hosts.recv(5)
+    host.expect(p2pclient.Guest("session", "key", guests._endpoint.candidates.addresses[:1]))
+    assert not host._connections
+
+
+def test_a_replayed_check_makes_no_successor_of_a_connection(endpoint):
+    host = endpoint()
+    seen = []
+    taking = host._take
+    host._take = lambda datagram, source: (seen.append((datagram, source)), taking(datagram, source))
+    hosts, guests = pair(host, endpoint())
+    with host._lock:
+        for datagram, source in list(seen):
+            taking(datagram, source)
+    guests.close()
+    with pytest.raises(p2pclient.PeerLost):
+        hosts.recv(5)
+    with host._lock:
+        for datagram, source in list(seen):
+            taking(datagram, source)
+        assert not host._connections and not host._successors
+
+
+@pytest.mark.parametrize("theirs_controlling", [False, True], ids=["it is controlled", "it is controlling"])
+@pytest.mark.parametrize("is_guest", [False, True], ids=["our host", "our guest"])
+def test_a_stock_ice_agent_connects_with(endpoint, is_guest, theirs_controlling):
+    """aioice, whose username fragment is the sessionId and whose password the sessionKey; in two of the four cases both want the same role."""
+    aioice = pytest.importorskip("aioice")
+    ours = p2pclient.Endpoint()
+    name, key = "sessionid0123456", "sessionkey0123456789abcdef"
+
+    async def run():
+        agent = aioice.Connection(ice_controlling=theirs_controlling, use_ipv6=False, local_username=name, local_password=key)
+        agent.remote_username, agent.remote_password = name, key
+        await agent.gather_candidates()
+        for i, text in enumerate(ours.candidates.addresses):
+            host, port = addresses.parse_candidate(text)
+            await agent.add_remote_candidate(aioice.Candidate(str(i), 1, "udp", 1000 - i, host, port, "host"))
+        await agent.add_remote_candidate(None)
+        theirs = [addresses.text_of((each.host, each.port)) for each in agent.local_candidates]
+        connecting = asyncio.ensure_future(agent.connect())
+        if is_guest:
+            connection = await asyncio.to_thread(ours.connect, p2pclient.Start("game", name, key, theirs, 1, 60, 2))
+        else:
+            ours.expect(p2pclient.Guest(name, key, theirs))
+            connection = await asyncio.to_thread(ours.accept, WAIT)
+        await connecting
+        await agent.send(b"from a stock agent")
+        assert await asyncio.to_thread(connection.recv, 5) == b"from a stock agent"
+        connection.send(b"to a stock agent")
+        assert await asyncio.wait_for(agent.recv(), 5) == b"to a stock agent"
+        assert not connection.authentic
+        with pytest.raises(ValueError, match="STUN"):
+            connection.send(stun.encode(stun.REQUEST, bytes(12)))
+        await agent.close()
+
+    with contextlib.closing(ours):
+        if not ours.candidates.addresses:
+            pytest.skip("this machine has no address but loopback")
+        asyncio.run(run())
+
+
 def test_loopback_addresses_can_be_left_out(endpoint):
     own = endpoint()
     assert any(map(addresses.is_loopback, own.candidates.addresses)) and own.leave_loopback()
@@ -835,7 +1454,7 @@ def test_a_failure_is_explained_from_what_was_seen(own, published, words):
 
 def test_a_failure_names_what_each_side_saw():
     session = checks.Session("session", "key", True, 0.0)
-    session.add(["198.51.100.1:5000"])
+    session.add([("198.51.100.1", 5000)], 0.0)
     session.over = checks.NO_WAY
     text = str(diagnosis.why_not(session, candidates.Candidates([], nat="endpoint-independent"), [{"p2p": {"nat": "symmetric"}}]))
     assert "you: the NAT keeps one port for all destinations: good; 0 checks to 198.51.100.1:5000; heard from 0 of these" in text
@@ -844,11 +1463,10 @@ def test_a_failure_names_what_each_side_saw():
 
 @pytest.mark.parametrize("published", [[], [None, 1, "x"], [{"nat": []}], [{"p2p": "symmetric"}], [{"p2p": {"nat": "\x1b[2J"}}], [{"p2p": {}}], [{"x": {}}]])
 def test_what_a_peer_tells_in_a_form_that_we_do_not_know_is_ignored(published):
-    session = checks.Session("session", "key", True, 0.0)
-    session.add(published)
+    session, own = checks.Session("session", "key", True, 0.0), candidates.Candidates([], nat="none")
     session.over = checks.NO_WAY
-    text = str(diagnosis.why_not(session, candidates.Candidates([], nat="none"), published))
-    assert "tells nothing of its NAT" in text and text.isprintable() and not session.remotes
+    text = str(diagnosis.why_not(session, own, published))
+    assert "tells nothing of its NAT" in text and text.isprintable() and not candidates.read_published(published, own, True).addresses
 
 
 # ---- the server's calls ---------------------------------------------------------------------------------------------

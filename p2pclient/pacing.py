@@ -52,7 +52,7 @@ class UnheardBudget:
     the guest may have listed anybody's. A guest asked for what it does itself, and may send UNHEARD_CHECKS.
     """
 
-    GAPS = (0.0, 0.3, 1.2, 3.0, 5.0)    # seconds before each datagram of a host to one such address; there are no more
+    GAPS = (0.0, 0.05, 1.0, 3.0, 5.0)   # seconds before each datagram of a host to one such address; there are no more
 
     def __init__(self, is_host: bool) -> None:
         self.trusted: set[str] = set()      # IP addresses that are the peer's own
