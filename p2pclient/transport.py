@@ -177,9 +177,11 @@ def seconds_of(text: str) -> float:
 
 def innermost(error: BaseException) -> BaseException:
     """The cause of a failed call: requests wraps it several times over."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    return error
+    while True:
+        inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if inner is None:
+            return error
+        error = inner
 
 
 def plain_reason(cause: BaseException) -> str:
