@@ -1810,8 +1810,13 @@ def dribble(data):
     return handle
 
 
-@pytest.mark.parametrize("handle", [dribble(b"X: y\r\n"), dribble(b"\r\nHTTP/1.1 100 Continue\r\n"), dribble(b"\r\n"), lambda client, request: None],
-                         ids=["head", "continue", "body", "silence"])
+def flood_of_heads(client, request):
+    while True:
+        client.sendall(100 * b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+@pytest.mark.parametrize("handle", [dribble(b"X: y\r\n"), dribble(b"\r\nHTTP/1.1 100 Continue\r\n"), dribble(b"\r\n"), lambda client, request: None,
+                                    flood_of_heads], ids=["head", "continue", "body", "silence", "flood"])
 def test_an_answer_that_never_ends_takes_no_longer_than_its_call(handle):
     with Script(handle) as server:
         client = p2pclient.RendezvousClient(server.url, timeout=0.5, patience=0)
@@ -2219,20 +2224,20 @@ def test_a_guest_stays_known_to_the_server_for_as_long_as_it_plays(start_server)
         assert game.accept(5).recv(5) == b"hello"
 
 
-def test_a_host_that_moves_while_a_guest_checks_is_found_at_its_new_address(start_server):
-    """The host's address at first is one where nobody answers."""
-    url = url_of(start_server())
-    host = p2pclient.RendezvousClient(url)
+def test_a_guest_that_checks_hears_where_its_host_has_moved_to(start_server, monkeypatch):
+    monkeypatch.setattr(checks, "CHECK_TIME", 3)
+    host = p2pclient.RendezvousClient(url_of(start_server()))
     host.register_game("castle", "ada")
     host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"])
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        joining = pool.submit(p2pclient.join_game, p2pclient.RendezvousClient(url), "castle")
-        guest = wait_until(lambda: host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"]).guests)[0]
-        with contextlib.closing(p2pclient.Endpoint(loopback=True)) as endpoint:
-            endpoint.expect(guest)
-            host.poll_game("castle", "ada", endpoint.candidates.published)
-            with joining.result(WAIT) as connection:
-                assert endpoint.accept(5).session_id == connection.session_id
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as elsewhere:
+        elsewhere.bind(("127.0.0.1", 0))
+        elsewhere.settimeout(WAIT)
+        joining = pool.submit(p2pclient.join_game, p2pclient.RendezvousClient(host.base_url), "castle")
+        wait_until(lambda: host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"]).guests)
+        host.poll_game("castle", "ada", [f"127.0.0.1:{elsewhere.getsockname()[1]}"])
+        assert stun.decode(elsewhere.recv(2048)).kind == stun.REQUEST
+        with pytest.raises(p2pclient.ConnectFailed):
+            joining.result(WAIT)
 
 
 def test_a_guest_that_moves_tells_its_host_where_it_is(start_server):
@@ -2350,11 +2355,12 @@ def test_who_joins_a_silent_host_is_told_so(start_server, monkeypatch):
     assert len(lines) == 1 and "the host has not answered for 0.2 seconds" in lines[0]
 
 
-def test_a_host_that_publishes_nothing_is_named_as_the_reason(start_server):
+@pytest.mark.parametrize("timeout", [0.3, 2])
+def test_a_host_that_publishes_nothing_is_named_as_the_reason(start_server, timeout):
     url = url_of(start_server())
     p2pclient.RendezvousClient(url).register_game("castle", "ada")
     with pytest.raises(p2pclient.ConnectFailed, match="published no address"):
-        p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", timeout=0.3)
+        p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", timeout=timeout)
 
 
 def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):
@@ -2514,6 +2520,13 @@ def test_of_two_programs_with_one_file_of_a_peer_id_one_has_another(start_server
     first.has("castle 1. registered")
     _, text = program("simulate_hosts.py", "--server", url_of(server), "--hosts", "1", "--name", "castle", "--duration", "0.2").end()
     assert "[castle 1] this name is taken" in text and "[castle 2] registered" in text
+
+
+def test_a_file_with_a_peer_id_that_others_may_read_is_closed_to_them(tmp_path):
+    path = tmp_path / "host"
+    path.write_text(32 * "x" + "\n")
+    path.chmod(0o644)
+    assert p2pclient.commandline.peer_id_in(str(path)) == 32 * "x" and path.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("script", ["simulate_hosts.py", "simulate_guest.py"])
