@@ -286,7 +286,7 @@ class Session:
 
     def _follow(self, now: float) -> None:
         """A host goes where the guest has nominated, once it has proof of its own that this very guest is there."""
-        if self._nominated is None or self.controlling:
+        if self._nominated is None:
             return
         address, mark = self._nominated
         if address in self._list.proven and address != self.selected and mark.nonce == (self.channel.peer_nonce or NO_NONCE):
