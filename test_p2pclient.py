@@ -556,6 +556,21 @@ def test_the_same_check_twice_from_its_own_address_is_answered_twice():
     assert answers[0] == answers[1] and stun.decode(answers[0]).kind == stun.SUCCESS
 
 
+def test_a_copy_that_comes_before_its_lost_original_leads_no_connection_astray():
+    """A stranger's copy of the first check, which nominates, is what arrives, and the stranger passes on what is then sent to it."""
+    wire = Wire(host_knows=())
+
+    def way(source, destination):
+        if destination == STRANGER or len(wire.checks(GUEST_AT)) == 1 and source == GUEST_AT:
+            return STRANGER, HOST_AT if source == GUEST_AT else GUEST_AT
+        return source, destination
+
+    wire.way = way
+    wire.run(0.5)
+    assert STRANGER in wire.host.heard
+    assert (wire.guest.selected, wire.host.selected) == (HOST_AT, GUEST_AT)
+
+
 def test_a_check_that_is_sent_back_to_its_sender_is_ignored():
     wire = Wire()
     wire.run(1)
