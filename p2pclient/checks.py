@@ -49,7 +49,6 @@ BEGUN_ANEW = "the other player has begun anew"
 
 class Check(NamedTuple):
     """A check that is under way. controlling: the role that it claimed."""
-
     address: Address
     sent_at: float
     nominates: bool
@@ -107,8 +106,9 @@ class Session:
             self.over = f"the other player has been silent for {now - self._last_answer:.0f} seconds"
             return []
         sendings = self._consent(now) or self._paced(now)
-        consent = min(max(self._next_consent, self._list.pace.next), self._last_answer + CONSENT_TIME)
-        self.due = min(consent if self.selected else self.began + CHECK_TIME, self._next_check(now))
+        consent = max(self._next_consent, self._list.pace.next)
+        end = min(consent, self._last_answer + CONSENT_TIME) if self.selected else self.began + CHECK_TIME
+        self.due = min(end, self._next_check(now))
         return sendings
 
     def receive(self, message: stun.Message, source: Address, now: float) -> List[Sending]:
@@ -144,13 +144,12 @@ class Session:
         return transaction in self._pending
 
     def is_from_anew(self, message: stun.Message) -> bool:
-        """Whether a message is an authentic check, not a replay, of a later session of the peer's than this one knows: it has begun anew."""
+        """Whether a message that comes after the end is an authentic check, not a replay, of a later session of the peer's: it has begun anew."""
         mark = Mark.of(message)
         role = stun.ICE_CONTROLLED if self.is_guest else stun.ICE_CONTROLLING
         if message.kind != stun.REQUEST or mark is None or role not in message.attributes or message.transaction in self._requests:
             return False
-        is_early = self.channel.peer_nonce is None and not self.over
-        return not is_early and not self.channel.knows(mark.nonce) and stun.authentic(message, self._key)
+        return not self.channel.knows(mark.nonce) and stun.authentic(message, self._key)
 
     def again(self, now: float, remotes: Iterable[Address] = ()) -> Session:
         """A new session with the same peer. It goes on remembering what came in this one and what went to third parties: nothing is
@@ -187,8 +186,7 @@ class Session:
 
     def _requested(self, message: stun.Message, mark: Optional[Mark], source: Address, is_new: bool, now: float) -> List[Sending]:
         if self.channel.is_open and (mark is None or mark.nonce != self.channel.peer_nonce):
-            self._next_consent = min(self._next_consent, self._list.last_check + 1.0)     # its answer tells whether the peer has begun anew
-            return []
+            return self._doubt(mark, source, now)
         mapped = stun.pack_address(source, message.transaction)
         attributes = [(stun.XOR_MAPPED_ADDRESS, mapped)] + ([(stun.P2P, self.channel.nonce)] if mark else [])
         answer = stun.encode(stun.SUCCESS, message.transaction, attributes, self._key)
@@ -201,6 +199,12 @@ class Session:
             self._follow(now)
         self._list.trigger(source, is_newly_heard)
         return [(answer, source), *self.tick(now)]
+
+    def _doubt(self, mark: Optional[Mark], source: Address, now: float) -> List[Sending]:
+        """A check of another session of the peer's than the proven one is a replay, or it has begun anew: a check of ours tells."""
+        if mark and source not in self._list.triggered and self._list.make_room(source, self.selected):
+            self._list.triggered.append(source)
+        return self.tick(now)
 
     def _take_goodbye(self, mark: Optional[Mark], source: Address) -> None:
         if mark and mark.echo == self.channel.nonce and source in self.heard and self.channel.peer_nonce in (None, mark.nonce):
@@ -223,6 +227,7 @@ class Session:
         nonce = message.attributes.get(stun.P2P, NO_NONCE)[:8]
         if self.channel.is_open and nonce != self.channel.peer_nonce:
             self.over = BEGUN_ANEW if nonce != NO_NONCE else ""
+            self.remotes.sort(key=lambda remote: remote != source)
             return []
         if nonce != NO_NONCE:
             self.channel.confirm(nonce)
@@ -257,10 +262,10 @@ class Session:
 
     def _keeps_role(self, tie_breaker: bytes) -> bool:
         """Settle a conflict of roles (RFC 8445 section 7.3.1.1); whether it is the peer that has to change."""
-        if self.controlling == (self._tie_breaker >= tie_breaker):
-            return True
-        self._switch_role()
-        return False
+        keeps = self.controlling == (self._tie_breaker >= tie_breaker)
+        if not keeps:
+            self._switch_role()
+        return keeps
 
     def _switch_role(self) -> None:
         self.controlling = not self.controlling
@@ -281,7 +286,7 @@ class Session:
 
     def _follow(self, now: float) -> None:
         """A host goes where the guest has nominated, once it has proof of its own that this very guest is there."""
-        if self._nominated is None or self.controlling:
+        if self._nominated is None:
             return
         address, mark = self._nominated
         if address in self._list.proven and address != self.selected and mark.nonce == (self.channel.peer_nonce or NO_NONCE):
@@ -301,9 +306,7 @@ class Session:
 
     def _paced(self, now: float) -> List[Sending]:
         """The next check, if one is due."""
-        if now < self._next_check(now):
-            return []
-        address = self._list.next(now, self.selected if not self._confirmed else None)
+        address = self._list.next(now, self.selected if not self._confirmed else None) if now >= self._next_check(now) else None
         return self._check(address, now) if address else []
 
     def _next_check(self, now: float) -> float:

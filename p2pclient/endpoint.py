@@ -13,7 +13,6 @@ from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Sequenc
 
 from .addresses import Address, Sending, parse_candidate
 from .candidates import Candidates, read_published
-from .channel import OVERHEAD
 from .checks import BEGUN_ANEW, CONSENT_INTERVAL, Session
 from .connection import MAX_DATAGRAM, Connection, PeerLost
 from .diagnosis import why_not
@@ -59,7 +58,6 @@ class Endpoint:
         self._lock = threading.RLock()
         self._accepted = threading.Condition(self._lock)        # a guest has connected, or the endpoint is closed
         self._connections: Dict[str, Connection] = {}           # by sessionId, whether connected yet or not
-        self._successors: Dict[str, Connection] = {}            # beside those: with who says to be the same player, begun anew, until proven
         self._ended: collections.OrderedDict[str, Session] = collections.OrderedDict()  # sessions that are over
         self._backlog: Deque[Connection] = collections.deque()  # guests that accept() has not returned yet
         self._early, self._unheard, self._pace = EarlyChecks(), UnheardLimiter(), Pace()
@@ -133,7 +131,7 @@ class Endpoint:
     def close(self) -> None:
         """End all connections and close the socket."""
         with self._lock:
-            for connection in self._living:
+            for connection in list(self._connections.values()):
                 self.end(connection)
             farewells = {id(sendings): sendings for _, sendings in self._farewells}
         for sendings in [*farewells.values()] * len(FAREWELLS):
@@ -145,10 +143,6 @@ class Endpoint:
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-
-    @property
-    def _living(self) -> List[Connection]:
-        return [*self._connections.values(), *self._successors.values()]
 
     def _begin(self, session_id: str, session_key: str, published: Iterable[Any], is_guest: bool, seen_at: str = "") -> Connection:
         """Begin a session, or tell one of its peer's new addresses. One that has ended is not begun anew for addresses that it has tried."""
@@ -165,33 +159,26 @@ class Endpoint:
                     return connection
                 self._connections[session_id] = connection
                 self._whereabouts.ask_soon(now)     # a router may have forgotten us since the last keep-alive
-            for each in filter(None, (connection, self._successors.get(session_id))):
-                each.session.add(peer.addresses, now, peer.pacing, seen_at)
-                for message, source in self._early.take(session_id, now):
-                    self._receive(each, message, source, now)
-                self._send_for(each.session, each.session.tick(now), now)
+            connection.session.add(peer.addresses, now, peer.pacing, seen_at)
+            for message, source in self._early.take(session_id, now):
+                self._receive(connection, message, source, now)
+            self._send_for(connection.session, connection.session.tick(now), now)
         self._wake()
         return connection
 
     def _begin_anew(self, earlier: Session, now: float) -> Connection:
         """A connection with the same guest, who has lost the earlier one."""
-        connection = Connection(self, earlier.again(now, earlier.remotes), self._lock)
-        (self._successors if earlier.session_id in self._connections else self._connections)[earlier.session_id] = connection
+        connection = self._connections[earlier.session_id] = Connection(self, earlier.again(now, earlier.remotes), self._lock)
         return connection
 
     def _retire(self, connection: Connection) -> None:
         """Forget a session that is over, and wake who waits for it."""
         name, session = connection.session_id, connection.session
-        if self._successors.get(name) is connection:
-            del self._successors[name]
-        elif self._connections.get(name) is connection:
+        if self._connections.get(name) is connection:
             del self._connections[name]
             self._ended[name] = session
             trim(self._ended)
-            successor = self._successors.pop(name, None)
-            if successor:
-                self._connections[name] = successor
-            elif session.over == BEGUN_ANEW and not session.is_guest and not self._closed:
+            if session.over == BEGUN_ANEW and not session.is_guest and not self._closed:
                 self._begin_anew(session, time.monotonic())
         connection.notify()
 
@@ -218,7 +205,7 @@ class Endpoint:
         finally:
             with self._lock:
                 self._closed = True
-                for connection in self._living:
+                for connection in list(self._connections.values()):
                     connection.session.over = connection.session.over or "the endpoint has failed"
                     self._retire(connection)
                 self._accepted.notify_all()
@@ -241,7 +228,7 @@ class Endpoint:
 
     def _forgive(self, seconds: float, now: float) -> None:
         """This program was stopped for so long. Nobody could be heard meanwhile, and we may be elsewhere."""
-        for connection in self._living:
+        for connection in list(self._connections.values()):
             connection.session.forgive(seconds, now)
         self._whereabouts.ask_soon(now)
 
@@ -250,16 +237,17 @@ class Endpoint:
         for _, sendings in [each for each in self._farewells if each[0] <= now]:
             self._send(sendings)
         self._farewells = [each for each in self._farewells if each[0] > now]
-        if now >= self._next_call and any(connection.session.is_silent(now) for connection in self._living):
+        if now >= self._next_call and any(connection.session.is_silent(now) for connection in self._connections.values()):
             self._next_call, self._must_call = now + CALL_INTERVAL, True
             self._whereabouts.ask_soon(now)
         self._send(self._whereabouts.tick(now))
         self._tell_if_moved()
-        for connection in self._living:
+        for connection in list(self._connections.values()):
             if connection.session.due <= now:
                 self._send_for(connection.session, connection.session.tick(now), now)
             self._notice(connection)
-        dues = [self._whereabouts.due, now + LONGEST_PAUSE, *(connection.session.due for connection in self._living), *(due for due, _ in self._farewells)]
+        dues = [connection.session.due for connection in self._connections.values()] + [due for due, _ in self._farewells]
+        dues += [self._whereabouts.due, now + LONGEST_PAUSE]
         return max(0.0, min(dues) - now)
 
     def _tell_if_moved(self) -> None:
@@ -292,9 +280,7 @@ class Endpoint:
 
     def _take_content(self, datagram: bytes, source: Address, now: float) -> None:
         """Something of the game's; of two sessions from one address it is the later one's, unless its tag says otherwise."""
-        if len(datagram) > MAX_DATAGRAM + OVERHEAD:
-            return
-        for connection in reversed(self._living):
+        for connection in reversed(self._connections.values()):
             if source in connection.session.heard:
                 content = connection.session.open(datagram, now)
                 if content is not None and len(content) <= MAX_DATAGRAM:
@@ -305,26 +291,17 @@ class Endpoint:
     def _take_check(self, message: Message, source: Address, now: float) -> None:
         name = message.attributes.get(USERNAME, b"").decode("utf-8", "replace").partition(":")[0]
         if message.kind in (SUCCESS, ERROR):     # it bears no USERNAME (RFC 8445 section 7.3), the transaction tells whose it is
-            for connection in self._living:
+            for connection in list(self._connections.values()):
                 if connection.session.awaits(message.transaction):
                     self._receive(connection, message, source, now)
         elif name in self._connections:
-            self._receive(self._addressee(self._connections[name], message, now), message, source, now)
+            self._receive(self._connections[name], message, source, now)
         elif name not in self._ended:
             self._early.keep(name, message, source, now)
         elif not self._ended[name].is_guest and self._ended[name].is_from_anew(message):
             self._receive(self._begin_anew(self._ended[name], now), message, source, now)
         else:
             self._send(self._ended[name].receive(message, source, now))
-
-    def _addressee(self, connection: Connection, message: Message, now: float) -> Connection:
-        """Whom a check means: a connection, or its successor, which begins with the first check of a guest who has begun anew."""
-        if connection.session.is_guest or not connection.session.is_from_anew(message):
-            return connection
-        successor = self._successors.get(connection.session_id)
-        if successor is None or successor.session.is_from_anew(message):
-            successor = self._begin_anew(connection.session, now)
-        return successor
 
     def _receive(self, connection: Connection, message: Message, source: Address, now: float) -> None:
         self._send_for(connection.session, connection.session.receive(message, source, now), now)
@@ -335,15 +312,11 @@ class Endpoint:
         session = connection.session
         if session.selected and not connection.announced:
             connection.announced = True
-            if self._successors.get(connection.session_id) is connection:
-                replaced = self._connections[connection.session_id]
-                replaced.session.over = BEGUN_ANEW
-                self._retire(replaced)
             connection.notify()
             if not session.is_guest:
                 self._backlog.append(connection)
                 self._accepted.notify()
         if session.over:
-            if not session.selected and not session.is_guest and self._successors.get(connection.session_id) is not connection:
+            if not session.selected and not session.is_guest:
                 self._report(f"a guest could not be reached: {session.over}")
             self._retire(connection)
