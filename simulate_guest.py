@@ -15,7 +15,8 @@ import time
 
 try:
     import p2pclient
-    from p2pclient.commandline import parse_server, printable, seconds
+    from p2pclient.commandline import add_peer_id_file, kept_peer_id, parse_server, seconds
+    from p2pclient.texts import printable
 except ModuleNotFoundError as error:
     sys.exit(f"the module {error.name} is missing; python3 -m pip install {error.name} installs it")
 
@@ -33,6 +34,7 @@ def parse_arguments():
     parser.add_argument("--interval", type=seconds, default=0.1, metavar="S", help="seconds between two messages (default: %(default)s)")
     parser.add_argument("--stun", type=parse_server, action="append", metavar="HOST:PORT",
                         help="a STUN server, repeatable; two tell the kind of the NAT (default: the rendezvous server)")
+    add_peer_id_file(parser, "guest")
     options = parser.parse_args()
     if options.messages < 1:
         parser.error("--messages must be at least 1")
@@ -96,14 +98,14 @@ def echo(connection, message):
     return time.monotonic() - sent
 
 
-def join(name, options):
+def join(name, options, peer_id):
     """Join a game and talk. The round-trip times; None if no connection came about."""
     client = p2pclient.RendezvousClient(options.server, patience=PATIENCE)
-    endpoint = p2pclient.Endpoint([client.stun_server] if options.stun is None else options.stun, client.on_loopback)
+    endpoint = p2pclient.Endpoint(client.stun_servers if options.stun is None else options.stun, client.on_loopback)
     print(f"joining {printable(name)}; {p2pclient.describe(endpoint.candidates)}", flush=True)
     began = time.monotonic()
     try:
-        with p2pclient.join_game(client, name, endpoint=endpoint) as connection:
+        with p2pclient.join_game(client, name, endpoint=endpoint, peer_id=peer_id, report=lambda line: print("  " + line, flush=True)) as connection:
             print(f"  connected: {connection.local_address} to {connection.remote_address} in {1000 * connection.connect_time:.0f} ms", flush=True)
             return talk(connection, began, options)
     except (p2pclient.RendezvousError, p2pclient.ConnectFailed) as failure:
@@ -118,8 +120,9 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell starts what runs in its background with SIGINT ignored
     try:
+        peer_id = kept_peer_id(options)
         chosen = choose(options, p2pclient.RendezvousClient(options.server, patience=PATIENCE))
-        results = [join(name, options) for name in chosen]
+        results = [join(name, options, peer_id) for name in chosen]
     except ValueError as error:
         print(f"simulate_guest: {error}", file=sys.stderr)
         return 2

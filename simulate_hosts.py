@@ -15,7 +15,8 @@ import time
 
 try:
     import p2pclient
-    from p2pclient.commandline import parse_server, printable, seconds
+    from p2pclient.commandline import add_peer_id_file, kept_peer_id, parse_server, seconds
+    from p2pclient.texts import printable
 except ModuleNotFoundError as error:
     sys.exit(f"the module {error.name} is missing; python3 -m pip install {error.name} installs it")
 
@@ -46,6 +47,7 @@ def parse_arguments():
                         help="seconds between keep-alives (default: %(default)s)")
     parser.add_argument("--duration", type=seconds, metavar="S", help="end after so many seconds")
     parser.add_argument("--once", action="store_true", help="each game ends when its first guest has left")
+    add_peer_id_file(parser, "host")
     options = parser.parse_args()
     if options.hosts < 1:
         parser.error("--hosts must be at least 1")
@@ -69,12 +71,12 @@ def say(name, text):
     print(f"[{printable(name)}] {printable(text)}", flush=True)
 
 
-def offer(options, name):
+def offer(options, name, peer_id):
     """Register a game; None if the name is taken."""
     client = p2pclient.RendezvousClient(options.server, patience=PATIENCE)
     try:
         game = p2pclient.HostedGame(client, name, options.info, stun_servers=options.stun, keepalive=options.keepalive,
-                                    report=lambda line: say(name, line))
+                                    report=lambda line: say(name, line), peer_id=peer_id)
     except p2pclient.RendezvousError as error:
         if error.status == 409:
             say(name, "this name is taken, trying another")
@@ -125,8 +127,9 @@ def main():
     games, candidates = [], names(options.name)
     status = 0
     try:
+        peer_id = kept_peer_id(options)
         while len(games) < options.hosts:
-            game = offer(options, next(candidates))
+            game = offer(options, next(candidates), peer_id)
             if game:
                 games.append(game)
         threads = [threading.Thread(target=serve, args=(game, options.once), daemon=True) for game in games]

@@ -477,6 +477,19 @@ def test_every_fault_of_a_body_is_named_at_once():
     assert re.fullmatch(r"\[0\] must be .*; \[2\] must have .*", refused.value.errors["addresses"])
 
 
+def test_of_a_name_that_is_far_too_long_only_the_beginning_is_normalised():
+    """To normalise it all takes a time that grows with its square, where each character is a mark on the one before."""
+    class Name(str):
+        def __getitem__(self, part):
+            parts.append(part)
+            return super().__getitem__(part)
+
+    parts = []
+    with pytest.raises(ValueError):
+        p2pserver.check_name(Name("\u0315\u0300" * 4000), Scope(True, 64))
+    assert parts == [slice(None, 257)]
+
+
 # ---- registry -------------------------------------------------------------------------------------------------------
 
 # To a registry the digest of a peerId is just some bytes.
@@ -923,6 +936,30 @@ def test_what_happens_to_games_is_one_event_each(registry, clock):
         "register_game g", "start_game g", "poll_game g", "update_game g", "delete_game h", "register_game i", "expire_game i"]
 
 
+class Unequalled(bytes):
+    """A digest that must not be compared byte by byte, for that takes longer the more of them are right."""
+
+    __hash__ = bytes.__hash__
+
+    def __eq__(self, other):
+        raise AssertionError("compared in a time that tells where the first difference is")
+
+    __ne__ = __eq__
+
+
+def test_owners_are_compared_in_a_time_that_does_not_depend_on_the_secret(registry):
+    owner, stranger = Unequalled(registry.peer_digest(HOST)), Unequalled(registry.peer_digest(OTHER))
+    registry.register_game("castle", owner)
+    assert registry.register_game("castle", Unequalled(registry.peer_digest(HOST))) is False
+    for error, call in ((Conflict, lambda: registry.register_game("castle", stranger)),
+                        (Forbidden, lambda: registry.poll_game("castle", stranger)),
+                        (Forbidden, lambda: registry.update_game("castle", stranger, "fortress")),
+                        (Forbidden, lambda: registry.delete_game("castle", stranger)),
+                        (Conflict, lambda: registry.start_game("castle", Unequalled(registry.peer_digest(HOST)), NO_ADDRESSES))):
+        with pytest.raises(error):
+            call()
+
+
 def test_a_registry_keeps_no_peer_id_nor_what_another_would_keep_for_it(clock):
     kept = []
     for _ in range(2):
@@ -1317,6 +1354,16 @@ def test_200_000_forged_sources_take_no_memory(clock):
     for i in range(200_000):
         limiter.acquire(i.to_bytes(4, "big"))
     assert sum(map(sys.getsizeof, reachable(limiter))) < before + 10_000
+
+
+def test_which_clients_share_a_bucket_is_known_to_one_process_alone():
+    """Or a stranger could choose an address that uses up somebody else's. Python keys its hash of bytes anew for each process, unless PYTHONHASHSEED
+    in the environment takes that away."""
+    code = "import p2pserver; limiter = p2pserver.RateLimiter(1, 1); [limiter.charge(bytes([10, 0, 0, i]), 1) for i in range(20)]; " \
+           "print([i for i, full_at in enumerate(limiter._full_at) if full_at])"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
+    first, second = (subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True).stdout for _ in range(2))
+    assert first.count(b",") > 10 and first != second
 
 
 # ---- STUN -----------------------------------------------------------------------------------------------------------
@@ -3014,7 +3061,8 @@ def test_time_for_a_request_runs_from_its_first_byte_however_many_follow(serve, 
     api = serve()
     with Raw(api, b"GET /healthz HTTP/1.1\r\nX: ") as raw:
         began = time.monotonic()
-        while is_silent(raw, pause) and time.monotonic() - began < WAIT:
+        while is_silent(raw, pause):
+            assert time.monotonic() - began < WAIT, "its time begins anew with each byte"
             raw.send(b"x")
         assert raw.answer().status == 408
 
@@ -3201,6 +3249,17 @@ def test_no_secret_is_in_any_log_line_or_in_an_answer_to_anybody_else(lines):
     for secret, knowing in ((host, ()), (guest, ()), (other, ()), (key, ("host", "guest"))):
         assert [line for line in lines if secret in line] == []
         assert [text for who, text in answers if secret in text and who not in knowing] == []
+
+
+def test_a_head_with_a_secret_is_not_kept_for_the_next_request(api, name):
+    """A client's other heads are, so that they need not be read anew."""
+    api.register_game(name)
+    with Raw(api) as raw:
+        for field in (b"X-Plain: kept-for-the-next", b"Authorization: Bearer hidden-secret", b"aUTHORIZATION:Bearer hidden-secret"):
+            raw.send(b"DELETE " + path_of(name).encode() + b" HTTP/1.1\r\nHost: h\r\n" + field + b"\r\n\r\n")
+            raw.answer()
+    kept = b"".join(each for each in reachable(p2pserver.parse_head) if isinstance(each, bytes))
+    assert b"kept-for-the-next" in kept and b"hidden-secret" not in kept
 
 
 def test_each_thing_that_happens_to_a_game_is_one_line_and_nothing_else_is(serve, clock, lines):
@@ -3648,6 +3707,8 @@ def test_a_description_that_changes_nothing_does_not_change_the_list(change, api
     "nothing": ("10.0.0.1", {"x-forwarded-for": ""}, "unknown"),
     "more than anybody needs": ("10.0.0.1", {"x-forwarded-for": "1.1.1.1, " * 300 + "198.51.100.1"}, "198.51.100.1"),
     "one that is too long": ("10.0.0.1", {"x-forwarded-for": "1" * 3000}, "unknown"),
+    "before as many proxies as are read": ("10.0.0.1", {"x-forwarded-for": "198.51.100.1" + ",10.0.0.2" * 220}, "198.51.100.1"),
+    "before more proxies than are read": ("10.0.0.1", {"x-forwarded-for": "198.51.100.1" + ",10.0.0.2" * 230}, "unknown"),
 }))
 def test_who_asks_is_by(peer, headers, client):
     proxies = p2pserver.Networks("10.0.0.0/8, 2001:db8::53")
@@ -3688,6 +3749,19 @@ def test_a_proxy_named_by_its_ipv4_mapped_address_is_believed(serve):
     api = serve(trusted_proxies="::ffff:127.0.0.1", metrics_from="::ffff:203.0.113.0/120")
     for client, status in ((b"203.0.113.9", 200), (b"198.51.100.1", 403)):
         assert ask(api, "127.0.0.1", b"GET /metrics HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: " + client + b"\r\n\r\n").status == status
+
+
+def test_a_proxy_that_is_over_its_own_rate_may_still_connect_for_others(serve, clock):
+    """Anybody else is closed without a word then."""
+    api = serve(trusted_proxies="127.0.0.1")
+    limited(api, clock, 0.001, 10)
+    api.server.refusals = p2pserver.RateLimiter(0.001, 5, clock)
+    with Raw(api) as proxy:
+        for status in [*[200] * 10, *[429] * 6]:
+            proxy.send(LIST + END)
+            assert proxy.answer().status == status
+    with Raw(api, LIST + b"X-Forwarded-For: 203.0.113.2\r\n\r\n") as proxy:
+        assert proxy.answer().status == 200
 
 
 def test_who_comes_through_a_proxy_is_not_taken_for_a_user_of_this_machine(serve):
@@ -3930,12 +4004,32 @@ def test_a_handshake_for_which_no_thread_is_to_be_had_is_counted_as_refused(secu
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
-def test_old_tls_is_refused(secure):
+def client_hello(version):
+    """The first record of a client that speaks this version at the most, as 0x0303 for TLS 1.2 (RFC 5246 section 7.4.1.2)."""
+    extensions = b"".join(struct.pack(">HH", kind, len(data)) + data for kind, data in (
+        (0x000A, b"\0\x04\0\x17\0\x1d"), (0x000B, b"\x01\0"), (0x000D, b"\0\x04\x04\x03\x08\x04")))     # groups, point formats, signatures
+    suites = b"\xc0\x2b\xc0\x09\xc0\x0a"     # ECDHE-ECDSA with AES-128-GCM, and with AES-CBC, which older versions have
+    body = struct.pack(">H", version) + bytes(33) + struct.pack(">H", len(suites)) + suites + b"\x01\0" + struct.pack(">H", len(extensions)) + extensions
+    return b"\x16\x03\x01" + struct.pack(">H", len(body) + 4) + b"\x01" + struct.pack(">I", len(body))[1:] + body
+
+
+@pytest.mark.parametrize("version", [0x0301, 0x0302], ids=["TLS 1.0", "TLS 1.1"])
+def test_old_tls_is_refused(secure, version):
+    """By the server, with the alert protocol_version: the client has no objection, as its good word with TLS 1.2 shows."""
     api = secure()
-    with pytest.raises((ssl.SSLError, ConnectionResetError)):
-        Tls(api, GET + END, minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1)
+    with Raw(api, client_hello(version)) as raw:
+        record = raw.stream.read()
+        assert record[:1] == b"\x15" and record[-2:] == b"\x02\x46"        # an alert, fatal: protocol_version (RFC 8446 section 6)
+    with Raw(api, client_hello(0x0303)) as raw:
+        assert raw.stream.read(6)[0::5] == b"\x16\x02"      # a handshake record that begins with ServerHello
     with Tls(api, GET + END, maximum_version=ssl.TLSVersion.TLSv1_2) as tls:
         assert tls.answer().status == 200 and tls.socket.version() == "TLSv1.2"
+
+
+def test_no_client_may_negotiate_anew_in_the_middle_of_a_connection(certificate):
+    """That would be work for nothing. OpenSSL 3 refuses it by itself, so no client of ours would notice where the server does not."""
+    context = p2pserver.load_certificate(Settings(tls_cert=str(certificate)))
+    assert context.options & ssl.OP_NO_RENEGOTIATION
 
 
 def test_a_renewed_certificate_is_for_new_connections_and_old_ones_go_on(secure, certificate):

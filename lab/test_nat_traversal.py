@@ -13,7 +13,7 @@ import natlab
 import pytest
 from stage import PORT, Stage
 
-from p2pclient import addresses, checks, stun  # found by stage
+from p2pclient import addresses, stun  # found by stage
 
 _reason = natlab.check()
 pytestmark = [pytest.mark.skipif(_reason is not None, reason=str(_reason)), pytest.mark.at_once()]
@@ -206,7 +206,9 @@ def test_third_party_whom_a_peer_lists_gets_few_checks_and_slowly(liar):
             call(stage, hostile, "/games/poll", name="game 1", peerId="hostile", addresses=lies)
             assert stage.guest(honest).wait() == 1
         times = sorted(itertools.chain.from_iterable(map(arrival_times, targets)))
-        assert 8 <= len(times) == victim.count_udp() <= checks.MAX_CHECKS == 100
+        # A host knows from where the server is called by the guest: elsewhere may be anybody.
+        least, most = (1, 5) if liar == "guest" else (8, 100)
+        assert least <= len(times) == victim.count_udp() <= most
         for number, first in enumerate(times):     # one in 50 ms, and one more for what a busy machine delays
             assert len([each for each in times[number:] if each < first + 1]) <= 21
 

@@ -10,11 +10,21 @@ The host:                                              A guest:
 Beneath these: RendezvousClient speaks to the server; an Endpoint is one UDP socket, for a router's mapping belongs to its
 socket: it finds the socket's candidate addresses, punches holes, and carries the game's own datagrams. On the wire:
 
-    Connectivity checks are STUN Binding requests as in ICE (RFC 8445): USERNAME is the sessionId, MESSAGE-INTEGRITY is keyed with
-    the sessionKey, ICE-CONTROLLING comes from the guest and ICE-CONTROLLED from the host, USE-CANDIDATE nominates, FINGERPRINT
-    ends it. They are answered in kind. A Binding indication with the same attributes says good-bye.
-    Everything else on the socket is the game's, as it is: what is STUN is told by its first byte (RFC 7983), cookie and
-    FINGERPRINT. It is taken only from addresses from which an authentic check has come.
+    Connectivity checks are STUN Binding requests as ICE has them (RFC 8445), answered in kind; to a stock ICE agent the ufrag of both
+    sides is the sessionId, their password the sessionKey, the guest controls. checks.py has their attributes. One attribute of ours
+    (P2P, 0xD7A2, which others ignore) tells a player's sessions apart, and makes replays useless: channel.py. A Binding indication
+    with the same attributes says good-bye.
+    Everything else on the socket is the game's, from addresses alone from which an authentic check has come. Where both sides send
+    P2P each datagram has a sequence number and a tag of 16 bytes together before it (channel.py); a stock agent's is as it is.
+    What is STUN is told by its first byte (RFC 7983), cookie and FINGERPRINT.
+    Among the addresses that a player publishes is one object, {"p2p": {"pacing": 5, "nat": "symmetric"}}, which others ignore:
+    milliseconds between two checks that it can bear (as RFC 8839's ice-pacing; 50 where there is none), and the kind of its NAT,
+    in the words of Candidates (candidates.py).
+
+    Checks go out thus: never two of a socket within 5 ms; to addresses that were not heard every 50 ms, but for the second, after 10 ms;
+    at once to one that was first heard, and to nominate. Each check of a guest nominates until one was answered. So two players
+    are connected one and a half round trips after both know the other's addresses. After 7 seconds of silence both ask STUN and
+    the server anew; after 40 the other player is lost.
 
 The files, from leaf to root; none needs one below it:
 
@@ -22,21 +32,31 @@ The files, from leaf to root; none needs one below it:
     addresses.py    addresses, and which of a peer's are usable
     stun.py         the codec of STUN
     sockets.py      UDP sockets, and what the operating system knows of ways
-    candidates.py   a socket's candidates, and the kind of its NAT
+    pacing.py       what a session and all of a socket may send, and when
+    channel.py      who the peer is, and datagrams made authentic
+    checklist.py    a peer's addresses, and which of them is to be checked next
+    candidates.py   a socket's candidates and the kind of its NAT; which of a peer's are worth a check
     checks.py       the connectivity checks of one session, without socket or clock
-    pacing.py       what all sessions of a socket may send together
+    early.py        checks that come before the server has told of their session
+    whereabouts.py  a socket's candidates, kept up to date
     diagnosis.py    why there is no connection, in words
+    texts.py        texts from the network, made harmless
+    answers.py      what the server answers, checked field by field, and its refusals
+    tcp.py          connections to the server, and the time that an answer may take
     transport.py    one HTTP call, with repetition and errors
     rendezvous.py   the calls to the server, and its answers
     connection.py   a connection with one other player
     endpoint.py     one UDP socket, its thread, and its connections
+    repeater.py     a thread that calls the server again and again
+    presence.py     what a guest keeps up at the server while it checks and plays
     games.py        HostedGame, join_game
     commandline.py  what the doctor and the simulators share
     __main__.py     the doctor: python -m p2pclient check
 
-Threads: each Endpoint has one, which reads the socket and does what is due; each HostedGame has one, which polls. All state
-of an Endpoint lies behind its one lock. Errors are RendezvousError (the server), ConnectFailed and PeerLost (the other player).
-Only the HTTP part needs a library, requests.
+Threads: each Endpoint has one, which reads the socket and does what is due; each HostedGame has one, which polls, and each
+connection of a guest one, which starts the game again, held by the server until there is news. What becomes of these calls never
+ends a connection. All state of an Endpoint lies behind its one lock. Errors are RendezvousError (the server), ConnectFailed and
+PeerLost (the other player). Only the HTTP part needs a library, requests.
 """
 
 import sys
@@ -54,13 +74,13 @@ def require_requests() -> None:
 
 require_requests()
 
+from .answers import RendezvousError  # noqa: E402
 from .connection import Connection, PeerLost  # noqa: E402
 from .deadline import Deadline  # noqa: E402
 from .diagnosis import ConnectFailed, describe  # noqa: E402
 from .endpoint import KEEPALIVE, Endpoint  # noqa: E402
 from .games import HostedGame, join_game  # noqa: E402
 from .rendezvous import GameInfo, Guest, Poll, Registration, RendezvousClient, Start, new_peer_id  # noqa: E402
-from .transport import RendezvousError  # noqa: E402
 
 __all__ = ["KEEPALIVE", "ConnectFailed", "Connection", "Deadline", "Endpoint", "GameInfo", "Guest", "HostedGame", "PeerLost", "Poll", "Registration",
            "RendezvousClient", "RendezvousError", "Start", "describe", "join_game", "new_peer_id"]

@@ -9,43 +9,48 @@ import time
 from typing import Callable, List, Optional, Sequence
 
 from .addresses import Address, text_of
+from .answers import RendezvousError
 from .commandline import parse_server
 from .diagnosis import ConnectFailed, describe
 from .endpoint import Endpoint
 from .games import HostedGame, default_stun, join_game
-from .rendezvous import RendezvousClient
-from .transport import RendezvousError
+from .rendezvous import RendezvousClient, new_peer_id
+from .texts import printable
 
 
 def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None, report: Callable[[str], None] = print) -> bool:
     """Try each thing that a game needs from a server and from this machine's network, and report each in a line. Whether all is well."""
+    def say(is_well: bool, line: str) -> bool:
+        report(f"{'ok     ' if is_well else 'FAILED '} {printable(line)}")
+        return is_well
+
     client = RendezvousClient(base_url, patience=2.0)
+    name, peer_id = f"check {secrets.token_hex(4)}", new_peer_id()
     began = time.monotonic()
     try:
         health = client.health()
+        say(True, f"HTTP: p2pserver {health['version']} at {client.base_url} answers in {1000 * (time.monotonic() - began):.0f} ms")
+        client.register_game(name, peer_id, listed=False)       # which tells where it answers STUN
     except RendezvousError as error:
-        report(f"FAILED  HTTP: {error}. Is the server started, the port open (TCP), the URL right?")
-        return False
-    report(f"ok      HTTP: p2pserver {health['version']} at {client.base_url} answers in {1000 * (time.monotonic() - began):.0f} ms")
+        return say(False, f"HTTP: {error}. Is the server started, the port open (TCP), the URL right?")
     servers = default_stun(client, stun_servers)
     endpoint = Endpoint(servers, client.on_loopback)
     found = endpoint.candidates
     if found.mapped:
-        report(f"ok      STUN: you are seen at {text_of(found.mapped)}")
+        say(True, f"STUN: you are seen at {text_of(found.mapped)}")
+    elif servers:
+        say(False, f"STUN: no answer from {', '.join(map(text_of, servers))}. Is that port open for UDP, UDP not blocked here?")
     else:
-        report(f"FAILED  STUN: no answer from {', '.join(map(text_of, servers))}. "
-               "Is that port open for UDP, STUN not on another one (--stun), UDP not blocked here?")
-    report(f"{'ok     ' if found.nat not in ('symmetric', 'no answer') else 'FAILED '} NAT: {describe(found)}")
+        say(False, "STUN: this server answers none, so nobody behind a router can be found. Name a STUN server (--stun).")
+    say(found.nat not in ("symmetric", "no answer", "not asked"), f"NAT: {describe(found)}")
     try:
-        with HostedGame(client, f"check {secrets.token_hex(4)}", listed=False, stun_servers=servers) as game, \
+        with HostedGame(client, name, listed=False, stun_servers=servers, peer_id=peer_id) as game, \
                 join_game(RendezvousClient(base_url), game.name, endpoint=endpoint) as connection:
             connection.send(b"hello")
             game.accept(5.0).recv(5.0)
-            report(f"ok      CONNECTION: a host and a guest met and talked over {connection.remote_address}, "
-                   f"round trip {1000 * connection.rtt:.1f} ms")
+            say(True, f"CONNECTION: a host and a guest met and talked over {connection.remote_address}, round trip {1000 * connection.rtt:.1f} ms")
     except (RendezvousError, ConnectFailed, ConnectionError, TimeoutError) as error:
-        report(f"FAILED  CONNECTION: {error}")
-        return False
+        return say(False, f"CONNECTION: {error}")
     finally:
         endpoint.close()
     return found.mapped is not None

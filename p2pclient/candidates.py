@@ -1,4 +1,4 @@
-"""The candidates of a socket, which are the addresses at which it may be reached, and the kind of the NAT before it."""
+"""The candidates of a socket, which are the addresses at which it may be reached, and the kind of the NAT before it; and those of a peer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import dataclasses
 import secrets
 import socket
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
-from .addresses import Address, Sending, is_loopback, plain, plain_ip, text_of
+from .addresses import Address, Sending, is_loopback, parse_candidate, plain_ip, private_network, text_of
+from .checklist import MAX_CHECKED
 from .deadline import Deadline
-from .sockets import is_readable, own_address_towards, resolve, send_to
+from .pacing import DEFAULT_PACING, LEAST_PACING
+from .sockets import SOMEWHERE, Nat64, find_nat64, interface_addresses, is_readable, own_address_towards, plain_source, resolve, send_to
 from .stun import REQUEST, Message, decode, encode, mapped_address
 
-MAX_CANDIDATES = 8          # of our own, and of a peer's that are checked
+MAX_CANDIDATES = 8          # of our own
 FIRST_RETRANSMISSION = 0.5  # seconds, doubling (RFC 8489 section 6.2.1)
 STUN_PATIENCE = 3.5         # seconds: three transmissions; a player does not wait for RFC 8489's seven
+OTHERS_PATIENCE = 0.3       # seconds that the other servers have once one has answered: one that is down holds nobody up
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Candidates:
 
     addresses: "ip:port" and "[ipv6]:port", most wanted first, at most 8; mapped: the server-reflexive one, or None; seen: where
     each STUN server sees the socket; nat: "none", "endpoint-independent" or "symmetric" as RFC 4787 tells mappings apart (the latter
-    maps by destination, so nobody can be told where to send), "unknown" with a single STUN server to ask, "no answer" if no
-    STUN server answered, "not asked" if there is none.
+    maps by destination, so nobody can be told where to send), "unknown" with a single STUN server to ask or one behind our own router,
+    "no answer" if no STUN server answered, "not asked" if there is none.
     """
 
     addresses: List[str]
@@ -40,48 +43,97 @@ class Candidates:
 
     @property
     def published(self) -> List[Any]:
-        """What to tell the server. That a NAT is symmetric, or UDP blocked, is worth knowing to a peer who cannot get through."""
-        return [*self.addresses, {"nat": self.nat}] if self.nat in ("symmetric", "no answer") else list(self.addresses)
+        """What to tell the server: the addresses, and what a peer may know beside, which others ignore: {"p2p": {"pacing": milliseconds between
+        two of our checks, as RFC 8839's ice-pacing, "nat": as above}}."""
+        return [*self.addresses, {"p2p": {"pacing": round(1000 * LEAST_PACING), "nat": self.nat}}]
+
+
+@dataclass(frozen=True)
+class PeerCandidates:
+    """What a peer has published, as far as it is of use. addresses: to be checked, likeliest first, at most 16; pacing: in seconds; nat: as in
+    Candidates, or ""."""
+
+    addresses: List[Address]
+    pacing: float = DEFAULT_PACING
+    nat: str = ""
+
+
+def read_published(published: Iterable[Any], own: Candidates, loopback: bool) -> PeerCandidates:
+    """Take what a peer has published. Left out are loopback addresses unless loopback, and those in private networks that this machine is not in."""
+    published = list(published)
+    hosts = [address[0] for address in map(parse_candidate, own.addresses) if address]
+    networks = set(map(private_network, hosts))
+    found = [address for address in map(parse_candidate, published) if address and (loopback or not plain_ip(address[0]).is_loopback)]
+    usable = [address for address in dict.fromkeys(found) if private_network(address[0]) in ("", *networks)]
+    # Who shares our public address is a neighbour, whose private address is the best; so may be anybody as long as we do not know ours.
+    is_neighbour = own.mapped is None or any(address[0] == own.mapped[0] for address in usable)
+    has_ipv6 = any(":" in host and not private_network(host) for host in hosts)
+
+    def unlikelihood(address: Address) -> int:
+        if plain_ip(address[0]).is_loopback:
+            return 0
+        if private_network(address[0]):
+            return 1 if is_neighbour else 4
+        return 3 if ":" not in address[0] else 2 if has_ipv6 else 5
+
+    return PeerCandidates(sorted(usable, key=unlikelihood)[:MAX_CHECKED], *about_peer(published))
+
+
+def about_peer(published: Sequence[Any]) -> Tuple[float, str]:
+    """Pacing in seconds and kind of NAT, as a peer has published them; what is missing or odd is as if it had said nothing."""
+    about: Dict[str, Any] = next((each["p2p"] for each in published if isinstance(each, dict) and isinstance(each.get("p2p"), dict)), {})
+    pacing, nat = about.get("pacing"), about.get("nat")
+    if not isinstance(pacing, (int, float)) or isinstance(pacing, bool) or not 0 < pacing <= 1000:
+        pacing = 1000 * DEFAULT_PACING
+    return pacing / 1000, nat if isinstance(nat, str) else ""
 
 
 def gather_candidates(sock: socket.socket, stun_servers: Sequence[Address] = (), loopback: bool = False) -> Candidates:
     """All candidates of a bound UDP socket that nobody else reads: its own addresses, and where STUN servers see it.
 
-    It takes until every server has answered, 3.5 seconds at the most. Two servers tell what kind the NAT is.
+    It takes until every server has answered, 0.3 seconds more than the first, 3.5 seconds at the most. Two servers tell what kind the NAT is.
     """
-    servers = resolve(stun_servers, sock.family == socket.AF_INET6)
-    return candidates_from(gather_addresses(sock, loopback, servers), ask_stun(sock, servers), bool(stun_servers))
+    nat64 = find_nat64()
+    servers = resolve(stun_servers, sock.family == socket.AF_INET6, nat64)
+    return candidates_from(gather_addresses(sock, loopback, servers), ask_stun(sock, servers, nat64), bool(stun_servers))
 
 
 def gather_addresses(sock: socket.socket, loopback: bool = False, towards: Sequence[Address] = ()) -> List[str]:
-    """The candidates of a bound UDP socket that need no help from outside.
+    """The candidates of a bound UDP socket that need no help from outside, most wanted first.
 
-    They are the addresses from which this machine reaches the world, and those towards (the rendezvous server); loopback:
-    whether to add 127.0.0.1 and ::1, for peers on this very machine.
+    They are the addresses from which this machine reaches the world and those towards (the rendezvous server), then those of its other
+    interfaces; of both the global IPv6 ones first. loopback: whether to add 127.0.0.1 and ::1, for peers on this very machine.
     """
     ipv6 = sock.family == socket.AF_INET6
-    # The first two destinations are of the documentation ranges (RFC 3849, RFC 5737): any behind the default route would do.
-    hosts = [host for host in map(own_address_towards, (("2001:db8::1", 9), ("192.0.2.1", 9), *towards)) if host]
-    usable = [host for host in dict.fromkeys(hosts) if (ipv6 or ":" not in host) and "%" not in host]
+    ways = [host for host in map(own_address_towards, (*SOMEWHERE, *towards)) if host]
+    others = sorted(interface_addresses(), key=lambda host: ":" not in host or bool(private_network(host)))
+    usable = [host for host in dict.fromkeys(ways + others) if (ipv6 or ":" not in host) and "%" not in host]
     usable = [host for host in usable if not plain_ip(host).is_loopback and not plain_ip(host).is_link_local]
     if loopback:
         usable = ["127.0.0.1", *(["::1"] if ipv6 else []), *usable]
     return [text_of((host, sock.getsockname()[1])) for host in usable]
 
 
-def candidates_from(own: List[str], seen: Mapping[Address, Address], asked: bool) -> Candidates:
-    """Put together what is known of a socket: its own addresses, and at which STUN servers saw it."""
-    mapped = sorted(set(seen.values()), key=lambda address: ":" in address[0])       # IPv4 first: it is where the NATs are
-    texts = list(dict.fromkeys(own + [text_of(address) for address in mapped]))[:MAX_CANDIDATES]
-    if not mapped:
-        nat = "no answer" if asked else "not asked"
-    elif len({":" in address[0] for address in mapped}) < len(mapped):      # more than one of a family
-        nat = "symmetric"
-    elif all(text_of(address) in own for address in mapped):
-        nat = "none"
-    else:
-        nat = "endpoint-independent" if len(seen) > len(mapped) else "unknown"
-    return Candidates(texts, mapped[0] if mapped else None, nat, seen)
+def candidates_from(own: Sequence[str], seen: Mapping[Address, Address], asked: bool, public: Sequence[str] = ()) -> Candidates:
+    """Put together what is known of a socket: its own addresses, at which STUN servers saw it, and those that are forwarded to it."""
+    mapped = sorted(set(seen.values()), key=lambda address: (":" in address[0], address))      # IPv4 first: it is where the NATs are
+    outside = list(dict.fromkeys([*public, *map(text_of, mapped)]))[:MAX_CANDIDATES // 2]
+    texts = list(dict.fromkeys([*own[:MAX_CANDIDATES - len(outside)], *outside]))
+    return Candidates(texts, mapped[0] if mapped else None, nat_kind(own, seen) if mapped else "no answer" if asked else "not asked", seen)
+
+
+def nat_kind(own: Sequence[str], seen: Mapping[Address, Address]) -> str:
+    """What STUN's answers tell of the NAT. Servers that are reached from different addresses of ours say nothing of each other's."""
+    if any(private_network(mapped[0]) for mapped in seen.values()):
+        return "unknown"        # that server is behind the same router
+    if all(text_of(mapped) in own for mapped in seen.values()):
+        return "none"
+    groups: Dict[Any, List[Address]] = {}
+    for server, mapped in seen.items():
+        groups.setdefault((":" in mapped[0], own_address_towards(server)), []).append(mapped)
+    if any(len(set(group)) > 1 for group in groups.values()):
+        return "symmetric"
+    return "endpoint-independent" if any(len(group) > 1 for group in groups.values()) else "unknown"
 
 
 class StunQuery:
@@ -111,14 +163,14 @@ class StunQuery:
             self.seen[source] = address
 
 
-def ask_stun(sock: socket.socket, servers: Sequence[Address]) -> Dict[Address, Address]:
+def ask_stun(sock: socket.socket, servers: Sequence[Address], nat64: Optional[Nat64] = None) -> Dict[Address, Address]:
     """Where each STUN server sees the socket; those that do not answer are missing."""
     query = StunQuery(servers)
     deadline, interval, due = Deadline(STUN_PATIENCE), FIRST_RETRANSMISSION, Deadline(0)
     while not query.complete and deadline.left():
         if not due.left():
             for datagram, server in query.requests():
-                send_to(sock, datagram, server)
+                send_to(sock, datagram, server, nat64)
             due, interval = Deadline(interval), 2 * interval
         if not is_readable(sock, min(due.left(), deadline.left())):
             continue
@@ -126,5 +178,8 @@ def ask_stun(sock: socket.socket, servers: Sequence[Address]) -> Dict[Address, A
             datagram, source = sock.recvfrom(2048)
             message = decode(datagram)
             if message:
-                query.receive(message, plain(source))
+                before = len(query.seen)
+                query.receive(message, plain_source(source, nat64))
+                if len(query.seen) > before:
+                    deadline = Deadline(min(deadline.left(), OTHERS_PATIENCE))
     return query.seen

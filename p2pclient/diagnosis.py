@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Iterable
 
-from .addresses import text_of
-from .candidates import Candidates
+from .addresses import private_network, text_of
+from .candidates import Candidates, about_peer
 from .checks import NO_WAY, Session
 
 RELAY = "What would help: a port forwarded on the router of one of you, IPv6 on both sides, or a relay (TURN)."
@@ -29,20 +29,22 @@ class ConnectFailed(Exception):
 
 def describe(candidates: Candidates) -> str:
     """Candidates and NAT kind in a line."""
-    return f"candidates {', '.join(candidates.addresses) or 'none'}; {NAT_KINDS[candidates.nat]}"
+    is_inside = candidates.mapped is not None and private_network(candidates.mapped[0])
+    kind = "the STUN server is behind the same router, so the kind of NAT is unknown; use one outside (--stun)" if is_inside else NAT_KINDS[candidates.nat]
+    return f"candidates {', '.join(candidates.addresses) or 'none'}; {kind}"
 
 
 def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> ConnectFailed:
     """Why a guest did not reach its host, as far as can be told from what was seen."""
-    told = [each.get("nat") for each in published if isinstance(each, dict)]
-    yours, hosts = own.nat == "symmetric", "symmetric" in told
+    told = about_peer(list(published))[1]
+    yours, hosts = own.nat == "symmetric", told == "symmetric"
     advice = RELAY
     if session.over != NO_WAY:
         reason, advice = session.over, ""
     elif own.nat == "no answer":
         reason = "no UDP datagram comes back to you, not even from the STUN server"
         advice = "A firewall or router seems to block UDP: try another network, or a relay (TURN)."
-    elif "no answer" in told:
+    elif told == "no answer":
         reason = "the host never answered, nor does any STUN server answer it"
         advice = "Its firewall or router seems to block UDP: it might try another network, or a relay (TURN)."
     elif yours and hosts:
@@ -55,5 +57,6 @@ def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> Conn
     else:
         reason = "the host never answered"
         advice = f"It may be gone, or its network may block UDP. {advice}"
-    evidence = f"{session.sent} checks to {', '.join(map(text_of, session.remotes)) or 'no usable address'}; heard from {len(session.heard)} of these"
-    return ConnectFailed(f"{reason} ({evidence})", advice)
+    seen = f"you: {NAT_KINDS[own.nat]}; {session.sent} checks to {', '.join(map(text_of, session.remotes)) or 'no usable address'}; " \
+           f"heard from {len(session.heard)} of these; the host: {NAT_KINDS.get(told, 'tells nothing of its NAT')}"
+    return ConnectFailed(f"{reason} ({seen})", advice)

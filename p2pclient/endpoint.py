@@ -9,67 +9,91 @@ import selectors
 import socket
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterable, Optional, Sequence
+from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Tuple
 
-from .addresses import Address, Sending, is_loopback, plain, text_of
-from .candidates import StunQuery, candidates_from, gather_addresses, gather_candidates
-from .checks import CONSENT_INTERVAL, Session, trim
-from .connection import Connection, PeerLost
+from .addresses import Address, Sending, parse_candidate
+from .candidates import Candidates, read_published
+from .checks import BEGUN_ANEW, CONSENT_INTERVAL, Session
+from .connection import MAX_DATAGRAM, Connection, PeerLost
 from .diagnosis import why_not
-from .pacing import UnheardLimiter
+from .early import EarlyChecks
+from .pacing import Pace, UnheardLimiter, trim
 from .rendezvous import Guest, Start
-from .sockets import open_socket, resolve, send_to
-from .stun import SUCCESS, USERNAME, Message, decode
+from .sockets import open_socket, plain_source, send_to
+from .stun import ERROR, SUCCESS, USERNAME, Message, decode
+from .whereabouts import KEEPALIVE as KEEPALIVE
+from .whereabouts import Whereabouts
 
 log = logging.getLogger("p2pclient")
 
-# Seconds between two questions to the STUN servers; routers should keep a mapping for two minutes (RFC 4787 REQ-5), and many do not.
-KEEPALIVE = 15.0
+MAX_SESSIONS = 64           # with guests at once, whatever the server says
+FAREWELLS = (0.1, 0.3)      # seconds after which a good-bye is said again; when the endpoint is closed,
+LAST_FAREWELLS = 0.02       # seconds between them
+CALL_INTERVAL = 3.0         # seconds between two calls of moved() while a peer is silent
+LONGEST_PAUSE = 0.5         # seconds after which the thread looks who is silent
+SUSPENSION = 1.0            # seconds more than that in which the thread did not run
 
 
 class Endpoint:
-    """One UDP socket with all its sessions. A host has one for all its guests; a guest has one for the game it joins.
+    """One UDP socket with all its sessions. A host has one for all its guests; a guest has one for the game it joins, and may have it long before.
 
-    stun_servers: (host, port) each; loopback: whether peers may be on this very machine; sock: a bound UDP socket of one's own,
-    which is then read by this alone; keepalive, consent_interval: seconds; report: takes a line for each thing that happens;
-    moved: called when the candidates have changed, and not to block.
-    The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer.
+    stun_servers: (host, port) each; loopback: whether peers may be on this very machine; sock: a bound UDP socket of one's own, which is then read
+    by this alone; keepalive, consent_interval: seconds; report: takes a line for each thing that happens; public_address: "ip:port" that is
+    forwarded to the socket by a router; moved: called in the endpoint's thread, and not to block, when the candidates have changed, and
+    every few seconds while a peer is silent: then tell the server our candidates, and expect() or renew() what it tells of the peer's. It may
+    be set later. The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. ValueError: public_address is none.
     """
 
     def __init__(self, stun_servers: Sequence[Address] = (), loopback: bool = False, sock: Optional[socket.socket] = None,
                  keepalive: float = KEEPALIVE, consent_interval: float = CONSENT_INTERVAL, report: Callable[[str], None] = log.info,
-                 moved: Callable[[], None] = lambda: None) -> None:
+                 moved: Callable[[], None] = lambda: None, public_address: str = "") -> None:
+        if public_address and parse_candidate(public_address) is None:
+            raise ValueError(f"{public_address!r} is not an address such as 203.0.113.7:5000")
+        self.moved = moved
         self.socket = sock or open_socket()
         self.socket.setblocking(False)
-        self.candidates = gather_candidates(self.socket, stun_servers, loopback)
-        self._loopback, self._report, self._moved = loopback, report, moved
-        self._stun_servers = resolve(stun_servers, self.socket.family == socket.AF_INET6)
-        self._keepalive, self._next_keepalive = keepalive, time.monotonic() + keepalive
-        self._consent_interval = consent_interval
+        self._whereabouts = Whereabouts(self.socket, stun_servers, loopback, keepalive, [public_address] if public_address else [], report, time.monotonic)
+        self._report, self._consent_interval = report, consent_interval
         # The lock guards all below, and all sessions. Private methods need it.
         self._lock = threading.RLock()
         self._accepted = threading.Condition(self._lock)        # a guest has connected, or the endpoint is closed
         self._connections: Dict[str, Connection] = {}           # by sessionId, whether connected yet or not
         self._ended: collections.OrderedDict[str, Session] = collections.OrderedDict()  # sessions that are over
         self._backlog: Deque[Connection] = collections.deque()  # guests that accept() has not returned yet
-        self._unheard = UnheardLimiter()
-        self._query = StunQuery([])                             # to the STUN servers, until it is concluded
-        self._closed = False
+        self._early, self._unheard, self._pace = EarlyChecks(), UnheardLimiter(), Pace()
+        self._farewells: List[Tuple[float, List[Sending]]] = []     # good-byes to be said again, and when
+        self._next_call, self._must_call = 0.0, False           # of moved(), for who is silent
+        self._expected, self._closed = time.monotonic(), False  # when the thread is to run again at the latest; it is not to run any more
         self._waker, self._wakened = socket.socketpair()        # a byte through these ends the thread's waiting
         self._thread = threading.Thread(target=self._run, name="endpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def candidates(self) -> Candidates:
+        """The present ones."""
+        return self._whereabouts.candidates
+
     def expect(self, guest: Guest) -> None:
-        """Begin to connect with a guest that a poll told of; accept() returns it when that has worked. To do so again is to learn its
-        new addresses."""
-        self._begin(guest.session_id, guest.session_key, guest.addresses, controlling=False)
+        """Begin to connect with a guest that a poll told of, or learn its new addresses; accept() returns it when that has worked."""
+        with self._lock:
+            if guest.session_id in self._connections or len(self._connections) < MAX_SESSIONS:
+                self._begin(guest.session_id, guest.session_key, guest.addresses, is_guest=False, seen_at=guest.seen_at)
+
+    def renew(self, start: Start) -> None:
+        """Learn the host's present addresses, in a session that goes on."""
+        with self._lock:
+            if start.session_id in self._connections:
+                self._begin(start.session_id, start.session_key, start.addresses, is_guest=True)
+
+    def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address]) -> None:
+        """Ask these STUN servers from now on, if those others were asked until now."""
+        with self._lock:
+            self._whereabouts.use_stun(servers, instead_of, time.monotonic())
 
     def leave_loopback(self) -> bool:
         """Publish no loopback addresses from now on; False if there were none."""
         with self._lock:
-            had, self._loopback = self._loopback, False
-            self.candidates = self.candidates.without_loopback()
-            return had
+            return self._whereabouts.leave_loopback()
 
     def accept(self, timeout: Optional[float] = None) -> Connection:
         """The next guest that has connected. TimeoutError; PeerLost: the endpoint is closed."""
@@ -83,56 +107,79 @@ class Endpoint:
 
     def connect(self, start: Start) -> Connection:
         """Connect with the host that a start told of, within 15 seconds. ConnectFailed says why not."""
-        connection = self._begin(start.session_id, start.session_key, start.addresses, controlling=True)
+        connection = self._begin(start.session_id, start.session_key, start.addresses, is_guest=True)
         with self._lock:
             if connection.wait_for_selection():
                 return connection
             raise why_not(connection.session, self.candidates, start.addresses)
 
     def end(self, connection: Connection) -> None:
-        """End one connection."""
+        """End one connection. Its good-bye is repeated, as it may be lost."""
         with self._lock:
-            self._send(connection.session.goodbye())
+            is_first = not connection.session.over
+            goodbye = connection.session.goodbye()
+            if is_first:
+                self._send(goodbye)
+                now = time.monotonic()
+                self._farewells += [(now + pause, goodbye) for pause in FAREWELLS if goodbye]
             self._retire(connection)
+
+    def send(self, datagram: bytes, address: Address) -> None:
+        """Send as it is. For Connection."""
+        send_to(self.socket, datagram, address, self._whereabouts.nat64)
 
     def close(self) -> None:
         """End all connections and close the socket."""
         with self._lock:
             for connection in list(self._connections.values()):
                 self.end(connection)
+            farewells = {id(sendings): sendings for _, sendings in self._farewells}
+        for sendings in [*farewells.values()] * len(FAREWELLS):
+            time.sleep(LAST_FAREWELLS)
+            self._send(sendings)
+        with self._lock:
             self._closed = True
             self._accepted.notify_all()
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _begin(self, session_id: str, session_key: str, addresses: Iterable[Any], controlling: bool) -> Connection:
+    def _begin(self, session_id: str, session_key: str, published: Iterable[Any], is_guest: bool, seen_at: str = "") -> Connection:
+        """Begin a session, or tell one of its peer's new addresses. One that has ended is not begun anew for addresses that it has tried."""
         with self._lock:
             now = time.monotonic()
-            connection = self._connections.get(session_id)
+            peer = read_published(published, self.candidates, self._whereabouts.loopback)
+            connection, earlier = self._connections.get(session_id), self._ended.get(session_id)
             if connection is None:
-                session = Session(session_id, session_key, controlling, now, self._consent_interval)
+                session = earlier.again(now) if earlier else Session(session_id, session_key, is_guest, now, self._consent_interval, self._pace)
                 connection = Connection(self, session, self._lock)
                 if self._closed:
                     session.over = "the endpoint is closed"
-                    return connection
-                earlier = self._ended.get(session_id)
-                if earlier:
-                    session.follows(earlier)
-                if earlier and not earlier.selected:    # who could not be reached has had his MAX_CHECKS
-                    session.over = earlier.over
+                if self._closed or earlier and not is_guest and set(peer.addresses) <= set(earlier.remotes):
                     return connection
                 self._connections[session_id] = connection
-            connection.session.add((address for address in addresses if self._loopback or not is_loopback(address)), self.candidates.mapped)
+                self._whereabouts.ask_soon(now)     # a router may have forgotten us since the last keep-alive
+            connection.session.add(peer.addresses, now, peer.pacing, seen_at)
+            for message, source in self._early.take(session_id, now):
+                self._receive(connection, message, source, now)
             self._send_for(connection.session, connection.session.tick(now), now)
         self._wake()
         return connection
 
+    def _begin_anew(self, earlier: Session, now: float) -> Connection:
+        """A connection with the same guest, who has lost the earlier one."""
+        connection = self._connections[earlier.session_id] = Connection(self, earlier.again(now, earlier.remotes), self._lock)
+        return connection
+
     def _retire(self, connection: Connection) -> None:
         """Forget a session that is over, and wake who waits for it."""
-        if self._connections.pop(connection.session_id, None):
-            self._ended[connection.session_id] = connection.session
+        name, session = connection.session_id, connection.session
+        if self._connections.get(name) is connection:
+            del self._connections[name]
+            self._ended[name] = session
             trim(self._ended)
+            if session.over == BEGUN_ANEW and not session.is_guest and not self._closed:
+                self._begin_anew(session, time.monotonic())
         connection.notify()
 
     def _wake(self) -> None:
@@ -141,7 +188,7 @@ class Endpoint:
 
     def _send(self, sendings: Iterable[Sending]) -> None:
         for datagram, address in sendings:
-            send_to(self.socket, datagram, address)
+            self.send(datagram, address)
 
     def _send_for(self, session: Session, sendings: Iterable[Sending], now: float) -> None:
         """Send what a session has to send, but for checks too many to who has not been heard."""
@@ -168,61 +215,97 @@ class Endpoint:
     def _serve_once(self, selector: selectors.BaseSelector) -> None:
         """Do what is due, wait for what comes, and take it. Takes the lock itself, and waits without it."""
         with self._lock:
-            pause = self._do_what_is_due(time.monotonic())
+            now = time.monotonic()
+            if now - self._expected >= SUSPENSION:
+                self._forgive(now - self._expected, now)
+            pause = self._do_what_is_due(now)
+            self._expected = time.monotonic() + pause
         readable = [key.fileobj for key, _ in selector.select(pause)]
         if self._wakened in readable:
             self._wakened.recv(4096)
         if self.socket in readable:
             self._read()
 
+    def _forgive(self, seconds: float, now: float) -> None:
+        """This program was stopped for so long. Nobody could be heard meanwhile, and we may be elsewhere."""
+        for connection in list(self._connections.values()):
+            connection.session.forgive(seconds, now)
+        self._whereabouts.ask_soon(now)
+
     def _do_what_is_due(self, now: float) -> float:
         """Seconds until the next thing is due."""
-        if now >= self._next_keepalive:
-            self._next_keepalive = now + self._keepalive
-            self._ask_where_we_are()
+        for _, sendings in [each for each in self._farewells if each[0] <= now]:
+            self._send(sendings)
+        self._farewells = [each for each in self._farewells if each[0] > now]
+        if now >= self._next_call and any(connection.session.is_silent(now) for connection in self._connections.values()):
+            self._next_call, self._must_call = now + CALL_INTERVAL, True
+            self._whereabouts.ask_soon(now)
+        self._send(self._whereabouts.tick(now))
+        self._tell_if_moved()
         for connection in list(self._connections.values()):
-            session = connection.session
-            if session.due <= now:
-                self._send_for(session, session.tick(now), now)
+            if connection.session.due <= now:
+                self._send_for(connection.session, connection.session.tick(now), now)
             self._notice(connection)
-        return max(0.0, min([self._next_keepalive, *(connection.session.due for connection in self._connections.values())]) - now)
+        dues = [connection.session.due for connection in self._connections.values()] + [due for due, _ in self._farewells]
+        dues += [self._whereabouts.due, now + LONGEST_PAUSE]
+        return max(0.0, min(dues) - now)
+
+    def _tell_if_moved(self) -> None:
+        """Call moved() if the candidates have changed, or if a peer is silent and STUN has been asked."""
+        if self._whereabouts.is_news or self._must_call and not self._whereabouts.is_asking:
+            self._whereabouts.is_news = self._must_call = False
+            self.moved()
 
     def _read(self) -> None:
         """Take what has come, up to a hundred datagrams before others have their turn."""
         for _ in range(100):
             try:
-                datagram, source = self.socket.recvfrom(65536)
+                datagram, source = self.socket.recvfrom(2048)
             except BlockingIOError:
                 return
             except OSError:     # some systems report here that an earlier datagram was refused
                 continue
             with self._lock:
-                self._take(datagram, plain(source))
+                self._take(datagram, plain_source(source, self._whereabouts.nat64))
 
     def _take(self, datagram: bytes, source: Address) -> None:
-        message = decode(datagram)
+        now, message = time.monotonic(), decode(datagram)
         if message is None:
-            for connection in reversed(self._connections.values()):     # of two sessions from one address the later one lives
-                if source in connection.session.heard:
-                    connection.deliver(datagram)
-                    return
-        elif self._query.awaits(message.transaction):
-            self._query.receive(message, source)
-            if self._query.complete:
-                self._conclude_where_we_are()
+            self._take_content(datagram, source, now)
+        elif self._whereabouts.awaits(message.transaction):
+            self._whereabouts.receive(message, source, now)
+            self._tell_if_moved()
         elif message.fingerprint:
-            self._take_check(message, source)
+            self._take_check(message, source, now)
 
-    def _take_check(self, message: Message, source: Address) -> None:
-        name = message.attributes.get(USERNAME, b"").decode("utf-8", "replace")
-        if message.kind == SUCCESS:     # it bears no USERNAME (RFC 8445 section 7.3), the transaction tells whose it is
-            candidates = [connection for connection in self._connections.values() if connection.session.awaits(message.transaction)]
+    def _take_content(self, datagram: bytes, source: Address, now: float) -> None:
+        """Something of the game's; of two sessions from one address it is the later one's, unless its tag says otherwise."""
+        for connection in reversed(self._connections.values()):
+            if source in connection.session.heard:
+                content = connection.session.open(datagram, now)
+                if content is not None and len(content) <= MAX_DATAGRAM:
+                    connection.deliver(content)
+                if content is not None:
+                    return
+
+    def _take_check(self, message: Message, source: Address, now: float) -> None:
+        name = message.attributes.get(USERNAME, b"").decode("utf-8", "replace").partition(":")[0]
+        if message.kind in (SUCCESS, ERROR):     # it bears no USERNAME (RFC 8445 section 7.3), the transaction tells whose it is
+            for connection in list(self._connections.values()):
+                if connection.session.awaits(message.transaction):
+                    self._receive(connection, message, source, now)
+        elif name in self._connections:
+            self._receive(self._connections[name], message, source, now)
+        elif name not in self._ended:
+            self._early.keep(name, message, source, now)
+        elif not self._ended[name].is_guest and self._ended[name].is_from_anew(message):
+            self._receive(self._begin_anew(self._ended[name], now), message, source, now)
         else:
-            candidates = [self._connections[name]] if name in self._connections else []
-        for connection in candidates:
-            now = time.monotonic()
-            self._send_for(connection.session, connection.session.receive(message, source, now), now)
-            self._notice(connection)
+            self._send(self._ended[name].receive(message, source, now))
+
+    def _receive(self, connection: Connection, message: Message, source: Address, now: float) -> None:
+        self._send_for(connection.session, connection.session.receive(message, source, now), now)
+        self._notice(connection)
 
     def _notice(self, connection: Connection) -> None:
         """Pass on what has become of a session."""
@@ -230,27 +313,10 @@ class Endpoint:
         if session.selected and not connection.announced:
             connection.announced = True
             connection.notify()
-            if not session.controlling:
+            if not session.is_guest:
                 self._backlog.append(connection)
                 self._accepted.notify()
         if session.over:
-            if not session.selected and not session.controlling:
+            if not session.selected and not session.is_guest:
                 self._report(f"a guest could not be reached: {session.over}")
             self._retire(connection)
-
-    def _ask_where_we_are(self) -> None:
-        """Ask the STUN servers again: that keeps the router's mapping alive, and tells when it has changed."""
-        if self._query.seen:
-            self._conclude_where_we_are()
-        self._query = StunQuery(self._stun_servers)
-        self._send(self._query.requests())
-
-    def _conclude_where_we_are(self) -> None:
-        """All answers count together: one of them alone would make a NAT that has just forgotten us look symmetric."""
-        before, own = self.candidates, gather_addresses(self.socket, self._loopback, self._stun_servers)
-        self.candidates = candidates_from(own, self._query.seen, True)
-        self._query = StunQuery([])
-        if self.candidates.mapped and self.candidates.mapped != before.mapped:
-            self._report(f"the public address is now {text_of(self.candidates.mapped)}")
-        if self.candidates.addresses != before.addresses:
-            self._moved()

@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import threading
 import time
 from typing import Any, Callable, Dict, Optional, Sequence
 
 from .addresses import Address
+from .answers import RendezvousError
 from .connection import Connection
 from .deadline import Deadline
 from .diagnosis import ConnectFailed
 from .endpoint import KEEPALIVE, Endpoint, log
+from .presence import CLOSE_TIME, FAILED_PAUSE, WAIT, Presence, pause_after
 from .rendezvous import Poll, RendezvousClient, Start, new_peer_id
-from .transport import RendezvousError
+from .repeater import Repeater
+from .texts import line_of
 
-FAILED_PAUSE = 2.0  # seconds before a host tries a server again that does not serve it
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
-WAIT = 25.0     # seconds for which servers are asked to hold a call until there is news
+UNHEARD_TIME = 3.0      # seconds after which a guest is told that its host has not answered
+REFUSED = (400, 403, 404, 409)      # the name is somebody else's now, or we are not understood
 
 
 class HostedGame:
     """A game on offer, and the guests that connect to it. A thread polls, held by the server until there is news, or at its pace if it
-    does not hold polls, and connects who comes.
+    does not hold polls, and connects who comes. What becomes of the offer never ends a connection.
 
     client: for this game alone; stun_servers: (host, port) each, the rendezvous server itself if not given; keepalive: seconds;
-    report: takes a line for each thing that happens. RendezvousError from the constructor: the name is taken, or so.
+    report: takes a line for each thing that happens; peer_id: who has kept the one of an earlier run has its game again.
+    RendezvousError from the constructor: the name is taken, or so.
     """
 
     def __init__(self, client: RendezvousClient, name: str, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None,
                  stun_servers: Optional[Sequence[Address]] = None, keepalive: float = KEEPALIVE,
-                 report: Callable[[str], None] = log.info) -> None:
-        self._peer_id = new_peer_id()
+                 report: Callable[[str], None] = log.info, peer_id: Optional[str] = None) -> None:
+        self._peer_id = peer_id or new_peer_id()
         self._client, self._report = client, report
-        self._closed = threading.Event()
-        self._reachable = True      # the latest poll was answered
-        self._generation = 0        # of the thread that polls; an earlier one ends when it notices
-        self.name = client.register_game(name, self._peer_id, info, listed).name
+        self._cursor: Optional[int] = None
+        self._trouble = ""          # why the latest poll failed, in a word
+        self._repeater = Repeater("host", self._poll, self._failed)
+        gathering = gather(client, stun_servers, keepalive=keepalive, report=report, moved=self._moved)
+        self.name = name
         try:
-            self.endpoint = Endpoint(default_stun(client, stun_servers), client.on_loopback, keepalive=keepalive, report=report,
-                                     moved=self._poll_anew)
-        except BaseException:       # Ctrl-C while it gathers
-            with contextlib.suppress(RendezvousError):
-                client.delete_game(self.name, self._peer_id)
+            self.name = client.register_game(name, self._peer_id, info, listed).name
+            self.endpoint = gathering.result()
+        except BaseException as error:      # Ctrl-C while it gathers, too
+            gathering.add_done_callback(close_gathered)
+            if not isinstance(error, RendezvousError):
+                self._delete()
             raise
-        self._poll_anew()
+        use_told_stun(client, self.endpoint)
+        self._repeater.begin_anew()
 
     def accept(self, timeout: Optional[float] = None) -> Connection:
         """The next guest that has connected. TimeoutError; PeerLost: the game is closed."""
@@ -55,12 +63,11 @@ class HostedGame:
         self.name = self._client.update_game(self.name, self._peer_id, new_name, info, listed).name
 
     def close(self) -> None:
-        """End the game: it is deleted at the server, and its connections are closed."""
-        if not self._closed.is_set():
-            self._closed.set()
-            with contextlib.suppress(RendezvousError):
-                self._client.delete_game(self.name, self._peer_id)      # which answers the poll that the server holds
-        self._thread.join(5.0)
+        """End the game: its connections are closed, and it is deleted at the server, as far as that can be told within two seconds."""
+        if not self._repeater.ended:
+            self._repeater.end()
+            self._delete()      # which answers the poll that the server holds
+        self._repeater.join(0.4)
         self.endpoint.close()
 
     def __enter__(self) -> HostedGame:
@@ -69,100 +76,145 @@ class HostedGame:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _poll_anew(self) -> None:
-        """Poll in a new thread. When our addresses have changed the server is to know at once, and the answer to the poll that it holds may
-        never come: a router that forgot the mappings of UDP has forgotten our connection to the server too."""
-        self._generation += 1
-        self._thread = threading.Thread(target=self._run, args=(self._generation,), name="host", daemon=True)
-        self._thread.start()
+    def _delete(self) -> None:
+        with contextlib.suppress(RendezvousError):
+            self._client.delete_game(self.name, self._peer_id, within=CLOSE_TIME)
 
-    def _run(self, generation: int) -> None:
-        cursor = None
-        while self._is_current(generation):
-            began, name = time.monotonic(), self.name
-            try:
-                poll = self._client.poll_game(name, self._peer_id, self.endpoint.candidates.published, after=cursor, wait=WAIT)
-            except RendezvousError as error:
-                pause = self._refused(error, name) if self._is_current(generation) else 0.0
-            else:
-                cursor, pause = poll.cursor, self._answered(poll, name, time.monotonic() - began)
-            self._closed.wait(pause)
+    def _moved(self) -> None:
+        """We have moved, or a guest is silent: tell the server where we are, and hear where all guests are."""
+        self._cursor = None
+        self._client.reconnect()
+        self._repeater.begin_anew()
 
-    def _is_current(self, generation: int) -> bool:
-        return not self._closed.is_set() and generation == self._generation
+    def _poll(self, is_current: Callable[[], bool]) -> float:
+        """Poll once. Seconds until the next time."""
+        began, name, after = time.monotonic(), self.name, self._cursor
+        wait = 0.0 if self._trouble else WAIT       # that all is well again is to be known at once
+        try:
+            poll = self._client.poll_game(name, self._peer_id, self.endpoint.candidates.published, after=after, wait=wait)
+        except RendezvousError as error:
+            if self.name != name or refused_for_loopback(error, self.endpoint):     # it was renamed meanwhile
+                return 0.0
+            raise
+        return self._answered(poll, name, time.monotonic() - began) if is_current() else 0.0
 
     def _answered(self, poll: Poll, name: str, passed: float) -> float:
         """Take the answer to a poll of name that took passed seconds. Seconds until the next one."""
-        if not self._reachable:
-            self._report("the server is back")
-        self._reachable = True
+        if self._trouble:
+            self._say("the game is offered again" if self._trouble == "refused" else "the server is back")
+        self._trouble, self._cursor = "", poll.cursor
         if self.name == name:
             self.name = poll.name
         for guest in poll.guests:
             self.endpoint.expect(guest)
         # Who was held can ask again at once, unless the server holds polls in name only.
-        held = poll.waited and (poll.guests or passed > 1)
+        held = poll.waited and (poll.guests or poll.left or passed > 1)
         return 0.0 if held else poll.poll_after
 
-    def _refused(self, error: RendezvousError, name: str) -> float:
-        """Take the failure of a poll of name. Seconds until the next one."""
-        renamed_meanwhile = self.name != name
-        if renamed_meanwhile or refused_for_loopback(error, self.endpoint):
-            return 0.0
-        if error.status in (400, 403, 409):     # the name is somebody else's now, or we are not understood
-            self._report(f"the game is lost: {error}")
-            self._closed.set()
-            self.endpoint.close()
-            return 0.0
-        if self._reachable:
-            self._report(f"{error}; trying again")
-        self._reachable = False
-        return max(FAILED_PAUSE, error.retry_after)
+    def _failed(self, error: Exception) -> float:
+        """Take the failure of a poll, of whatever kind. Seconds until the next one."""
+        refused = isinstance(error, RendezvousError) and error.status in REFUSED
+        trouble = "refused" if refused else type(error).__name__
+        if self._trouble != trouble:
+            self._say(f"the game is no longer offered: {error}; connections go on; trying again" if refused else
+                      f"{error}; trying again" if isinstance(error, RendezvousError) else f"{trouble}: {line_of(error)}; trying again")
+        self._trouble = trouble
+        return pause_after(error)
+
+    def _say(self, line: str) -> None:
+        """Report, if that works: it is not ours, and must not end the polling."""
+        try:
+            self._report(line)
+        except Exception:
+            log.exception("a report failed: %s", line)
 
 
 def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequence[Address]] = None, timeout: float = 30.0,
-              endpoint: Optional[Endpoint] = None) -> Connection:
-    """Connect with the host of a game. Seconds of timeout are for the host to publish addresses; the checks then have 15.
+              endpoint: Optional[Endpoint] = None, peer_id: Optional[str] = None, report: Callable[[str], None] = log.info) -> Connection:
+    """Connect with the host of a game. Seconds of timeout are for all that the server is needed for until the host has published addresses;
+    the checks then have 15.
 
-    endpoint: one's own, which stays open when the connection is closed.
+    endpoint: one's own, which stays open when the connection is closed; peer_id: who comes back with the one of before has the same session;
+    report: takes a line when the host is slow to answer.
     RendezvousError: no such game, or so; ConnectFailed says why there is no way.
     """
-    own = endpoint or Endpoint(default_stun(client, stun_servers), client.on_loopback)
+    deadline, peer_id = Deadline(timeout), peer_id or new_peer_id()
+    gathering = gather(client, stun_servers) if endpoint is None else None
+    own, presence = endpoint, None
     try:
-        start = start_with_addresses(client, name, own, timeout)
-        connection = connect_or_explain(client, own, start)
-        connection.owns_endpoint = endpoint is None
+        client.connect(deadline.left())
+        own = gathered(gathering, deadline) if gathering else endpoint
+        assert own
+        start = start_with_addresses(client, name, own, peer_id, deadline)
+        use_told_stun(client, own)
+        presence = Presence(client, own, start, peer_id)
+        presence.begin()
+        presence.connection = connection = connect_or_explain(client, own, start, report)
+        connection.owns_endpoint, connection.closing = endpoint is None, presence.close
         return connection
     except BaseException:
-        if endpoint is None:
-            own.close()
+        if presence:
+            presence.close()
+        if gathering:
+            gathering.add_done_callback(close_gathered)
         raise
 
 
-def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint, timeout: float) -> Start:
+def gather(client: RendezvousClient, stun_servers: Optional[Sequence[Address]], **options: Any) -> concurrent.futures.Future[Endpoint]:
+    """An Endpoint to come: it asks STUN servers while its caller asks the rendezvous server."""
+    future: concurrent.futures.Future[Endpoint] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(Endpoint(default_stun(client, stun_servers), client.on_loopback, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="gather", daemon=True).start()
+    return future
+
+
+def gathered(gathering: concurrent.futures.Future[Endpoint], deadline: Deadline) -> Endpoint:
+    try:
+        return gathering.result(deadline.left())
+    except concurrent.futures.TimeoutError:
+        raise ConnectFailed("there was no time to ask the STUN servers") from None
+
+
+def close_gathered(gathering: concurrent.futures.Future[Endpoint]) -> None:
+    if not gathering.exception():
+        gathering.result().close()
+
+
+def use_told_stun(client: RendezvousClient, endpoint: Endpoint) -> None:
+    """By now the server has told where it answers STUN, if at all: an endpoint that has asked where it was thought to be asks there."""
+    if client.stun_servers != [client.stun_server]:
+        endpoint.use_stun(client.stun_servers, instead_of=[client.stun_server])
+
+
+def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint, peer_id: str, deadline: Deadline) -> Start:
     """Start a game until its host has addresses. ConnectFailed: it publishes none in time; RendezvousError."""
-    peer_id, deadline = new_peer_id(), Deadline(timeout)
-    start = start_game(client, name, peer_id, endpoint, timeout, patience=0.0)
+    start = start_game(client, name, peer_id, endpoint, deadline, patience=0.0)
     while not start.addresses:
         pause = 0.0 if start.waited else start.poll_after
         if pause >= deadline.left():
             raise ConnectFailed("the host has published no address", "It is registered, but does not poll: it may just have crashed.")
         time.sleep(pause)
         # A server that was restarted may not have the game yet: its host comes back within seconds.
-        start = start_game(client, start.name, peer_id, endpoint, deadline.left(), patience=RETURN_TIME)
+        start = start_game(client, start.name, peer_id, endpoint, deadline, patience=RETURN_TIME)
     return start
 
 
-def start_game(client: RendezvousClient, name: str, peer_id: str, endpoint: Endpoint, wait: float, patience: float) -> Start:
+def start_game(client: RendezvousClient, name: str, peer_id: str, endpoint: Endpoint, deadline: Deadline, patience: float) -> Start:
     """One start, repeated if the server refuses it for loopback addresses, and for patience seconds while it has no such game."""
-    deadline = Deadline(patience)
+    returning = Deadline(patience)
     while True:
         try:
-            return client.start_game(name, peer_id, endpoint.candidates.published, min(WAIT, wait))
+            return client.start_game(name, peer_id, endpoint.candidates.published, min(WAIT, deadline.left()), within=deadline.left())
         except RendezvousError as error:
             if refused_for_loopback(error, endpoint):
                 continue
-            if error.status != 404 or not deadline.left():
+            if error.status != 404 or min(returning.left(), deadline.left()) < 0.5:
                 raise
         time.sleep(0.5)
 
@@ -172,16 +224,22 @@ def refused_for_loopback(error: RendezvousError, endpoint: Endpoint) -> bool:
     return "addresses" in error.errors and endpoint.leave_loopback()
 
 
-def connect_or_explain(client: RendezvousClient, endpoint: Endpoint, start: Start) -> Connection:
+def connect_or_explain(client: RendezvousClient, endpoint: Endpoint, start: Start, report: Callable[[str], None]) -> Connection:
     """Connect with the host. ConnectFailed: its game is gone, or what the endpoint saw."""
+    line = f"the host has not answered for {UNHEARD_TIME:g} seconds: it may be gone, or hard to reach; still trying"
+    unheard = threading.Timer(UNHEARD_TIME, report, [line])
+    unheard.daemon = True
+    unheard.start()
     try:
         return endpoint.connect(start)
     except ConnectFailed as failure:
         with contextlib.suppress(RendezvousError):
-            client.get_game(start.name)
+            client.get_game(start.name, within=CLOSE_TIME)
             raise
         raise ConnectFailed("the host is gone: its game is no longer offered") from failure
+    finally:
+        unheard.cancel()
 
 
 def default_stun(client: RendezvousClient, stun_servers: Optional[Sequence[Address]]) -> Sequence[Address]:
-    return [client.stun_server] if stun_servers is None else stun_servers
+    return client.stun_servers if stun_servers is None else stun_servers

@@ -11,34 +11,37 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import requests
 
-from .addresses import plain_ip
+from .addresses import Address, plain_ip
+from .answers import Body, RendezvousError, RepeatedNotFound
 from .sockets import resolve
-from .transport import RendezvousError, RepeatedNotFound, Transport
+from .transport import Transport
 
 
 @dataclass(frozen=True)
 class Registration:
-    """A game is offered. created: it is new; expires_in, poll_after: seconds."""
+    """A game is offered. created: it is new; expires_in, poll_after: seconds; stun_ports: where the server answers STUN, None: it does not tell."""
 
     name: str
     created: bool
     expires_in: float
     poll_after: float
+    stun_ports: Optional[List[int]] = None
 
 
 @dataclass(frozen=True)
 class Guest:
-    """A guest as its host learns of it."""
+    """A guest as its host learns of it. seen_at: the IP address from which the server saw it call; "" if it does not tell."""
 
     session_id: str
     session_key: str = field(repr=False)
     addresses: List[Any]
+    seen_at: str = ""
 
 
 @dataclass(frozen=True)
 class Poll:
     """The guests that came or moved. cursor: what to pass as after next time; gone: sessions of the replies that are gone; waited: the
-    server holds polls that want to wait, so the next one can follow at once."""
+    server holds polls that want to wait, so the next one can follow at once; left: sessions that have ended since after."""
 
     name: str
     guests: List[Guest]
@@ -47,11 +50,13 @@ class Poll:
     poll_after: float
     gone: List[str]
     waited: bool = False
+    left: List[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Start:
-    """A guest's session with a game; addresses is empty while the host has none for it; waited: as in Poll."""
+    """A guest's session with a game; addresses is empty while the host has none for it; cursor, waited: as in Poll; stun_ports: as in
+    Registration."""
 
     name: str
     session_id: str
@@ -61,6 +66,7 @@ class Start:
     expires_in: float
     poll_after: float
     waited: bool = False
+    stun_ports: Optional[List[int]] = None
 
 
 @dataclass(frozen=True)
@@ -81,15 +87,17 @@ def new_peer_id() -> str:
 class RendezvousClient:
     """Calls to one server, from any thread.
 
-    base_url: http://host:port; session: a requests.Session of one's own; timeout: seconds for one try; patience: seconds for
-    which a call is repeated when the server does not answer or says 429 or 503: every call here is safe to repeat.
+    base_url: http://host:port; session: a requests.Session of one's own, which then makes the connections and times single reads only;
+    timeout: seconds for one try, beside those that the server may hold it; patience: seconds for which a call is repeated when the server
+    does not answer or says 429, 502, 503 or 504: every call here is safe to repeat. within: seconds for all of a call, tries and pauses.
     All methods raise RendezvousError. ValueError: base_url is no HTTP URL.
     """
 
     def __init__(self, base_url: str, session: Optional[requests.Session] = None, timeout: float = 10.0, patience: float = 10.0) -> None:
         self._transport = Transport(base_url, session, timeout, patience)
         self.base_url = self._transport.base_url
-        self.stun_server = self._transport.address      # at the same port, over UDP
+        self.stun_server = self._transport.address      # at the same port, over UDP, unless the server says otherwise
+        self.stun_ports: Optional[List[int]] = None     # what it said
         # What this client registered, so that it can do so again when a restarted server has forgotten it.
         self._registered: Dict[str, Dict[str, Any]] = {}
 
@@ -99,21 +107,36 @@ class RendezvousClient:
         found = resolve([self.stun_server])
         return bool(found) and all(plain_ip(host).is_loopback for host, _ in found)
 
+    @property
+    def stun_servers(self) -> List[Address]:
+        """Where the server answers STUN, as far as it has told: at the port of HTTP otherwise."""
+        return [self.stun_server] if self.stun_ports is None else [(self.stun_server[0], port) for port in self.stun_ports]
+
+    def connect(self, within: Optional[float] = None) -> None:
+        """Make a connection before the first call needs it: whoever has something else to do meanwhile saves a round trip."""
+        self._transport.connect(within)
+
+    def reconnect(self) -> None:
+        """Have further calls use new connections: a router that has forgotten us answers on none of those that there are."""
+        self._transport.reconnect()
+
     def register_game(self, name: str, peer_id: str, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None) -> Registration:
         """Offer a game, or keep one's own alive."""
         body = without_none(name=name, peerId=peer_id, info=info, listed=listed)
         status, answer, _ = self._transport.call("POST", "/games/register", body)
-        self._registered[answer["name"]] = {**body, "name": answer["name"]}
-        return Registration(answer["name"], status == 201, answer["expiresIn"], answer["pollAfter"])
+        registration = Registration(answer.text("name"), status == 201, answer.seconds("expiresIn"), answer.seconds("pollAfter"), answer.ports("stun"))
+        self._registered[registration.name] = {**body, "name": registration.name}
+        self.stun_ports = registration.stun_ports
+        return registration
 
     def poll_game(self, name: str, peer_id: str, addresses: Sequence[Any], after: Optional[int] = None,
-                  replies: Optional[Mapping[str, Sequence[Any]]] = None, wait: float = 0) -> Poll:
+                  replies: Optional[Mapping[str, Sequence[Any]]] = None, wait: float = 0, dismiss: Optional[Sequence[str]] = None) -> Poll:
         """Publish addresses and learn of guests. A game of ours that the server has forgotten is registered again first.
 
-        wait: seconds for which the server may hold the poll until there is news.
+        wait: seconds for which the server may hold the poll until there is news; dismiss: sessions of guests that are sent away for good.
         """
         name = normal(name)
-        body = without_none(name=name, peerId=peer_id, addresses=list(addresses), after=after, replies=replies)
+        body = without_none(name=name, peerId=peer_id, addresses=list(addresses), after=after, replies=replies, dismiss=dismiss)
         try:
             _, answer, waited = self._transport.call("POST", "/games/poll", body, wait)
         except RendezvousError as error:
@@ -122,25 +145,36 @@ class RendezvousClient:
             self._transport.call("POST", "/games/register", self._registered[name])
             body.pop("after", None)
             _, answer, waited = self._transport.call("POST", "/games/poll", body)
-        guests = [Guest(guest["sessionId"], guest["sessionKey"], guest["addresses"]) for guest in answer["guests"]]
-        return Poll(answer["name"], guests, answer["cursor"], answer["expiresIn"], answer["pollAfter"], answer.get("gone", []), waited)
+        guests = [Guest(guest.identifier("sessionId"), guest.identifier("sessionKey"), guest.members("addresses"), guest.ip("from"))
+                  for guest in answer.objects("guests")]
+        return Poll(answer.text("name"), guests, answer.whole("cursor"), answer.seconds("expiresIn"), answer.seconds("pollAfter"),
+                    answer.texts("gone"), waited, answer.texts("left"))
 
-    def start_game(self, name: str, peer_id: str, addresses: Sequence[Any], wait: float = 0) -> Start:
+    def start_game(self, name: str, peer_id: str, addresses: Sequence[Any], wait: float = 0, after: Optional[int] = None,
+                   within: Optional[float] = None) -> Start:
         """Join a game as a guest, or say that one is still there: to do it again is the same session.
 
-        wait: seconds for which the server may hold the call until the host has addresses.
+        wait: seconds for which the server may hold the call until the host has addresses, or, with after, the cursor of an earlier answer,
+        other ones than in that answer.
         """
-        _, answer, waited = self._transport.call("POST", "/games/start", {"name": name, "peerId": peer_id, "addresses": list(addresses)}, wait)
-        return Start(answer["name"], answer["sessionId"], answer["sessionKey"], answer["addresses"], answer["cursor"],
-                     answer["expiresIn"], answer["pollAfter"], waited)
+        body = without_none(name=name, peerId=peer_id, addresses=list(addresses), after=after)
+        _, answer, waited = self._transport.call("POST", "/games/start", body, wait, within)
+        self.stun_ports = answer.ports("stun")
+        return Start(answer.text("name"), answer.identifier("sessionId"), answer.identifier("sessionKey"), answer.members("addresses"),
+                     answer.whole("cursor"), answer.seconds("expiresIn"), answer.seconds("pollAfter"), waited, self.stun_ports)
+
+    def leave_game(self, name: str, peer_id: str, within: Optional[float] = None) -> None:
+        """Leave a game as a guest, whose place is free then."""
+        with contextlib.suppress(RepeatedNotFound):     # a first try whose answer was lost has done it
+            self._transport.call("POST", "/games/leave", {"name": name, "peerId": peer_id}, within=within)
 
     def list_games(self) -> List[GameInfo]:
         """The listed games, oldest first."""
-        return [game_info(game) for game in self._transport.call("GET", "/games").body["games"]]
+        return [game_info(game) for game in self._transport.call("GET", "/games").body.objects("games")]
 
-    def get_game(self, name: str) -> GameInfo:
+    def get_game(self, name: str, within: Optional[float] = None) -> GameInfo:
         """One game, listed or not."""
-        return game_info(self._transport.call("GET", game_path(name)).body)
+        return game_info(self._transport.call("GET", game_path(name), within=within).body)
 
     def update_game(self, name: str, peer_id: str, new_name: Optional[str] = None, info: Optional[Dict[str, Any]] = None,
                     listed: Optional[bool] = None) -> GameInfo:
@@ -163,15 +197,16 @@ class RendezvousClient:
             self._registered[game.name] = {**registered, **body, "name": game.name}
         return game
 
-    def delete_game(self, name: str, peer_id: str) -> None:
+    def delete_game(self, name: str, peer_id: str, within: Optional[float] = None) -> None:
         """End one's own game."""
         self._registered.pop(normal(name), None)
         with contextlib.suppress(RepeatedNotFound):     # a first try whose answer was lost has done it
-            self._transport.call("DELETE", game_path(name), {"peerId": peer_id})
+            self._transport.call("DELETE", game_path(name), {"peerId": peer_id}, within=within)
 
     def health(self) -> Dict[str, Any]:
         """What the server says of itself: status, version, games, guests."""
-        answer: Dict[str, Any] = self._transport.call("GET", "/healthz").body
+        answer = self._transport.call("GET", "/healthz").body
+        answer.text("version")
         return answer
 
 
@@ -185,8 +220,8 @@ def normal(name: str) -> str:
 
 
 def game_path(name: str) -> str:
-    return "/games/" + urllib.parse.quote(name, safe="")
+    return "/games/" + urllib.parse.quote(name, safe="", errors="replace")
 
 
-def game_info(answer: Mapping[str, Any]) -> GameInfo:
-    return GameInfo(answer["name"], answer["info"], answer["guests"], answer["ready"])
+def game_info(answer: Body) -> GameInfo:
+    return GameInfo(answer.text("name"), answer.mapping("info"), answer.whole("guests"), answer.flag("ready"))

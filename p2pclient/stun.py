@@ -12,9 +12,12 @@ from typing import Dict, Iterable, NamedTuple, Optional, Tuple
 from .addresses import Address, parse_candidate, plain_ip, text_of
 
 COOKIE = 0x2112A442
-REQUEST, INDICATION, SUCCESS = 0x0001, 0x0011, 0x0101       # Binding, by class
-USERNAME, MESSAGE_INTEGRITY, XOR_MAPPED_ADDRESS, USE_CANDIDATE = 0x0006, 0x0008, 0x0020, 0x0025
-FINGERPRINT, ICE_CONTROLLED, ICE_CONTROLLING = 0x8028, 0x8029, 0x802A
+REQUEST, INDICATION, SUCCESS, ERROR = 0x0001, 0x0011, 0x0101, 0x0111        # Binding, by class
+USERNAME, MESSAGE_INTEGRITY, ERROR_CODE, XOR_MAPPED_ADDRESS = 0x0006, 0x0008, 0x0009, 0x0020
+PRIORITY, USE_CANDIDATE, FINGERPRINT, ICE_CONTROLLED, ICE_CONTROLLING = 0x0024, 0x0025, 0x8028, 0x8029, 0x802A     # RFC 8445 section 20.1
+P2P = 0xD7A2            # our own, comprehension-optional, of the range for designated experts (RFC 8489 section 18.3): see checks.py
+ROLE_CONFLICT = 487     # RFC 8445 section 7.3.1.1
+MAX_MESSAGE, MAX_ATTRIBUTES = 1500, 16      # bytes and attributes of a message that is looked at
 
 
 class Message(NamedTuple):
@@ -38,18 +41,21 @@ def encode(kind: int, transaction: bytes, attributes: Iterable[Tuple[int, bytes]
 
 
 def decode(datagram: bytes) -> Optional[Message]:
-    """The message, or None for what is not STUN: wrong first bits, cookie or lengths, a wrong FINGERPRINT."""
-    if len(datagram) < 20 or len(datagram) % 4 or datagram[0] > 3:      # RFC 7983: 0 to 3 is STUN
+    """The message, or None for what is not STUN: wrong first bits, cookie or lengths, a wrong FINGERPRINT; nor is one that is larger than
+    any of ours, or has more attributes."""
+    if not 20 <= len(datagram) <= MAX_MESSAGE or len(datagram) % 4 or datagram[0] > 3:      # RFC 7983: 0 to 3 is STUN
         return None
     kind, length, cookie = struct.unpack_from(">HHI", datagram)
     if length != len(datagram) - 20 or cookie != COOKIE:
         return None
     transaction, signed, position = datagram[8:20], b"", 20
     attributes: Dict[int, bytes] = {}
+    count = 0
     while position < len(datagram):
+        count += 1
         name, size = struct.unpack_from(">HH", datagram, position)
         value = datagram[position + 4:position + 4 + size]
-        if len(value) < size:
+        if len(value) < size or count > MAX_ATTRIBUTES:
             return None
         if name == FINGERPRINT:
             right = position + 8 == len(datagram) and value == fingerprint(datagram[:position])
@@ -99,6 +105,17 @@ def unpack_address(value: bytes, transaction: bytes) -> Optional[Address]:
     mask = struct.pack(">I", COOKIE) + transaction
     ip = ipaddress.ip_address(bytes(a ^ b for a, b in zip(value[4:], mask)))
     return str(ip), struct.unpack(">H", value[2:4])[0] ^ COOKIE >> 16
+
+
+def error_code(number: int, reason: str) -> Tuple[int, bytes]:
+    """An ERROR-CODE attribute (RFC 8489 section 14.8)."""
+    return ERROR_CODE, struct.pack(">HBB", 0, number // 100, number % 100) + reason.encode("ascii")
+
+
+def error_number(message: Message) -> int:
+    """The number of a message's ERROR-CODE; 0 if it has none."""
+    value = message.attributes.get(ERROR_CODE, b"")
+    return 100 * (value[2] & 7) + value[3] if len(value) >= 4 else 0
 
 
 def mapped_address(message: Message) -> Optional[Address]:

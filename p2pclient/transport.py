@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import urllib.parse
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import requests
+import urllib3
 
-from .addresses import Address
+from .addresses import Address, plain_ip
+from .answers import Body, PassingFailure, RendezvousError, RepeatedNotFound, clamp, parse
 from .deadline import Deadline
+from .tcp import CONNECT_TIME, connect_early, new_session
+from .texts import line_of
 
-
-class RendezvousError(Exception):
-    """The server refused a call, or could not be reached (status 0). errors: the faults of the request by field; retry_after: seconds that
-    the server asks to wait."""
-
-    def __init__(self, status: int, detail: str, errors: Optional[Dict[str, str]] = None, retry_after: float = 0) -> None:
-        super().__init__(f"{detail} ({status})" if status else detail)
-        self.status, self.detail, self.errors, self.retry_after = status, detail, errors or {}, retry_after
-
-
-class PassingFailure(RendezvousError):
-    """No answer (status 0), 429 or 503: the same call may succeed a little later."""
-
-
-class RepeatedNotFound(RendezvousError):
-    """404 to a call that was repeated because its answer was lost: the first try may have done it."""
+MAX_ANSWER = 1_000_000  # bytes of a body
+MARGIN = 0.5            # seconds that an answer may be late to a call that is held for as long as its caller has time
+LONGEST_WAIT = 600.0    # seconds for which servers are asked to hold a call at the most
+PASSING = (429, 502, 503, 504)
 
 
 class Reply(NamedTuple):
     """Status and body of an answer, and whether it says that the server let the call wait."""
 
     status: int
-    body: Any
+    body: Body
     waited: bool
 
 
@@ -48,76 +41,148 @@ class Transport:
             raise ValueError(f"{base_url!r} is not the URL of a server, such as http://example.net:8000")
         self.base_url = base_url.rstrip("/")
         self.address: Address = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
-        self._session = session or requests.Session()
+        self._own_session = session is None
+        self._session = session or new_session()
         self._timeout, self._patience = timeout, patience
+        self._longest_wait = LONGEST_WAIT       # seconds that a proxy between lets a call wait, as far as we know
+        self._connected = False                 # a call was answered over a connection that may be there still
 
-    def call(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, wait: float = 0) -> Reply:
-        """The answer to a call that is repeated while patience lasts. The server may hold it for wait seconds (RFC 7240 section 4.3)."""
+    def call(self, method: str, path: str, body: Optional[Dict[str, Any]] = None, wait: float = 0, within: Optional[float] = None) -> Reply:
+        """The answer to a call that is repeated while patience lasts. The server may hold it for wait seconds (RFC 7240 section 4.3).
+        within: seconds for all of it."""
+        deadline = Deadline(within)
         patience: Optional[Deadline] = None     # from the first failure on: before that the server may have held the call
         pause, repeated = 0.1, False
         while True:
+            held, began = max(0, int(min(wait, self._longest_wait, deadline.left() - MARGIN))), time.monotonic()
             try:
-                return self._try(method, path, body, wait, repeated)
+                reply = self._try(method, path, body, held, repeated, deadline)
             except PassingFailure as failure:
                 repeated = repeated or not failure.status
+                passed = time.monotonic() - began
+                if failure.is_cut and held and passed > 1:      # a proxy does not let calls wait for so long
+                    self._longest_wait = 0.8 * passed
+                    continue
                 patience = patience or Deadline(self._patience)
                 rest = max(pause, failure.retry_after)
-                if rest > patience.left():
+                if rest > min(patience.left(), deadline.left()):
                     raise
+            else:
+                self._connected = True
+                self._longest_wait = min(LONGEST_WAIT, 1.1 * self._longest_wait)    # who cut a call may have been no proxy
+                return reply
             time.sleep(rest)
             pause = min(2 * pause, 2.0)
 
-    def _try(self, method: str, path: str, body: Optional[Dict[str, Any]], wait: float, repeated: bool) -> Reply:
+    def connect(self, within: Optional[float] = None) -> None:
+        """Make a connection for the next call, where there is none yet: that takes a round trip."""
+        if self._own_session and not self._connected and not self._proxy():
+            connect_early(self.address, connect_time(Deadline(within).left()))
+
+    def reconnect(self) -> None:
+        """Use no connection of before: a router may have forgotten them."""
+        self._session.close()
+
+    def _try(self, method: str, path: str, body: Optional[Dict[str, Any]], held: int, repeated: bool, deadline: Deadline) -> Reply:
         """repeated: an earlier try may have reached the server. PassingFailure: to try again may help."""
-        headers = {"Prefer": f"wait={int(wait)}"} if wait >= 1 else {}
+        headers = {"Accept-Encoding": "identity", **({"Prefer": f"wait={held}"} if held else {})}
+        left = max(0.01, deadline.left())
+        timeout: Any = urllib3.Timeout(connect=connect_time(left), read=self._timeout + held, total=left)
         try:
-            response = self._session.request(method, self.base_url + path, json=body, headers=headers, timeout=self._timeout + wait,
-                                             allow_redirects=False)
+            with contextlib.closing(self._session.request(
+                    method, self.base_url + path, json=body, headers=headers, timeout=timeout, allow_redirects=False, stream=True,
+                    proxies={"http": "", "https": "", "all": ""} if is_this_machine(self.address[0]) else None)) as response:
+                data = response.raw.read(MAX_ANSWER + 1, decode_content=False)
         except (requests.exceptions.InvalidJSONError, requests.exceptions.InvalidURL) as error:
             raise RendezvousError(0, f"this cannot be sent: {error}") from None
-        except requests.RequestException as error:
-            raise PassingFailure(0, f"cannot reach {self.base_url}: {plain_reason(error)}") from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._unreachable(error) from None
+        if len(data) > MAX_ANSWER:
+            raise RendezvousError(0, f"{self.base_url} answers with more than {MAX_ANSWER} bytes")
         if response.status_code >= 300:
-            raise refusal(response, repeated)
-        return Reply(response.status_code, json_of(response), "Preference-Applied" in response.headers)
+            raise refusal(response, data, repeated, self._by_proxy())
+        return Reply(response.status_code, body_of(response, data), "Preference-Applied" in response.headers)
+
+    def _unreachable(self, error: Exception) -> PassingFailure:
+        cause = innermost(error)
+        failure = PassingFailure(0, f"cannot reach {self.base_url}{self._by_proxy()}: {plain_reason(cause)}")
+        failure.is_cut = isinstance(cause, (ConnectionResetError, urllib3.exceptions.IncompleteRead))     # what ends without an answer is among these
+        return failure
+
+    def _proxy(self) -> str:
+        """The proxy that the environment (HTTP_PROXY and its like) has between us and the server, without its password."""
+        if is_this_machine(self.address[0]) or not self._session.trust_env:
+            return ""
+        parts = urllib.parse.urlsplit(requests.utils.select_proxy(self.base_url, requests.utils.get_environ_proxies(self.base_url)) or "")
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else parts.path
+
+    def _by_proxy(self) -> str:
+        return f" by the proxy {self._proxy()} (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)" if self._proxy() else ""
 
 
-def json_of(response: requests.Response) -> Body:
+def connect_time(left: float) -> float:
+    """Seconds for each IP address, of which two have their turn."""
+    return min(CONNECT_TIME, max(left, 0.01) / 2)
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host is this machine, as far as can be told without asking anybody: loopback addresses and localhost (RFC 6761 section 6.3)."""
     try:
-        return Body(response.json() if response.content else {})
+        return bool(plain_ip(host).is_loopback)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def body_of(response: requests.Response, data: bytes) -> Body:
+    """The object that an answer holds."""
+    try:
+        return Body(parse(data) if data else {})
     except (ValueError, TypeError):
         raise RendezvousError(response.status_code, f"{response.url} does not answer as a rendezvous server does") from None
 
 
-def refusal(response: requests.Response, repeated: bool) -> RendezvousError:
+def refusal(response: requests.Response, data: bytes, repeated: bool, by_proxy: str) -> RendezvousError:
     """The error that a problem document stands for (RFC 9457), or any other answer that is no success."""
-    try:
-        problem = response.json()
-        detail, errors = str(problem["detail"]), problem.get("errors")
-    except (ValueError, KeyError, TypeError):
-        detail, errors = f"{response.url} answers {response.reason}", None
+    status, location = response.status_code, response.headers.get("Location")
+    detail, errors = problem_of(data)
+    if status < 400:
+        detail = f"{response.url} sends us elsewhere, where we do not go: to {location}"
+    elif not detail:
+        detail = f"{response.url} answers {response.reason}{by_proxy}"
     kind = RendezvousError
-    if response.status_code in (429, 503):
+    if status in PASSING:
         kind = PassingFailure
-    elif response.status_code == 404 and repeated:
+    elif status == 404 and repeated:
         kind = RepeatedNotFound
-    return kind(response.status_code, detail, errors, number(response.headers.get("Retry-After", "")))
+    failure = kind(status, detail, errors, seconds_of(response.headers.get("Retry-After", "")))
+    if isinstance(failure, PassingFailure):
+        failure.is_cut = status in (502, 504)
+    return failure
 
 
-def number(text: str) -> float:
+def problem_of(data: bytes) -> Tuple[str, Dict[str, str]]:
+    """Detail and errors of a problem document; "" and none if it is something else."""
+    try:
+        problem = parse(data)
+        errors = problem.get("errors", {})
+        return str(problem["detail"]), {line_of(field): line_of(rule) for field, rule in errors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "", {}
+
+
+def seconds_of(text: str) -> float:
     """Seconds of a Retry-After; 0 if it is a date or missing, which leaves the pause to us."""
-    return float(text) if text.isascii() and text.isdigit() else 0.0
+    return clamp(float(text)) if text.isascii() and text.isdigit() else 0.0
 
 
-def plain_reason(error: BaseException) -> str:
-    """What the innermost cause of a failed call says: requests wraps it several times over."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+def innermost(error: BaseException) -> BaseException:
+    """The cause of a failed call: requests wraps it several times over."""
+    while True:
+        inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if inner is None:
+            return error
+        error = inner
 
 
-class Body(Dict[str, Any]):
-    """A JSON object of a server. RendezvousError: it has not the member that is asked for, so it is of another kind of server."""
-
-    def __missing__(self, name: str) -> Any:
-        raise RendezvousError(0, f"this is no rendezvous server: its answer has no {name}")
+def plain_reason(cause: BaseException) -> str:
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

@@ -1,0 +1,86 @@
+"""What a guest keeps up at the server while it checks and plays."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Callable, Optional
+
+from .answers import RendezvousError
+from .connection import Connection
+from .endpoint import Endpoint
+from .rendezvous import RendezvousClient, Start
+from .repeater import Repeater
+
+WAIT = 25.0             # seconds for which servers are asked to hold a call until there is news
+CLOSE_TIME = 1.5        # seconds for the server to hear that somebody leaves
+FAILED_PAUSE = 2.0      # seconds before a server is tried again that could not be reached
+REFUSED_PAUSE = 10.0    # seconds before one is that has refused a call
+
+
+class Presence:
+    """A guest's session at the server. A thread starts the game again and again under the same peerId: so the guest stays known, its
+    addresses are those that it has now, and new ones of the host are checked at once. What becomes of that never ends a connection."""
+
+    def __init__(self, client: RendezvousClient, endpoint: Endpoint, start: Start, peer_id: str) -> None:
+        self._client, self._endpoint, self._peer_id = client, endpoint, peer_id
+        self._name, self._session_id = start.name, start.session_id
+        self._cursor: Optional[int] = start.cursor
+        self.connection: Optional[Connection] = None        # once there is one
+        self._repeater = Repeater("guest", self._ask, self._failed)
+
+    def begin(self) -> None:
+        self._endpoint.moved = self._moved
+        self._repeater.begin_anew()
+
+    def close(self) -> None:
+        """Leave the game, as far as the server can be told within two seconds."""
+        self._endpoint.moved = lambda: None
+        self._repeater.end()
+        self._leave()
+        self._repeater.join(0.4)
+
+    def _moved(self) -> None:
+        """We have moved, or the host is silent: tell the server where we are, and hear where the host is."""
+        self._cursor = None
+        self._client.reconnect()
+        self._repeater.begin_anew()
+
+    def _leave(self) -> None:
+        with contextlib.suppress(RendezvousError):      # 404: the host was faster
+            self._client.leave_game(self._name, self._peer_id, within=CLOSE_TIME)
+
+    def _ask(self, is_current: Callable[[], bool]) -> float:
+        if self.connection and self.connection.session.over:
+            self._repeater.end()
+            self._leave()
+            return 0.0
+        after, began = self._cursor, time.monotonic()
+        start = self._client.start_game(self._name, self._peer_id, self._endpoint.candidates.published, WAIT, after)
+        if self._repeater.ended or start.session_id != self._session_id:
+            # This call has begun a session that nobody knows: we have left, or a restarted server had lost the one that the host knows.
+            self._repeater.end()
+            self._leave()
+        if not is_current():
+            return 0.0
+        self._name, has_news = start.name, start.cursor != after
+        self._cursor = start.cursor
+        if has_news and start.addresses:
+            self._endpoint.renew(start)
+        if start.waited and (has_news or time.monotonic() - began > 1):     # unless the server holds calls in name only
+            return 0.0
+        return max(start.poll_after, start.expires_in / 3) if self.connection else start.poll_after
+
+    def _failed(self, error: Exception) -> float:
+        """A host or server that is gone may come back. A guest that was sent away has no place there any more."""
+        status = error.status if isinstance(error, RendezvousError) else 0
+        if status == 403:
+            self._repeater.end()
+        return pause_after(error) if self.connection else FAILED_PAUSE
+
+
+def pause_after(error: Exception) -> float:
+    """Seconds after a failed call until the next one, which may have cost the server's patience as a guess at a peerId does."""
+    if not isinstance(error, RendezvousError):
+        return FAILED_PAUSE
+    return max(REFUSED_PAUSE if 400 <= error.status < 429 else FAILED_PAUSE, error.retry_after)

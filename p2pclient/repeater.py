@@ -1,0 +1,58 @@
+"""A thread that calls the server again and again, each call held until there is news."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Callable
+
+LEAST_INTERVAL = 1.0    # seconds between two beginnings, so that none of many at once is lost, and only the last is made
+
+
+class Repeater:
+    """Calls that follow each other in a thread, until they are ended or begun anew.
+
+    ask: makes one call, and passes its answer on where is_current(), which it is given, still holds; returns seconds until the next.
+    failed: takes what ask() raised, of whatever kind; returns seconds until the next.
+    """
+
+    def __init__(self, name: str, ask: Callable[[Callable[[], bool]], float], failed: Callable[[Exception], float]) -> None:
+        self._name, self._ask, self._failed = name, ask, failed
+        self._ended = threading.Event()
+        self._generation = 0        # of the thread that calls; an earlier one ends when it notices
+        self._begun = float("-inf")
+        self._thread = threading.Thread()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def begin_anew(self) -> None:
+        """Call in a new thread; does not block. The answer to the call that the server holds may never come: a router that forgot the mappings of
+        UDP has forgotten our connection to the server too."""
+        if not self.ended:
+            self._generation += 1
+            self._thread = threading.Thread(target=self._run, args=(self._generation,), name=self._name, daemon=True)
+            self._thread.start()
+
+    def end(self) -> None:
+        """Make no further call."""
+        self._ended.set()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread, which waits for the answer to its call."""
+        if self._thread.ident and self._thread is not threading.current_thread():
+            self._thread.join(seconds)
+
+    def _run(self, generation: int) -> None:
+        def is_current() -> bool:
+            return not self.ended and generation == self._generation
+
+        self._ended.wait(self._begun + LEAST_INTERVAL - time.monotonic())
+        self._begun = time.monotonic()
+        while is_current():
+            try:
+                pause = self._ask(is_current)
+            except Exception as error:
+                pause = self._failed(error) if is_current() else 0.0
+            self._ended.wait(pause)

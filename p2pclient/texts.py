@@ -1,0 +1,16 @@
+"""Texts from the network, made harmless."""
+
+from __future__ import annotations
+
+MAX_LINE = 500      # characters of a text from the network that are shown in one line
+
+
+def printable(text: str) -> str:
+    """A text from the network, safe for a terminal: what does not print (newlines, escapes, changes of direction) is written as an escape."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode("ascii") for each in text)
+
+
+def line_of(text: object) -> str:
+    """The same in one line of bounded length."""
+    line = printable(str(text)[:MAX_LINE + 1])
+    return line if len(line) <= MAX_LINE else line[:MAX_LINE] + " ..."

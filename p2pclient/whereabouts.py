@@ -1,0 +1,122 @@
+"""An endpoint's own addresses, kept up to date: STUN is asked again and again, and the interfaces are looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from typing import Callable, List, Mapping, Sequence
+
+from .addresses import Address, Sending, text_of
+from .candidates import StunQuery, ask_stun, candidates_from, gather_addresses
+from .sockets import find_nat64, resolve
+from .stun import Message
+
+# Seconds between two questions to the STUN servers; routers should keep a mapping for two minutes (RFC 4787 REQ-5), and many do not.
+KEEPALIVE = 15.0
+LEAST_KEEPALIVE = 5.0       # when a router has turned out to forget sooner
+LOOK_INTERVAL = 3.0         # seconds between two looks at the interfaces
+RESEND, GIVE_UP = 0.5, 1.0  # seconds after which a question is sent again, and counts with the answers that it has
+ASK_AGAIN = 1.0             # seconds after which a question that nobody has answered is put again, doubling up to the keep-alive
+
+
+class Whereabouts:
+    """The candidates of a socket. It is told the time and what came, and returns what to send.
+
+    The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. candidates: as of now; is_news: they have changed since
+    somebody set this to False; report: takes a line when the public address has changed.
+    """
+
+    def __init__(self, sock: socket.socket, stun_servers: Sequence[Address], loopback: bool, keepalive: float, public: Sequence[str],
+                 report: Callable[[str], None], now: Callable[[], float]) -> None:
+        self.nat64 = find_nat64()
+        self.loopback, self.is_news, self.is_asking = loopback, False, False
+        self._socket, self._public, self._report = sock, public, report
+        self._asked = bool(stun_servers)
+        self._servers = resolve(stun_servers, sock.family == socket.AF_INET6, self.nat64)
+        self._own = gather_addresses(sock, loopback, self._servers)
+        self._query = StunQuery([])
+        self.candidates = candidates_from(self._own, ask_stun(sock, self._servers, self.nat64), self._asked, public)
+        self._keepalive, self._pause = keepalive, ASK_AGAIN
+        self._asked_at = now()
+        self._own_then = self._own                          # our own addresses when STUN answered last
+        self._next_look = self._asked_at + LOOK_INTERVAL
+        self._next_question = self._asked_at + (keepalive if self.candidates.mapped else ASK_AGAIN)
+        self._resend_at = float("inf")
+
+    @property
+    def due(self) -> float:
+        """When tick() is to be called next."""
+        question = self._asked_at + GIVE_UP if self.is_asking else self._next_question if self._servers else float("inf")
+        return min(self._next_look, question, self._resend_at)
+
+    def leave_loopback(self) -> bool:
+        """Publish no loopback addresses from now on; False if there were none."""
+        had, self.loopback = self.loopback, False
+        self._own = gather_addresses(self._socket, False, self._servers)
+        self.candidates = self.candidates.without_loopback()
+        return had
+
+    def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address], now: float) -> None:
+        """Ask these servers from the next tick() on, if those others were asked until now. No answer of others that were only guessed means nothing."""
+        ipv6 = self._socket.family == socket.AF_INET6
+        found, guessed = resolve(servers, ipv6, self.nat64), resolve(instead_of, ipv6, self.nat64)
+        if self._servers == guessed != found:
+            self._servers, self._asked, self._next_question = found, bool(found), now
+            if not found and self.candidates.nat == "no answer":
+                self.candidates = dataclasses.replace(self.candidates, nat="not asked")
+
+    def ask_soon(self, now: float) -> None:
+        """Have STUN asked and the interfaces looked at with the next tick(), but not more than once a second."""
+        if now - self._asked_at >= GIVE_UP:
+            self._next_question = self._next_look = now
+
+    def tick(self, now: float) -> List[Sending]:
+        """Do what is due."""
+        if now >= self._next_look:
+            self._next_look = now + LOOK_INTERVAL
+            self._look(now)
+        if self.is_asking and now >= self._asked_at + GIVE_UP:
+            self._conclude(now)
+        if not self.is_asking and self._servers and now >= self._next_question:
+            self._query, self.is_asking = StunQuery(self._servers), True
+            self._asked_at, self._resend_at = now, now + RESEND
+            return self._query.requests()
+        if now >= self._resend_at:
+            self._resend_at = float("inf")
+            return self._query.requests()
+        return []
+
+    def awaits(self, transaction: bytes) -> bool:
+        return self.is_asking and self._query.awaits(transaction)
+
+    def receive(self, message: Message, source: Address, now: float) -> None:
+        """Take the answer of a STUN server. All count together: one of them alone would make a NAT that has just forgotten us look symmetric."""
+        self._query.receive(message, source)
+        if self._query.complete:
+            self._conclude(now)
+
+    def _look(self, now: float) -> None:
+        own = gather_addresses(self._socket, self.loopback, self._servers)
+        if own != self._own:
+            self._own, self._next_question = own, now
+            self._update(self.candidates.seen)
+
+    def _conclude(self, now: float) -> None:
+        self.is_asking, self._resend_at = False, float("inf")
+        if not self._query.seen:
+            self._next_question = now + self._pause
+            self._pause = min(2 * self._pause, self._keepalive)
+            return
+        before = self.candidates.mapped
+        self._update(self._query.seen)
+        if before and self.candidates.mapped != before:
+            self._report(f"the public address is now {text_of(self.candidates.mapped or before)}")
+            if self._own == self._own_then:     # it is the router that has forgotten us, not we that have moved
+                self._keepalive = max(min(LEAST_KEEPALIVE, self._keepalive), self._keepalive / 2)
+        self._own_then = self._own
+        self._pause, self._next_question = ASK_AGAIN, now + self._keepalive
+
+    def _update(self, seen: Mapping[Address, Address]) -> None:
+        before = self.candidates
+        self.candidates = candidates_from(self._own, seen, self._asked, self._public)
+        self.is_news = self.is_news or self.candidates.addresses != before.addresses
