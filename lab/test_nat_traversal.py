@@ -156,7 +156,7 @@ def test_waiting_host_whose_router_forgets_publishes_its_new_address(guest):
 @pytest.mark.parametrize("nat,outcome", (
     ("full-cone", "round trip"),
     ("restricted", "round trip"),
-    ("port-restricted", "round trip|the connection is lost: the other player has been silent for 3. seconds"),   # neither can be told where to send
+    ("port-restricted", "round trip|the connection is lost: the other player has been silent for 4. seconds"),   # neither can be told where to send
 ))
 def test_router_that_forgets_in_mid_game(nat, outcome, whose):
     with Stage() as stage:
@@ -166,8 +166,8 @@ def test_router_that_forgets_in_mid_game(nat, outcome, whose):
         joining.expect("message 3 .*round trip")
         sites[whose].router.forget()
         joining.expect("no echo within")
-        if "silent" in joining.expect(outcome, 40, after=len(joining.lines)).string:
-            hosting.expect("the other player has been silent for 3. seconds; 3 messages echoed", 5)
+        if "silent" in joining.expect(outcome, 50, after=len(joining.lines)).string:
+            hosting.expect("the other player has been silent for 4. seconds; 3 messages echoed", 8)
         else:   # one lucky datagram is no connection
             joining.expect("round trip", after=len(joining.lines) + 2)
 

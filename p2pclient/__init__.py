@@ -17,9 +17,9 @@ socket: it finds the socket's candidate addresses, punches holes, and carries th
     Everything else on the socket is the game's, from addresses alone from which an authentic check has come. Where both sides send
     P2P each datagram has a sequence number and a tag of 16 bytes together before it (channel.py); a stock agent's is as it is.
     What is STUN is told by its first byte (RFC 7983), cookie and FINGERPRINT.
-    Among the addresses that a player publishes is one object, {"p2p": {"pacing": 5, "nat": "symmetric"}}, which others ignore:
-    milliseconds between two checks that it can bear (as RFC 8839's ice-pacing; 50 where there is none), and the kind of its NAT,
-    in the words of Candidates (candidates.py).
+    Among the addresses that a player publishes is one object, {"p2p": {"pacing": 5, "nat": "symmetric", "attempt": "x1Y2z3a4"}}, which
+    others ignore: milliseconds between two checks that it can bear (as RFC 8839's ice-pacing; 50 where there is none), the kind of its
+    NAT in the words of Candidates (candidates.py), and a text that differs in each try of a guest, so that its host is told of it again.
 
     Checks go out thus: never two of a socket within 5 ms; to addresses that were not heard every 50 ms, but for the second, after 10 ms;
     at once to one that was first heard, and to nominate. Each check of a guest nominates until one was answered. So two players

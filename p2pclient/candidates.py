@@ -29,13 +29,15 @@ class Candidates:
     addresses: "ip:port" and "[ipv6]:port", most wanted first, at most 8; mapped: the server-reflexive one, or None; seen: where
     each STUN server sees the socket; nat: "none", "endpoint-independent" or "symmetric" as RFC 4787 tells mappings apart (the latter
     maps by destination, so nobody can be told where to send), "unknown" with a single STUN server to ask or one behind our own router,
-    "no answer" if no STUN server answered, "not asked" if there is none.
+    "no answer" if no STUN server answered, "not asked" if there is none. attempt: another text for each try of a guest, so that what it
+    publishes is news to its host even if its addresses are not.
     """
 
     addresses: List[str]
     mapped: Optional[Address] = None
     nat: str = "not asked"
     seen: Mapping[Address, Address] = field(default_factory=dict)
+    attempt: str = ""
 
     def without_loopback(self) -> Candidates:
         """For a server that sees us come from elsewhere: something between us and it, such as Docker, forwards its port to this machine."""
@@ -44,18 +46,20 @@ class Candidates:
     @property
     def published(self) -> List[Any]:
         """What to tell the server: the addresses, and what a peer may know beside, which others ignore: {"p2p": {"pacing": milliseconds between
-        two of our checks, as RFC 8839's ice-pacing, "nat": as above}}."""
-        return [*self.addresses, {"p2p": {"pacing": round(1000 * LEAST_PACING), "nat": self.nat}}]
+        two of our checks, as RFC 8839's ice-pacing, "nat" and "attempt": as above}}."""
+        attempt = {"attempt": self.attempt} if self.attempt else {}
+        return [*self.addresses, {"p2p": {"pacing": round(1000 * LEAST_PACING), "nat": self.nat, **attempt}}]
 
 
 @dataclass(frozen=True)
 class PeerCandidates:
     """What a peer has published, as far as it is of use. addresses: to be checked, likeliest first, at most 16; pacing: in seconds; nat: as in
-    Candidates, or ""."""
+    Candidates, or ""; attempt: likewise."""
 
     addresses: List[Address]
     pacing: float = DEFAULT_PACING
     nat: str = ""
+    attempt: str = ""
 
 
 def read_published(published: Iterable[Any], own: Candidates, loopback: bool) -> PeerCandidates:
@@ -79,13 +83,13 @@ def read_published(published: Iterable[Any], own: Candidates, loopback: bool) ->
     return PeerCandidates(sorted(usable, key=unlikelihood)[:MAX_CHECKED], *about_peer(published))
 
 
-def about_peer(published: Sequence[Any]) -> Tuple[float, str]:
-    """Pacing in seconds and kind of NAT, as a peer has published them; what is missing or odd is as if it had said nothing."""
+def about_peer(published: Sequence[Any]) -> Tuple[float, str, str]:
+    """Pacing in seconds, kind of NAT and attempt, as a peer has published them; what is missing or odd is as if it had said nothing."""
     about: Dict[str, Any] = next((each["p2p"] for each in published if isinstance(each, dict) and isinstance(each.get("p2p"), dict)), {})
-    pacing, nat = about.get("pacing"), about.get("nat")
+    pacing, nat, attempt = (about.get(name) for name in ("pacing", "nat", "attempt"))
     if not isinstance(pacing, (int, float)) or isinstance(pacing, bool) or not 0 < pacing <= 1000:
         pacing = 1000 * DEFAULT_PACING
-    return pacing / 1000, nat if isinstance(nat, str) else ""
+    return pacing / 1000, nat if isinstance(nat, str) else "", attempt[:64] if isinstance(attempt, str) else ""
 
 
 def gather_candidates(sock: socket.socket, stun_servers: Sequence[Address] = (), loopback: bool = False) -> Candidates:

@@ -59,6 +59,7 @@ class Endpoint:
         self._accepted = threading.Condition(self._lock)        # a guest has connected, or the endpoint is closed
         self._connections: Dict[str, Connection] = {}           # by sessionId, whether connected yet or not
         self._ended: collections.OrderedDict[str, Session] = collections.OrderedDict()  # sessions that are over
+        self._attempts: collections.OrderedDict[str, str] = collections.OrderedDict()   # of guests, the latest by sessionId
         self._backlog: Deque[Connection] = collections.deque()  # guests that accept() has not returned yet
         self._early, self._unheard, self._pace = EarlyChecks(), UnheardLimiter(), Pace()
         self._farewells: List[Tuple[float, List[Sending]]] = []     # good-byes to be said again, and when
@@ -145,7 +146,7 @@ class Endpoint:
             self._thread.join()
 
     def _begin(self, session_id: str, session_key: str, published: Iterable[Any], is_guest: bool, seen_at: str = "") -> Connection:
-        """Begin a session, or tell one of its peer's new addresses. One that has ended is not begun anew for addresses that it has tried."""
+        """Begin a session, or tell one of its peer's new addresses. One that has ended is not begun anew for what a guest had told by then."""
         with self._lock:
             now = time.monotonic()
             peer = read_published(published, self.candidates, self._whereabouts.loopback)
@@ -155,10 +156,13 @@ class Endpoint:
                 connection = Connection(self, session, self._lock)
                 if self._closed:
                     session.over = "the endpoint is closed"
-                if self._closed or earlier and not is_guest and set(peer.addresses) <= set(earlier.remotes):
+                is_known = earlier is not None and set(peer.addresses) <= set(earlier.remotes) and peer.attempt == self._attempts.get(session_id, "")
+                if self._closed or is_known and not is_guest:
                     return connection
                 self._connections[session_id] = connection
                 self._whereabouts.ask_soon(now)     # a router may have forgotten us since the last keep-alive
+            self._attempts[session_id] = peer.attempt
+            trim(self._attempts)
             connection.session.add(peer.addresses, now, peer.pacing, seen_at)
             for message, source in self._early.take(session_id, now):
                 self._receive(connection, message, source, now)
@@ -178,7 +182,9 @@ class Endpoint:
             del self._connections[name]
             self._ended[name] = session
             trim(self._ended)
-            if session.over == BEGUN_ANEW and not session.is_guest and not self._closed:
+            if session.is_guest:
+                self._whereabouts.begin_attempt()
+            elif session.over == BEGUN_ANEW and not self._closed:
                 self._begin_anew(session, time.monotonic())
         connection.notify()
 

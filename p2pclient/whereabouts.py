@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import socket
 from typing import Callable, List, Mapping, Sequence
 
@@ -36,6 +37,7 @@ class Whereabouts:
         self._own = gather_addresses(sock, loopback, self._servers)
         self._query = StunQuery([])
         self.candidates = candidates_from(self._own, ask_stun(sock, self._servers, self.nat64), self._asked, public)
+        self.begin_attempt()
         self._keepalive, self._pause = keepalive, ASK_AGAIN
         self._asked_at = now()
         self._own_then = self._own                          # our own addresses when STUN answered last
@@ -64,6 +66,10 @@ class Whereabouts:
             self._servers, self._asked, self._next_question = found, bool(found), now
             if not found and self.candidates.nat == "no answer":
                 self.candidates = dataclasses.replace(self.candidates, nat="not asked")
+
+    def begin_attempt(self) -> None:
+        """What is published from now on is news."""
+        self.candidates = dataclasses.replace(self.candidates, attempt=secrets.token_urlsafe(6))
 
     def ask_soon(self, now: float) -> None:
         """Have STUN asked and the interfaces looked at with the next tick(), but not more than once a second."""
@@ -118,5 +124,5 @@ class Whereabouts:
 
     def _update(self, seen: Mapping[Address, Address]) -> None:
         before = self.candidates
-        self.candidates = candidates_from(self._own, seen, self._asked, self._public)
+        self.candidates = dataclasses.replace(candidates_from(self._own, seen, self._asked, self._public), attempt=before.attempt)
         self.is_news = self.is_news or self.candidates.addresses != before.addresses
