@@ -2030,8 +2030,7 @@ class Server(http.server.ThreadingHTTPServer):
             if error.errno == errno.EADDRNOTAVAIL and self.listeners:
                 return      # this machine has no IPv6, say: such addresses come last (RFC 6724 section 6, rule 1)
             self.server_close()
-            where = f"{protocol} port {port}" + (f" of {settings.host}" if settings.host else "")
-            raise CannotStart(f"{where} cannot be used: {error.strerror or error}; look at --host, --port and --stun-port") from None
+            raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
 
     def server_close(self) -> None:
         for each in (*self.listeners, *[stun.socket for stun in self.stuns]):
