@@ -2335,7 +2335,7 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
     parser = argparse.ArgumentParser(prog="p2pserver", description="A rendezvous server: through it two players behind home routers find each other.",
                                      epilog="In the environment --game-ttl is P2P_GAME_TTL.", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"p2pserver {__version__}")
-    environment = {name: environment[name] for name in environment.keys() - ignored_variables(environment).keys()}
+    environment = {name: text for name, text in environment.items() if not text.startswith("tcp://")}      # see ignored_variables
     if "PORT" in environment:       # hosting services say PORT
         environment.setdefault("P2P_PORT", environment["PORT"])
     for option in OPTIONS:
@@ -2376,13 +2376,10 @@ def handle_signals(server: Server) -> None:
     def handle(number: int, frame: Any) -> None:
         if number == hang_up and (terminal is None or os.isatty(terminal)):
             server.certificate_is_old = True
-            return
-        for each in handled:    # the next one ends the process as it stands; but a closed terminal may send several
-            signal.signal(each, signal.SIG_IGN if each == hang_up else signal.SIG_DFL)
-        raise KeyboardInterrupt
+        elif not server.stopping:       # which takes seconds at the most
+            raise KeyboardInterrupt
 
-    handled = [each for each in (signal.SIGINT, signal.SIGTERM, hang_up) if each]
-    for each in handled:        # the first process of a container ignores SIGTERM unless it is handled
+    for each in filter(None, (signal.SIGINT, signal.SIGTERM, hang_up)):     # the first process of a container ignores SIGTERM unless it is handled
         signal.signal(each, handle)
 
 

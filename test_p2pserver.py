@@ -4299,6 +4299,16 @@ def test_a_signal_ends_the_server_with_status_0_and_no_traceback(number):
         assert half.answer().status == 503, "half a request does not hold it up, and is answered still"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_while_the_server_ends_changes_nothing(number):
+    with running("--port", "0") as process, Raw(process, GET) as half, Raw(process, GET + END) as idle:
+        assert idle.answer().status == 200
+        process.send_signal(signal.SIGINT)
+        assert idle.is_closed(), "it is ending, and gives half a request its time"
+        status, out, err = end(process, number)
+        assert (status, out) == (0, "") and "Traceback" not in err and half.answer().status == 503
+
+
 def test_the_line_at_start_says_what_listens_where():
     with running("--port", "0") as process, udp(process.port) as client:
         where = f"http://127.0.0.1:{process.port}/ and STUN on UDP port {process.port}"
