@@ -52,7 +52,6 @@ import http.server
 import ipaddress
 import itertools
 import json
-import logging
 import logging.handlers
 import math
 import mmap
@@ -68,7 +67,6 @@ import struct
 import sys
 import threading
 import time
-import types
 import unicodedata
 import urllib.parse
 import zlib
@@ -88,19 +86,17 @@ def require(condition: bool, rule: str) -> None:
 
 
 class Option:
-    """A row of the table. The type of the default is the type of the option."""
+    """A row of the table. The type of the default is the type of the option: a number lies within bounds, a text matches a pattern."""
 
     def __init__(self, name: str, default: Any, help: str, low: float = 0, high: float = 1, pattern: str = "[ -~]*") -> None:
-        self.name, self.default, self.help = name, default, help
-        self.low, self.high, self.pattern = low, high, pattern      # a number is within them, a text matches
+        self.name, self.default, self.help, self.low, self.high, self.pattern = name, default, help, low, high, pattern
         self.flag, self.variable = "--" + name.replace("_", "-"), "P2P_" + name.upper()
+        self.rule = f"match {pattern}" if isinstance(default, str) else f"be from {low:.15g} to {high:.15g}"
 
     def check(self, value: Any) -> None:
-        """ValueError: the value is out of bounds."""
-        if isinstance(value, str):
-            require(re.fullmatch(self.pattern, value) is not None, f"{self.flag} ({self.variable}) must match {self.pattern}, not {value!r}")
-        else:
-            require(self.low <= value <= self.high, f"{self.flag} ({self.variable}) must be from {self.low:.15g} to {self.high:.15g}, not {value}")
+        """ValueError: the value breaks the rule."""
+        is_good = re.fullmatch(self.pattern, value) if isinstance(value, str) else self.low <= value <= self.high
+        require(bool(is_good), f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}")
 
 
 class Networks:
@@ -187,7 +183,7 @@ REPORT_EVERY = 60.0             # seconds between two lines that tell how often 
 LOG_LINES = 10000               # that wait to be written at the most
 
 
-class Settings(types.SimpleNamespace):
+class Settings(argparse.Namespace):
     """The values of OPTIONS by name. ValueError: one is out of bounds, or two do not go together."""
 
     def __init__(self, **values: Any) -> None:
@@ -1974,20 +1970,10 @@ class CannotStart(Exception):
     """Why the server cannot start, in words that help."""
 
 
-class CannotListen(CannotStart):
-    """An address is in use, not this machine's, or not permitted."""
-
-    def __init__(self, protocol: str, host: str, port: int, error: OSError) -> None:
-        reasons = {errno.EADDRINUSE: "is in use; stop what uses it", errno.EACCES: "is not permitted; ports below 1024 are for root"}
-        where = f"{protocol} port {port}" + (f" of {host}" if host else "")
-        other = "--stun-port, or do without by --no-stun" if protocol == "UDP" else "--port"
-        super().__init__(f"{where} {reasons.get(error.errno or 0, f'cannot be used: {error.strerror or error}')}, or choose another with {other}")
-
-
 class Server(http.server.ThreadingHTTPServer):
     """The HTTP server around a registry, with the STUN server beside it. The constructor binds, start() serves, stop() ends.
 
-    CannotListen: the address is in use, not this machine's, or not permitted. CannotStart: the certificate is no good.
+    CannotStart: a port is in use or not permitted, the address is not this machine's, or the certificate is no good.
     """
 
     request_queue_size = 1024
@@ -2044,7 +2030,7 @@ class Server(http.server.ThreadingHTTPServer):
             if error.errno == errno.EADDRNOTAVAIL and self.listeners:
                 return      # this machine has no IPv6, say: such addresses come last (RFC 6724 section 6, rule 1)
             self.server_close()
-            raise CannotListen(protocol, settings.host, port, error) from None
+            raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
 
     def server_close(self) -> None:
         for each in (*self.listeners, *[stun.socket for stun in self.stuns]):
@@ -2300,34 +2286,18 @@ def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
 
 # ---- log ------------------------------------------------------------------------------------------------------------
 
-class LogQueue(logging.handlers.QueueHandler):
-    """Hands lines to a thread that writes them, so that nobody waits for a disk or a pipe."""
+def start_log(level: str, formatter: logging.Formatter) -> queue.Queue[Any]:
+    """Have a thread write the log, so that nobody waits for a disk or a pipe. The queue of what it has yet to write.
 
-    def __init__(self, formatter: logging.Formatter) -> None:
-        super().__init__(queue.Queue(LOG_LINES))
-        self.lost = 0
-        writer = logging.StreamHandler()
-        writer.setFormatter(formatter)
-        writer.handleError = self.handleError  # type: ignore[method-assign]
-        self._listener = logging.handlers.QueueListener(self.queue, writer)
-        self._listener.enqueue_sentinel = functools.partial(self.queue.put, None)   # type: ignore
-        self._listener.start()
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """The record as it is: only the formatter makes text of it. Ahead of it the number of lines that were lost."""
-        if lost := self.lost:
-            self.enqueue(logging.makeLogRecord({"levelname": "WARNING", "msg": f"{lost} lines of the log were lost"}))
-            self.lost -= lost
-        return record
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        self.lost += 1      # there is no room, or it could not be written
-
-    def end(self, seconds: float = 0.5) -> None:
-        """Write what there is, within so many seconds."""
-        ending = threading.Thread(target=self._listener.stop, daemon=True)
-        ending.start()
-        ending.join(seconds)
+    A line for which there is no room in that, or none where it is written, is lost.
+    """
+    lines: queue.Queue[Any] = queue.Queue(LOG_LINES)
+    writer = logging.StreamHandler()
+    writer.setFormatter(formatter)
+    logging.handlers.QueueListener(lines, writer).start()
+    logging.basicConfig(level=level.upper(), format="%(message)s", handlers=[logging.handlers.QueueHandler(lines)])
+    logging.raiseExceptions = False     # else the thread that logs would write of it to the standard error itself
+    return lines
 
 
 def log_fields(text: str, **fields: Any) -> None:
@@ -2347,8 +2317,6 @@ class JsonFormatter(TextFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage(), **getattr(record, "fields", {})}
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
         return json.dumps(fields)       # in ASCII, so that no name can steer a terminal
 
 
@@ -2359,8 +2327,7 @@ def ignored_variables(environment: Mapping[str, str]) -> Dict[str, str]:
     known = [option.variable for option in OPTIONS]
     return {name: "Kubernetes sets it for a service named p2p" if value.startswith("tcp://")
             else f"the option with the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}"
-            for name, value in environment.items()
-            if name.startswith("P2P_") and name not in known or name == "P2P_PORT" and value.startswith("tcp://")}
+            for name, value in environment.items() if name.startswith("P2P_") and (name not in known or value.startswith("tcp://"))}
 
 
 def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str]) -> Settings:
@@ -2368,7 +2335,7 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
     parser = argparse.ArgumentParser(prog="p2pserver", description="A rendezvous server: through it two players behind home routers find each other.",
                                      epilog="In the environment --game-ttl is P2P_GAME_TTL.", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"p2pserver {__version__}")
-    environment = {name: environment[name] for name in environment.keys() - ignored_variables(environment).keys()}
+    environment = {name: text for name, text in environment.items() if not text.startswith("tcp://")}      # see ignored_variables
     if "PORT" in environment:       # hosting services say PORT
         environment.setdefault("P2P_PORT", environment["PORT"])
     for option in OPTIONS:
@@ -2384,7 +2351,7 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
 def open_server(settings: Settings) -> Server:
     """A server bound to its ports. Where the system picks the port for TCP, it can be taken for UDP: then it picks again."""
     for _ in range(0 if settings.port else 9):
-        with contextlib.suppress(CannotListen):
+        with contextlib.suppress(CannotStart):
             return Server(settings)
     return Server(settings)
 
@@ -2409,13 +2376,10 @@ def handle_signals(server: Server) -> None:
     def handle(number: int, frame: Any) -> None:
         if number == hang_up and (terminal is None or os.isatty(terminal)):
             server.certificate_is_old = True
-            return
-        for each in handled:    # the next one ends the process as it stands; but a closed terminal may send several
-            signal.signal(each, signal.SIG_IGN if each == hang_up else signal.SIG_DFL)
-        raise KeyboardInterrupt
+        elif not server.stopping:       # which takes seconds at the most
+            raise KeyboardInterrupt
 
-    handled = [each for each in (signal.SIGINT, signal.SIGTERM, hang_up) if each]
-    for each in handled:        # the first process of a container ignores SIGTERM unless it is handled
+    for each in filter(None, (signal.SIGINT, signal.SIGTERM, hang_up)):     # the first process of a container ignores SIGTERM unless it is handled
         signal.signal(each, handle)
 
 
@@ -2423,8 +2387,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     """Serve until a signal comes. SystemExit 1 with one line if the server cannot start."""
     settings = parse_settings(arguments, os.environ)
     formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter("%(asctime)s %(levelname)s %(message)s")
-    writer = LogQueue(formatter)
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[writer])
+    lines = start_log(settings.log_level, formatter)
     for name, advice in ignored_variables(os.environ).items():
         log.warning("%s in the environment is ignored; %s", name, advice)
     allow_many_files()
@@ -2446,7 +2409,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
     except KeyboardInterrupt:
         server.stop()
         log.info("the server has ended")
-        writer.end()
+        for _ in range(50):     # half a second for the log to be written
+            if lines.unfinished_tasks:
+                time.sleep(0.01)
         os._exit(0)     # Python's own end would wait for the stream of the log, or fail where its terminal is closed
 
 
