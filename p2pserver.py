@@ -34,7 +34,7 @@ for bytes or for news of its game, is parked: it costs a record and no thread, u
 thread for each address answers STUN, one writes the log. 5. All games live in the Registry behind its one lock.
 
 Sections: options, problems, fields, registry, clients and rate limiter, STUN, endpoints and routes, HTTP (reading a request,
-connections, parking, handler, server), log, command line.
+connections, handler, server), log, command line.
 """
 
 from __future__ import annotations
@@ -1464,11 +1464,9 @@ def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
 
 # ---- HTTP: connections ----------------------------------------------------------------------------------------------
 
-class MustWait(Exception):
-    """The connection is to be parked until its socket is ready for these events of selectors, it is woken, or its deadline passes."""
-
-    def __init__(self, events: int = selectors.EVENT_READ) -> None:
-        self.events = events
+# What a socket raises that has nothing to read, or no room to write. A connection that raises it is parked until its socket is ready,
+# it is woken, or its deadline passes.
+MustWait = BlockingIOError
 
 
 class Connection:
@@ -1482,7 +1480,7 @@ class Connection:
     def __init__(self, client_socket: socket.socket, address: Any, seconds: float) -> None:
         client_socket.setblocking(False)
         client_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.socket, self.address = client_socket, address
+        self.socket, self.address, self.fileno = client_socket, address, client_socket.fileno
         self.peer = self.client = client_of(address[0])     # the other end, and who asks through it
         self.is_proxy = False                               # the other end is a trusted proxy
         self.counted: Optional[bytes] = None                # the client key that it counts for
@@ -1497,8 +1495,8 @@ class Connection:
         self.unsent: List[Union[bytes, memoryview]] = []    # of an answer that its client is slow to read
         self.closes = self.lingers = False                  # when that is sent; after reading on for a moment
         self.deadline = time.monotonic() + seconds          # of what it waits for
-        self.events, self.watched = selectors.EVENT_READ, 0     # that it waits for; that the selector knows of
-        self.is_woken = False                               # perhaps before it was parked
+        self.is_parked = self.is_woken = False              # no thread serves it; it is to be served, perhaps before it is parked
+        self.watched = 0                                    # events that the selector tells of
 
     @property
     def is_idle(self) -> bool:
@@ -1506,25 +1504,19 @@ class Connection:
 
     def read(self) -> bytes:
         """What has come; nothing at the end of the stream. MustWait: nothing has come."""
-        try:
-            data = self.socket.recv(READ_SIZE)
-        except BlockingIOError:
-            raise MustWait from None
+        data = self.socket.recv(READ_SIZE)
         self.reads += 1
         return data
 
     def write(self, *pieces: bytes) -> None:
         """Send bytes. MustWait: the client does not read them all now."""
-        self.unsent += [piece for piece in pieces if piece]
+        self.unsent += pieces
         self.flush()
 
     def flush(self) -> None:
         """Send what is unsent. MustWait: the client does not read it all now."""
         while self.unsent:
-            try:
-                sent = self.socket.send(self.unsent[0])
-            except BlockingIOError:
-                raise MustWait(selectors.EVENT_WRITE) from None
+            sent = self.socket.send(self.unsent[0])
             if sent == len(self.unsent[0]):
                 del self.unsent[0]
             else:
@@ -1542,14 +1534,12 @@ class TlsConnection(Connection):
         super().__init__(client_socket, address, REQUEST_TIME)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
-        self.is_open = self.has_ended = False   # the handshake is done; close_notify has come
+        self.is_open = False
         self.plaintext: List[memoryview] = []   # of an answer, not encrypted yet
         self.silent = 0                         # bytes of TLS since the last plaintext
 
     def read(self) -> bytes:
         """The same of the plaintext. OSError: this is no TLS, or nothing but messages of TLS, which are work and never end."""
-        if self.has_ended:
-            return b""
         data, plaintext = super().read(), b""
         if not self.is_open and not self.silent and data[:1].isalpha():     # no message of TLS begins so
             self.buffer += data
@@ -1562,140 +1552,38 @@ class TlsConnection(Connection):
             if not self.is_open:
                 self.tls.do_handshake()
                 self.is_open = True
-            while not self.has_ended:
-                piece = self.tls.read(READ_SIZE)
+            for piece in iter(functools.partial(self.tls.read, READ_SIZE), b""):
                 plaintext += piece
-                if not piece:       # nothing more may come, so it is looked at once again
-                    self.has_ended = self.is_woken = True
-        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
-            pass
+            self.socket.shutdown(socket.SHUT_RD)        # close_notify has come: from now on the socket, too, is at its end
+        except ssl.SSLWantReadError:
+            if data and not plaintext:
+                raise MustWait from None
         finally:
             with contextlib.suppress(MustWait):     # what is not sent now goes before the next answer
-                self.send_records()
-        if data and not plaintext and not self.has_ended:
-            raise MustWait
+                self.flush()
         self.silent = 0
         return plaintext
 
     def write(self, *pieces: bytes) -> None:
         waiting: List[Any] = self.plaintext if self.is_open else self.unsent    # to a client that does not speak TLS nothing is encrypted
-        waiting += [memoryview(piece) for piece in pieces]
+        waiting += [memoryview(piece)[start:start + READ_SIZE] for piece in pieces for start in range(0, len(piece), READ_SIZE)]
         self.flush()
 
     def flush(self) -> None:
         """The same. A long answer is encrypted as it is sent, because the memory that TLS has used once stays its own."""
-        self.send_records()
-        while self.plaintext:
-            self.tls.write(self.plaintext[0][:READ_SIZE])
-            self.plaintext[0] = self.plaintext[0][READ_SIZE:]
-            if not self.plaintext[0]:
-                del self.plaintext[0]
-            self.send_records()
-
-    def send_records(self) -> None:
-        """Send what TLS has made. MustWait: the client does not read it all now."""
-        if self.outgoing.pending:
-            self.unsent.append(self.outgoing.read())
         super().flush()
+        while self.plaintext or self.outgoing.pending:
+            if self.plaintext:
+                self.tls.write(self.plaintext.pop(0))
+            self.unsent.append(self.outgoing.read())
+            super().flush()
 
     def end(self) -> None:
         """close_notify (RFC 8446 section 6.1)."""
         with contextlib.suppress(OSError, ValueError):
             self.tls.unwrap()
-        with contextlib.suppress(OSError, MustWait):
-            self.send_records()
-
-
-# ---- HTTP: parking --------------------------------------------------------------------------------------------------
-
-class Parking:
-    """Keeps the connections that wait, and has each served when there is something for it. Any thread may call park() and wake(), which only queue;
-    all else is for the serving thread alone, and so needs no lock."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._selector = selectors.DefaultSelector()
-        self._waker, self._wakened = socket.socketpair()        # a byte through these ends the wait, and so does a new client
-        for each in (self._waker, self._wakened):
-            each.setblocking(False)
-        for listener in (*server.listeners, self._wakened):
-            self._selector.register(listener, selectors.EVENT_READ)
-        self._parked: Set[Connection] = set()
-        self.queue: collections.deque[Connection] = collections.deque()     # to be looked at; safe at its ends without a lock
-        self._thread = 0
-
-    def park(self, connection: Connection) -> None:
-        """Take a connection that waits."""
-        self._parked.add(connection)
-        self._look_at(connection)
-
-    def wake(self, connection: Connection) -> None:
-        """Have a connection served that waits for news, or will in a moment."""
-        connection.is_woken = True
-        self._look_at(connection)
-
-    def turn(self, seconds: float) -> bool:
-        """Wait for something at most so long, and serve what there is something for. Whether a new client has come."""
-        self._thread = threading.get_ident()
-        has_come = False
-        for key, _ in self._selector.select(0.0 if self.queue else seconds):
-            if key.data:
-                self._serve(key.data)
-            elif key.fileobj is self._wakened:
-                self._wakened.recv(65536)
-            else:
-                has_come = True
-        for _ in range(len(self.queue)):        # what these add waits for the next turn
-            connection = self.queue.popleft()
-            if connection not in self._parked:
-                continue                        # it is woken early, and looked at when it is parked
-            if connection.is_woken:
-                self._serve(connection)
-            else:
-                self._watch(connection, connection.events)
-        return has_come
-
-    def serve_late(self, ends_at: float = math.inf) -> None:
-        """Serve connections whose deadline has passed. When the server ends, what neither arrives nor is sent has no time any more."""
-        now = time.monotonic()
-        for connection in [each for each in list(self._parked) if each.deadline <= now or self._server.stopping]:
-            if self._server.stopping:
-                connection.deadline = min(connection.deadline, ends_at if connection.unsent or connection.buffer else now)
-            if connection.deadline <= now:
-                self._serve(connection)
-
-    def wake_up(self) -> None:
-        """End the wait of turn()."""
-        with contextlib.suppress(BlockingIOError):      # so many bytes end it as well
-            self._waker.send(b".")
-
-    def close(self) -> None:
-        for each in (self._selector, self._waker, self._wakened):
-            each.close()
-
-    def _look_at(self, connection: Connection) -> None:
-        self.queue.append(connection)
-        if threading.get_ident() != self._thread:
-            self.wake_up()
-
-    def _serve(self, connection: Connection) -> None:
-        """Serve a parked connection, which stays if it waits again."""
-        connection.is_woken = False
-        is_tls = isinstance(connection, TlsConnection)
-        waits = not is_tls and self._server.serve(connection)
-        self._watch(connection, connection.events if waits else 0)
-        if not waits:
-            self._parked.discard(connection)
-            (self._server.serve_in_thread if is_tls else self._server.close)(connection)
-
-    def _watch(self, connection: Connection, events: int) -> None:
-        """Have the selector tell of these events, or of none."""
-        if events != connection.watched:
-            if connection.watched:
-                self._selector.unregister(connection.socket)
-            if events:
-                self._selector.register(connection.socket, events, connection)
-            connection.watched = events
+        with contextlib.suppress(OSError):
+            self.flush()
 
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
@@ -1750,7 +1638,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise MustWait
         if not self.close_connection:
             if connection.buffer:       # the next request came with this one, and others have their turn
-                self.server.parking.wake(connection)
+                self.server.wake(connection)
             raise MustWait
 
     # Reading a request.
@@ -1855,7 +1743,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def waker(self) -> Optional[Callable[[], None]]:
         """What to call when there is news for this connection; None if it does not wish to wait."""
-        return functools.partial(self.server.parking.wake, self.connection) if self.connection.wait and not self.server.stopping else None
+        return functools.partial(self.server.wake, self.connection) if self.connection.wait and not self.server.stopping else None
 
     def respond(self, ask: Callable[[], Outcome]) -> None:
         """Send what the call gives, or the answer that stands for its failure. MustWait: it waits for news, or for others to be served first."""
@@ -1872,10 +1760,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             origin = {name: value for name, value in self.headers.items() if name == "origin" and value in server.settings.origins}
             connection.waiter, connection.head = outcome, connection.head._replace(target=self.path[:200], headers=origin)
             raise MustWait
-        if server.parking.queue and not connection.waiter:
+        if server.queue and not connection.waiter:
             # This request may have woken a host, which is served first: it would not know the first datagram of a guest that is faster.
             connection.answer = outcome
-            server.parking.wake(connection)
+            server.wake(connection)
             raise MustWait
         self.send_answer(outcome)
 
@@ -1992,23 +1880,30 @@ class Server(http.server.ThreadingHTTPServer):
                             if settings.cors_origin else "")
         self.usual_fields = (0, "")         # the second they were made in, and the fields
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
-        # The lock guards what follows, which several threads change.
+        # The lock guards the counters, which several threads change. Sets and deques are safe without it.
         self._lock = threading.Lock()
         self.answered: collections.Counter[Tuple[str, Union[int, str]]] = collections.Counter()     # by operation and status
         self.refused: collections.Counter[str] = collections.Counter()      # by the option that was reached
         self._logged: collections.Counter[str] = collections.Counter()      # how many of these the log has told
-        self.connections: Set[Connection] = set()
         self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
+        self.connections: Set[Connection] = set()
+        self.queue: collections.deque[Connection] = collections.deque()     # that have been parked or woken, to be looked at
+        self.has_backlog = False            # clients that are not accepted yet
+        self.next_report = self.began + REPORT_EVERY
+        self._running: List[threading.Thread] = []
         socketserver.BaseServer.__init__(self, (settings.host, settings.port), Handler)     # TCPServer's would listen on one address alone
         self.server_port = 0
         self.listeners: List[socket.socket] = []        # one for each address of the host
         self.stuns: List[StunServer] = []               # likewise
+        self.selector = selectors.DefaultSelector()
+        self._waker, self._wakened = socket.socketpair()        # a byte through these ends the selector's wait
+        self._waker.setblocking(False)
         self._bind()
-        self.parking = Parking(self)
-        self._next_look = 0.0
-        self.next_report = self.began + REPORT_EVERY
-        self.has_backlog = False            # clients that are not accepted yet
-        self._running: List[threading.Thread] = []
+        self.stun_ports = [stun.server_address[1] for stun in self.stuns[:1]]       # the UDP ports for STUN; each listens on the same one
+        # What the selector finds ready is passed to the function that it is registered with.
+        self.selector.register(self._wakened, selectors.EVENT_READ, lambda wakened: wakened.recv(65536))
+        for listener in self.listeners:
+            self.selector.register(listener, selectors.EVENT_READ, self.accept_clients)
 
     def _bind(self) -> None:
         """Listen on each address of the host, everywhere on one port for TCP and one for UDP."""
@@ -2033,13 +1928,9 @@ class Server(http.server.ThreadingHTTPServer):
             raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
 
     def server_close(self) -> None:
-        for each in (*self.listeners, *[stun.socket for stun in self.stuns]):
+        self.selector.close()
+        for each in (self._waker, self._wakened, *self.listeners, *[stun.socket for stun in self.stuns]):
             each.close()
-
-    @property
-    def stun_ports(self) -> List[int]:
-        """The UDP ports on which STUN is answered."""
-        return [stun.server_address[1] for stun in self.stuns[:1]]      # each listens on the same one
 
     @property
     def where(self) -> str:
@@ -2058,59 +1949,43 @@ class Server(http.server.ThreadingHTTPServer):
             thread.start()
 
     def stop(self, grace: float = 0.6) -> None:
-        """Accept no more, let the requests that have come be answered within grace (seconds), and close."""
+        """Let the requests that come within grace (seconds) be answered, and close."""
         if self.stopping:
             return
         self.stopping = True
-        if self._running:
-            self.parking.wake_up()
-            self.shutdown()
-            for _ in range(self.request_queue_size // ACCEPTED_AT_ONCE):    # who has connected, and perhaps asked, is still served
-                self.accept_clients()
-            ends_at = time.monotonic() + grace
-            while self.connections and time.monotonic() < ends_at:
-                self.parking.serve_late(ends_at)
-                self.parking.turn(0.05)
-            self.parking.serve_late(ends_at)
-            for stun in self.stuns:
-                stun.shutdown()
+        for server in (self, *self.stuns) if self._running else ():
+            server.shutdown()
+        for _ in range(self.request_queue_size // ACCEPTED_AT_ONCE):    # who has connected, and perhaps asked, is still served
+            self.serve_ready(0.0)
+        ends_at = time.monotonic() + grace
+        while self.connections and time.monotonic() < ends_at + 0.1:
+            for connection in list(self.connections):       # what neither arrives nor is sent has no time any more
+                connection.deadline = min(connection.deadline, ends_at if connection.unsent or connection.buffer else 0.0)
+            self.serve_late()
+            self.serve_ready(0.05)
         for _ in range(self.settings.max_threads):      # each ends its burst
             self.threads.acquire(timeout=grace)
         for connection in list(self.connections):
             self.close(connection)
-        self.parking.close()
         self.server_close()
         self.log_events()
         self.log_refusals()
 
     def service_actions(self) -> None:
-        """Called by serve_forever() after each look for a new client, for which it does not wait: serve who is there already."""
+        """Called by serve_forever() after each look for a new client, for which it does not wait: serve for a tenth of a second, then do what is due."""
+        ends_at = time.monotonic() + 0.1
         try:
-            self.serve_parked()
+            while time.monotonic() < ends_at:
+                self.serve_ready(0.1)
+            self.serve_late()
+            self.registry.expire_games()
+            self.log_events()
+            if time.monotonic() >= self.next_report:
+                self.log_refusals()
+            if self.certificate_is_old:
+                self.renew_certificate()
         except Exception:
             log.exception("the server failed in one thing, and goes on")
-
-    def serve_parked(self) -> None:
-        """Serve all connections for a tenth of a second, and then do what is due."""
-        while time.monotonic() < self._next_look:
-            if self.parking.turn(0.1):
-                self.accept_clients()
-        self._next_look = time.monotonic() + 0.1
-        self.parking.serve_late()
-        self.registry.expire_games()
-        self.log_events()
-        if time.monotonic() >= self.next_report:
-            self.log_refusals()
-        if self.certificate_is_old:
-            self.renew_certificate()
-
-    def accept_clients(self) -> None:
-        """Accept new clients, but not too many before those that there are have their turn."""
-        for listener in self.listeners:
-            self.socket, self.has_backlog = listener, True      # the base class accepts from this one
-            for _ in range(ACCEPTED_AT_ONCE):
-                if self.has_backlog:
-                    self._handle_request_noblock()  # type: ignore[attr-defined]
 
     def renew_certificate(self) -> None:
         """Have new connections use the certificate as its file is now."""
@@ -2132,12 +2007,19 @@ class Server(http.server.ThreadingHTTPServer):
     def log_refusals(self) -> None:
         """Log how often each limit has been reached since the last time."""
         self.next_report = time.monotonic() + REPORT_EVERY
-        with self._lock:
-            recent, self._logged = self.refused - self._logged, self.refused.copy()
-        for limit, count in sorted(recent.items()):
+        refused = self.refused.copy()
+        for limit, count in sorted((refused - self._logged).items()):
             log_fields("limit {limit}: {count} refused", limit=limit, count=count)
+        self._logged = refused
 
     # A new connection.
+
+    def accept_clients(self, listener: socket.socket) -> None:
+        """Accept new clients, but not too many before those that there are have their turn."""
+        self.socket, self.has_backlog = listener, True      # the base class accepts from this one
+        for _ in range(ACCEPTED_AT_ONCE):
+            if self.has_backlog:
+                self._handle_request_noblock()  # type: ignore[attr-defined]
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         try:
@@ -2152,50 +2034,93 @@ class Server(http.server.ThreadingHTTPServer):
         """Whether to serve a client. One that has no token left, nor one for being told so, is closed without a word; so is one far beyond the limit."""
         client = client_of(client_address[0])
         is_over = self.limiter.pause(client.key) and self.refusals.pause(client.key) and client.address not in self.proxies
-        if is_over or len(self.connections) >= self.settings.max_connections + (0 if self.tls else MAX_REFUSALS):
+        is_full = len(self.connections) >= self.settings.max_connections + MAX_REFUSALS
+        if is_over or is_full:
             self.tally(self.refused, "rate" if is_over else "connections")
-            return False
-        return True
+        return not (is_over or is_full)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a new connection: most clients ask at once. Under TLS it is parked: nothing of it is done in this thread."""
         connection = TlsConnection(request, client_address, self.tls) if self.tls else Connection(request, client_address, self.settings.idle_timeout)
         connection.is_proxy = connection.peer.address in self.proxies
+        self.connections.add(connection)
         try:
-            self.admit(connection)
+            if len(self.connections) > self.settings.max_connections:
+                raise Full("there are too many connections", limit="connections")
+            if self.tls and not connection.is_proxy:        # a handshake costs a token, as a request does
+                self.charge(connection.peer)
+            self.count(connection, None if connection.is_proxy else connection.peer.key)
         except Full as problem:
             connection.problem = problem
         if not self.tls:
-            self.serve_and_park(connection)
+            self.serve(connection)
         elif connection.problem:     # a handshake would come first
             self.tally(self.refused, connection.problem.limit)
             self.close(connection)
         else:
-            self.parking.park(connection)
-
-    def admit(self, connection: Connection) -> None:
-        """Count a new connection. Full, TooMany: it is to be refused. A handshake of TLS costs a token, as a request does."""
-        with self._lock:
-            self.connections.add(connection)
-        if len(self.connections) > self.settings.max_connections:
-            raise Full("there are too many connections", limit="connections")
-        if connection.is_proxy:     # it speaks for many
-            return
-        if self.tls:
-            self.charge(connection.peer)
-        self.count(connection, connection.peer.key)
+            self.park(connection)
 
     def count(self, connection: Connection, key: Optional[bytes]) -> None:
-        """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client."""
+        """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client; it counts until it ends all the same."""
         with self._lock:
             if connection.counted is not None:
                 count_down(self._connections_of, connection.counted)
-            connection.counted = None
+            connection.counted = key
             if key is not None:
-                if self._connections_of[key] >= self.settings.max_connections_per_client:
-                    raise TooMany("there are too many connections from your address", limit="connections_per_client")
                 self._connections_of[key] += 1
-                connection.counted = key
+                if self._connections_of[key] > self.settings.max_connections_per_client:
+                    raise TooMany("there are too many connections from your address", limit="connections_per_client")
+
+    # Connections that wait.
+
+    def serve_ready(self, seconds: float) -> None:
+        """Wait for something at most so long, and serve what there is something for."""
+        for key, _ in self.selector.select(0.0 if self.queue else seconds):
+            key.data(key.fileobj)
+        for _ in range(len(self.queue)):        # what these add waits for the next turn
+            connection = self.queue.popleft()
+            if connection.is_parked:            # else it is woken early, and looked at when it is parked
+                (self.go_on if connection.is_woken else self.watch)(connection)
+
+    def serve_late(self) -> None:
+        """Serve connections whose deadline has passed."""
+        now = time.monotonic()
+        for connection in [each for each in list(self.connections) if each.deadline <= now and each.is_parked]:
+            self.go_on(connection)
+
+    def go_on(self, connection: Connection) -> None:
+        """Serve a parked connection: at once, or under TLS in a thread of the base class's.
+
+        It waits for that while there are max_threads; none of these ever blocks.
+        """
+        connection.is_parked = connection.is_woken = False
+        if not self.tls:
+            self.serve(connection)
+            return
+        self.watch(connection)
+        self.threads.acquire()
+        try:
+            super().process_request(connection, connection.address)  # type: ignore[arg-type]
+        except RuntimeError:       # the system gives no thread
+            self.threads.release()
+            self.tally(self.refused, "threads")
+            self.close(connection)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            self.serve(request)
+        finally:
+            self.threads.release()
+
+    def watch(self, connection: Connection) -> None:
+        """Have the selector tell when there is something for a connection, if it is parked."""
+        events = 0 if not connection.is_parked else selectors.EVENT_WRITE if connection.unsent else selectors.EVENT_READ
+        if events != connection.watched:
+            if connection.watched:
+                self.selector.unregister(connection)
+            if events:
+                self.selector.register(connection, events, self.go_on)
+            connection.watched = events
 
     # What any thread may call.
 
@@ -2210,50 +2135,40 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             counter[key] += 1
 
-    def serve(self, connection: Connection) -> bool:
-        """One burst of a connection. True: it waits. False: it is to be closed."""
+    def serve(self, connection: Connection) -> None:
+        """One burst of a connection, which is parked or closed then."""
         try:
             self.finish_request(connection, connection.address)  # type: ignore[arg-type]
-        except MustWait as wait:
-            connection.events = wait.events
-            return True
-        except OSError as error:        # a client that went away is no fault
-            log.debug("a connection was lost: %s", error)
+        except MustWait:
+            self.park(connection)
+            return
         except Exception:
             self.handle_error(connection, connection.address)
-        return False
+        self.close(connection)
 
-    def serve_and_park(self, connection: Connection) -> None:
-        """One burst of a connection that is not parked."""
-        if self.serve(connection):
-            self.parking.park(connection)
-        else:
-            self.close(connection)
+    def park(self, connection: Connection) -> None:
+        """Have a connection wait. The selector is for the serving thread alone, and under TLS this is another."""
+        connection.is_parked = True
+        (self.look_at if self.tls else self.watch)(connection)
 
-    def serve_in_thread(self, connection: Connection) -> None:
-        """One burst of a connection, in a thread of the base class's. It blocks while there are max_threads; none of these ever does."""
-        self.threads.acquire()
-        try:
-            super().process_request(connection, connection.address)  # type: ignore[arg-type]
-        except RuntimeError as error:       # the system gives no thread
-            self.threads.release()
-            log.warning("%s", error)
-            self.tally(self.refused, "threads")
-            self.close(connection)
+    def wake(self, connection: Connection) -> None:
+        """Have a connection served that waits for news, or will in a moment."""
+        connection.is_woken = True
+        self.look_at(connection)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            self.serve_and_park(request)
-        finally:
-            self.threads.release()
+    def look_at(self, connection: Connection) -> None:
+        self.queue.append(connection)
+        if threading.current_thread() not in self._running:
+            with contextlib.suppress(BlockingIOError):      # so many bytes end the wait as well
+                self._waker.send(b".")
 
     def close(self, connection: Connection) -> None:
         """End a connection that is not parked."""
         if connection.waiter:
             self.registry.forget_waiter(connection.waiter)
         self.count(connection, None)
-        with self._lock:
-            self.connections.discard(connection)
+        self.connections.discard(connection)
+        self.watch(connection)
         connection.end()
         self.shutdown_request(connection.socket)
 
