@@ -71,7 +71,6 @@ import time
 import types
 import unicodedata
 import urllib.parse
-import zlib
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
 
 __version__ = "0.1.0"
@@ -971,11 +970,12 @@ class RateLimiter:
 
 # ---- STUN -----------------------------------------------------------------------------------------------------------
 # RFC 8489 Binding alone: a client asks from which public address its datagrams come. All else gets silence. A client of the older
-# RFC 3489 has more of its transaction id where others have the cookie, and gets its address as it is (RFC 8489 section 11).
+# RFC 3489 has more of its transaction id where others have the cookie, and gets its address as it is (RFC 8489 section 11). FINGERPRINT is
+# ignored: on a port for STUN alone it tells nothing (section 12).
 
 STUN_COOKIE = b"\x21\x12\xa4\x42"
 STUN_REQUEST, STUN_SUCCESS, STUN_ERROR = 0x0001, 0x0101, 0x0111     # Binding, by class
-STUN_MAPPED_ADDRESS, STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS, STUN_FINGERPRINT = 0x0001, 0x0009, 0x000A, 0x0020, 0x8028
+STUN_MAPPED_ADDRESS, STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS = 0x0001, 0x0009, 0x000A, 0x0020
 STUN_INTEGRITY = (0x0008, 0x001C)       # MESSAGE-INTEGRITY, by SHA-1 and SHA-256: not checked; what follows is ignored (sections 14.5 and 14.6)
 # What ICE agents add for each other (RFC 8445 section 7.1): to be comprehended, not obeyed. USERNAME, PRIORITY and USE-CANDIDATE.
 STUN_IGNORED = (0x0006, 0x0024, 0x0025)
@@ -985,47 +985,34 @@ def stun_attribute(kind: int, value: bytes) -> bytes:
     return struct.pack(">HH", kind, len(value)) + value + bytes(-len(value) % 4)
 
 
-def stun_fingerprint(message: bytes) -> bytes:
-    """The attribute FINGERPRINT after what precedes it, where the length in the head counts it already (RFC 8489 section 14.7)."""
-    return struct.pack(">HHI", STUN_FINGERPRINT, 4, zlib.crc32(message) ^ 0x5354554E)
-
-
-def stun_attributes(request: bytes) -> Optional[List[int]]:
-    """The types of a Binding request's attributes in their order, or None for everything that is not a well-formed one."""
+def stun_unknown_attributes(request: bytes) -> Optional[List[int]]:
+    """The types of a Binding request's attributes that must be comprehended and are not, or None for everything that is not a well-formed one."""
     if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:4] != struct.pack(">HH", STUN_REQUEST, len(request) - 20):
         return None
     kinds: List[int] = []
     position = 20
     while position < len(request) and len(kinds) < MAX_STUN_ATTRIBUTES:
         kind, length = struct.unpack_from(">HH", request, position)
-        if kind == STUN_FINGERPRINT and request[position:] != stun_fingerprint(request[:position]):
-            return None     # it is the last one, and right
         kinds.append(kind)
         position += 4 + length + -length % 4
-    return kinds if position == len(request) else None
+    obeyed = itertools.takewhile(lambda kind: kind not in STUN_INTEGRITY, kinds)
+    return [kind for kind in obeyed if kind < 0x8000 and kind not in STUN_IGNORED] if position == len(request) else None
 
 
 def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
     """The answer to a datagram from source, an (IP address, port), or None for silence."""
-    kinds = stun_attributes(request)
-    if kinds is None:
-        return None
-    obeyed = itertools.takewhile(lambda kind: kind not in STUN_INTEGRITY, kinds)
-    unknown = [kind for kind in obeyed if kind < 0x8000 and kind not in STUN_IGNORED]
-    has_cookie = request[4:8] == STUN_COOKIE
-    if unknown and not has_cookie:
+    unknown, has_cookie = stun_unknown_attributes(request), request[4:8] == STUN_COOKIE
+    if unknown is None or unknown and not has_cookie:
         return None     # the section asks for 420, but old clients that get it ask again at once
     if unknown:     # RFC 8489 section 6.3.1
-        body = (stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
-                + stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown)))
+        kind, body = STUN_ERROR, stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
+        body += stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown))
     else:
         address = packed_address(source[0])
         mask = request[4:6] + request[4:20] if has_cookie else bytes(18)    # of port and address (section 14.2)
-        masked = bytes(a ^ b for a, b in zip(struct.pack(">H", source[1]) + address, mask))
-        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS if has_cookie else STUN_MAPPED_ADDRESS, (b"\0\1" if len(address) == 4 else b"\0\2") + masked)
-    length = len(body) + (8 if STUN_FINGERPRINT in kinds else 0)
-    message = struct.pack(">HH", STUN_ERROR if unknown else STUN_SUCCESS, length) + request[4:20] + body
-    return message + stun_fingerprint(message) if STUN_FINGERPRINT in kinds else message
+        value = (b"\0\1" if len(address) == 4 else b"\0\2") + bytes(a ^ b for a, b in zip(struct.pack(">H", source[1]) + address, mask))
+        kind, body = STUN_SUCCESS, stun_attribute(STUN_XOR_MAPPED_ADDRESS if has_cookie else STUN_MAPPED_ADDRESS, value)
+    return struct.pack(">HH", kind, len(body)) + request[4:20] + body
 
 
 class StunServer(socketserver.UDPServer):
