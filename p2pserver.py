@@ -900,8 +900,8 @@ class Client(NamedTuple):
 def client_of(host: str) -> Client:
     """Who has this address. OSError: it is none."""
     packed = packed_address(host)
-    text = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
-    return Client(text, packed if len(packed) == 4 else packed[:7], is_loopback(packed))
+    family, key = (socket.AF_INET, packed) if len(packed) == 4 else (socket.AF_INET6, packed[:7])
+    return Client(socket.inet_ntop(family, packed), key, is_loopback(packed))
 
 
 def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -> Client:
@@ -918,22 +918,14 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
             proxies.has_warned = True
             log.warning("X-Forwarded-For from %s is not believed, as --trusted-proxies does not name it: all who come through it are one client", peer.address)
         return peer._replace(is_local=False)
-    for member in reversed(forwarded[-MAX_FORWARDED:].split(",")):      # the last ones are the proxies' own
-        try:
-            client = client_of(host_of(member))._replace(is_local=False)
-        except OSError:
-            return Client(UNKNOWN, b"", False)
-        if client.address not in proxies:
-            break
-    return client
-
-
-def host_of(member: str) -> str:
-    """The address in a member of X-Forwarded-For, which may be quoted, in brackets, or followed by a port."""
-    member = member.strip().strip('"')
-    if member.startswith("["):
-        return member[1:].partition("]")[0]
-    return member.partition(":")[0] if member.count(":") == 1 else member
+    with contextlib.suppress(OSError):
+        for member in reversed(forwarded[-MAX_FORWARDED:].split(",")):      # the last ones are the proxies' own
+            match = IP_PORT.fullmatch(member.strip())       # some proxies add the port
+            client = client_of((match[1] or match[2]) if match else member.strip(" \t[]"))
+            if client.address not in proxies:
+                break
+        return client._replace(is_local=False)
+    return Client(UNKNOWN, b"", False)
 
 
 class RateLimiter:
@@ -1025,7 +1017,7 @@ class StunServer(socketserver.UDPServer):
     def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
         self.address_family = family
         self._limiter = limiter
-        self.results = {"answer": 0, "silence": 0}      # datagrams so far, by what they got
+        self.results: collections.Counter[str] = collections.Counter()      # datagrams so far, by what they got
         super().__init__(address, socketserver.BaseRequestHandler)
 
     def server_bind(self) -> None:
@@ -1180,23 +1172,16 @@ def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
     if not request.client.is_local and request.client.address not in server.watchers:
         raise Forbidden("metrics are for this machine and for whom --metrics-from names")
-    counts = server.registry.counts()
-    text = ""
-    for name, meaning, labels, samples in (
-        ("games", "games on offer", "", {(): counts["games"]}),
-        ("guests", "guests of them", "", {(): counts["guests"]}),
-        ("waiting", "polls and starts that wait", "", {(): counts["waiting"]}),
-        ("connections", "open connections", "", {(): len(server.connections)}),
-        ("threads", "threads of the process", "", {(): threading.active_count()}),
-        ("stored_bytes", "bytes that count against --max-memory", "", {(): counts["stored_bytes"]}),
-        ("uptime_seconds", "seconds since the start", "", {(): round(time.monotonic() - server.began, 3)}),
-        ("requests_total", "requests answered", '{operation="%s",status="%s"}', server.answered),
-        ("refused_total", "requests and connections refused because a limit was reached", '{limit="%s"}', server.refused),
-        ("stun_total", "datagrams to STUN, by what they got", '{result="%s"}',
-         {result: sum([stun.results[result] for stun in server.stuns]) for result in ("answer", "silence") if server.stuns}),
+    gauges = {**server.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
+              "uptime_seconds": round(time.monotonic() - server.began, 3)}
+    text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
+    for name, labels, counts in (
+        ("requests_total", '{operation="%s",status="%s"}', server.answered),
+        ("refused_total", '{limit="%s"}', server.refused),
+        ("stun_total", '{result="%s"}', sum([stun.results for stun in server.stuns], collections.Counter())),
     ):
-        text += f"# HELP p2pserver_{name} {meaning}\n# TYPE p2pserver_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
-        text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(samples.items())])
+        text += f"# TYPE p2pserver_{name} counter\n"
+        text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(counts.items())])
     return Answer(200, text.encode("ascii"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
