@@ -553,14 +553,14 @@ class Entry:
 class Game(Entry):
     """A game while its host is alive."""
 
-    __slots__ = ("name", "info", "listed", "ready", "guests", "news", "left", "told", "dismissed", "born", "line")
+    __slots__ = ("name", "info", "listed", "ready", "guests", "news", "left", "told", "dismissed", "line")
     own_size, texts = GAME_SIZE, ("name", "info", "addresses", "left", "dismissed")
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
         super().__init__(digest, client, NO_ADDRESSES)
         self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses, or replies to guests
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
-        self.news = self.born = version             # when a guest last came, moved or left; the order of the list, which a rename keeps
+        self.news = version                         # when a guest last came, moved or left
         self.left: Tuple[Tuple[int, str], ...] = () # when a session ended, and which
         self.told = -1                              # up to when its host knows of these
         self.dismissed: Tuple[bytes, ...] = ()      # digests of guests that its host has sent away
@@ -619,10 +619,9 @@ class Registry:
         self._secret = os.urandom(32)
         # The lock guards everything below. Public methods take it; private ones need it held.
         self._lock = threading.Lock()
-        self._now = clock()     # read once for each call
         self._cursor = cursor
         self._list: Optional[Tuple[int, bytes]] = None      # with its version; None: to be made anew
-        self._games: Dict[str, Game] = {}
+        self._games: Dict[str, Game] = {}       # the oldest first
         # When all games and all guests expire, each with the first in front: expiry looks at the front only, never at all of them.
         self._queues: Dict[type, collections.OrderedDict[Any, float]] = {Game: collections.OrderedDict(), Guest: collections.OrderedDict()}
         self._ttls = {Game: settings.game_ttl, Guest: settings.guest_ttl}
@@ -642,7 +641,7 @@ class Registry:
             is_new = name not in self._games
             if is_new:
                 self._check_room("games", len(self._games), self._games_of[client])
-            game = Game(name, digest, client, self._cursor) if is_new else self._games[name]
+            game = self._games.get(name) or Game(name, digest, client, self._cursor)
             if not hmac.compare_digest(game.digest, digest):
                 raise Conflict(f"the name {name!r} is taken")
             self._change({game: shown})
@@ -659,18 +658,16 @@ class Registry:
         with self._lock:
             game = self._find(name, digest)
             self._keep_alive(game)
-            since, offer = self._since(after), game.addresses if addresses is None else addresses
-            is_busy = offer == game.addresses and not replies and not dismiss
-            known = self._cursor if after is None else since
-            gone = self._publish(game, offer, replies, known) if replies is not None or offer != game.addresses else []
+            since, is_same = self._since(after), addresses in (None, game.addresses)
+            game.told = self._cursor if after is None else since
+            gone = [] if is_same and replies is None else self._publish(game, addresses, replies)
             for guest in [each for each in game.guests.values() if each.session_id in dismiss] if dismiss else ():
                 self._remove(guest, "dismiss_guest")
                 self._change({game: {"dismissed": (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]}})
-            left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
+            left = [session_id for version, session_id in game.left if version > since] if after is not None else []
             guests = [] if game.news <= since else [
                 Session(guest.session_id, guest.session_key, guest.addresses, guest.seen_at) for guest in game.guests.values() if guest.changed > since]
-            game.told = known
-            waiter = self._wait(game, name, after, wake, bool(guests or left or gone), addresses is None, is_busy)
+            waiter = self._wait(game, name, after, wake, bool(guests or left or gone), addresses is None, is_same and not replies and not dismiss)
             return News(name, guests, game.news, waiter, left, gone)
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
@@ -715,7 +712,6 @@ class Registry:
             waiter.name = waiter.entry.name
             if self._waiters.get(waiter.entry) is waiter:
                 del self._waiters[waiter.entry]
-                self._now = self._clock()
                 self._keep_alive(waiter.entry)      # until now the wait did
 
     def list_games(self) -> Tuple[int, bytes]:
@@ -723,8 +719,7 @@ class Registry:
             self._expire()
             if self._list is None:
                 self._cursor += 1
-                games = sorted([game for game in self._games.values() if game.listed], key=lambda game: game.born)
-                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in games]) + b"]}\n"
+                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in self._games.values() if game.listed]) + b"]}\n"
             return self._list
 
     def get_game(self, name: str) -> bytes:
@@ -739,7 +734,7 @@ class Registry:
                 raise Conflict(f"the name {new_name!r} is taken")
             self._change({game: {"name": new_name, **shown}})
             if new_name != name:
-                self._games[new_name] = self._games.pop(name)
+                self._games = {each.name: each for each in self._games.values()}     # in the same order
                 self._wake(game, *game.guests.values(), is_over=True)
                 self.events.append(("update_game", name, f"renamed to {new_name!r}", game.client))
             return self._line(game)
@@ -781,15 +776,14 @@ class Registry:
         """
         news = {entry: {name: value for name, value in attributes.items() if value not in (None, getattr(entry, name))}
                 for entry, attributes in changes.items()}
-        sizes = {entry: entry.size_with(attributes) for entry, attributes in news.items()}
-        growth = sum([size - entry.size for entry, size in sizes.items()])
+        growth = sum([entry.size_with(attributes) - entry.size for entry, attributes in news.items()])
         share = 1_000_000 if all(entry.size for entry in news) else 900_000
         if growth > 0 and self._stored + growth > self._settings.max_memory * share:
             raise Full("the server's memory for games is full", limit="memory")
         self._stored += growth
         self._cursor += 1
         for entry, attributes in news.items():
-            entry.size = sizes[entry]
+            entry.size = entry.size_with(attributes)
             for name, value in attributes.items():
                 setattr(entry, name, value)
                 if name in VERSIONS:
@@ -803,20 +797,18 @@ class Registry:
         says nothing about this one."""
         return after if after is not None and after <= self._cursor else -1
 
-    def _publish(self, game: Game, addresses: bytes, replies: Replies, known: int) -> List[str]:
-        """Change what the host offers to all guests and to single ones, of whose addresses it knows up to a version; the sessions of its replies
-        that are gone."""
-        guests = {guest.session_id: guest for guest in game.guests.values()} if replies else {}
-        is_first = not game.changed
+    def _publish(self, game: Game, addresses: Text, replies: Replies) -> List[str]:
+        """Change what the host offers to all guests and to single ones, if it knows of their present addresses; the sessions of its replies that
+        are gone."""
+        guests, is_first = {guest.session_id: guest for guest in game.guests.values()}, not game.changed
         is_ready = addresses != NO_ADDRESSES or replies is not None     # and stays so until the addresses change
-        replies = replies or {}
-        if self._change({game: {"addresses": addresses, "ready": is_ready},
-                         **{guests[session_id]: {"reply": reply} for session_id, reply in replies.items()
-                            if session_id in guests and guests[session_id].changed <= known}}):
+        heard = {guests[session_id]: {"reply": reply} for session_id, reply in (replies or {}).items()
+                 if session_id in guests and guests[session_id].changed <= game.told}
+        if self._change({game: {"addresses": addresses, "ready": is_ready}, **heard}):
             if is_first and game.changed:
                 self.events.append(("poll_game", game.name, "first addresses", game.client))
-            self._wake(*[guest for guest in game.guests.values() if guest.offer[1] == self._cursor])
-        return [session_id for session_id in replies if session_id not in guests]
+            self._wake(*[guest for guest in guests.values() if guest.offer[1] == self._cursor])
+        return [session_id for session_id in replies or () if session_id not in guests]
 
     def _line(self, game: Game) -> bytes:
         """What anybody may know of a game, as JSON text."""
@@ -847,14 +839,14 @@ class Registry:
 
     def _keep_alive(self, entry: Entry) -> None:
         entries = self._queues[type(entry)]
-        entries[entry] = self._now + self._ttls[type(entry)]
+        entries[entry] = self._clock() + self._ttls[type(entry)]
         entries.move_to_end(entry)
 
     def _expire(self) -> None:
         """Remove what has expired. A game or guest whose poll or start waits is alive."""
-        self._now = self._clock()
+        now = self._clock()
         for entries in self._queues.values():
-            while entries and next(iter(entries.values())) <= self._now:
+            while entries and next(iter(entries.values())) <= now:
                 entry = next(iter(entries))
                 if entry in self._waiters:
                     self._keep_alive(entry)
