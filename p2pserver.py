@@ -581,16 +581,16 @@ class Guest(Entry):
         self.replied = 0                            # version of reply
 
     @property
-    def name(self) -> str:
-        return self.game.name
-
-    @property
     def offer(self) -> Tuple[bytes, int]:
         """The addresses that it gets, and their version."""
         return (self.reply, self.replied) if self.reply else (self.game.addresses, self.game.changed)
 
 
 VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # attributes that have a version; all others change what the list shows
+
+
+def game_of(entry: Union[Game, Guest]) -> Game:
+    return entry.game if isinstance(entry, Guest) else entry
 
 
 def count_down(counter: collections.Counter[bytes], key: bytes) -> None:
@@ -709,7 +709,7 @@ class Registry:
 
     def forget_waiter(self, waiter: Waiter) -> None:
         with self._lock:
-            waiter.name = waiter.entry.name
+            waiter.name = game_of(waiter.entry).name
             if self._waiters.get(waiter.entry) is waiter:
                 del self._waiters[waiter.entry]
                 self._keep_alive(waiter.entry)      # until now the wait did
@@ -727,13 +727,12 @@ class Registry:
             return self._line(self._find(name))
 
     def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
-        new_name = new_name or name
         with self._lock:
             game = self._find(name, digest)
-            if self._games.get(new_name, game) is not game:
+            if self._games.get(new_name or name, game) is not game:
                 raise Conflict(f"the name {new_name!r} is taken")
             self._change({game: {"name": new_name, **shown}})
-            if new_name != name:
+            if game.name != name:
                 self._games = {each.name: each for each in self._games.values()}     # in the same order
                 self._wake(game, *game.guests.values(), is_over=True)
                 self.events.append(("update_game", name, f"renamed to {new_name!r}", game.client))
@@ -819,10 +818,9 @@ class Registry:
     def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool, is_again: bool, is_busy: bool) -> Optional[Waiter]:
         """Have a poll or start wait in place of an earlier one, if it wishes to; None if there is news, or no room. One that is asked again makes
         way for a later one. is_busy: the earlier one did not make way for news."""
-        if entry in self._waiters and is_again:
+        if is_again and entry in self._waiters:
             return None
-        if entry in self._waiters:
-            self._wake(entry, is_over=True, is_busy=is_busy)
+        self._wake(entry, is_over=True, is_busy=is_busy)
         if has_news or wake is None or len(self._waiters) >= self._settings.max_waiting:
             return None
         waiter = self._waiters[entry] = Waiter(entry, name, entry.digest, after, wake)
@@ -855,7 +853,7 @@ class Registry:
 
     def _remove(self, entry: Union[Game, Guest], operation: str = "") -> None:
         """Remove a guest, or a game with its guests."""
-        game = entry if isinstance(entry, Game) else entry.game
+        game = game_of(entry)
         for guest in list(game.guests.values()) if game is entry else ():
             self._remove(guest)
         self._wake(entry)
@@ -1073,12 +1071,11 @@ def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[st
 
     That is later where a poll or start finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
-    is_busy = request.is_busy
-    if request.wake and not has_news:
+    has_no_place = request.wake is not None and not has_news
+    if has_no_place:
         server.tally(server.refused, "waiting")
-        is_busy = True
-    body["expiresIn"] = ttl
-    body["pollAfter"] = server.settings.poll_after * (BUSY_FACTOR if is_busy else 1)
+    is_busy = has_no_place or request.is_busy
+    body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
     return Answer(status, body, {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
 
 

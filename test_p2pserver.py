@@ -1481,7 +1481,8 @@ def test_what_a_forged_source_gets_of_stun_is_as_the_threat_model_says():
 
 @pytest.mark.parametrize("kind, value", rows({
     "USERNAME": (0x0006, b"a:b"), "MESSAGE-INTEGRITY": (0x0008, bytes(20)), "MESSAGE-INTEGRITY-SHA256": (0x001C, bytes(32)), "PRIORITY": (0x0024, b"1234"),
-    "USE-CANDIDATE": (0x0025, b""), "FINGERPRINT": (0x8028, b"1234"), "ICE-CONTROLLED": (0x8029, bytes(8)), "ICE-CONTROLLING": (0x802A, bytes(8)), "one that may be ignored": (0xFFFF, b"x"),
+    "USE-CANDIDATE": (0x0025, b""), "FINGERPRINT": (0x8028, b"1234"),
+    "ICE-CONTROLLED": (0x8029, bytes(8)), "ICE-CONTROLLING": (0x802A, bytes(8)), "one that may be ignored": (0xFFFF, b"x"),
 }))
 def test_stun_ignores(kind, value):
     assert mapped(p2pserver.stun_answer(stun(attribute(kind, value)), SOURCE)) == SOURCE
