@@ -664,7 +664,7 @@ class Registry:
             for guest in [each for each in game.guests.values() if each.session_id in dismiss] if dismiss else ():
                 self._remove(guest, "dismiss_guest")
                 self._change({game: {"dismissed": (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]}})
-            left = [session_id for version, session_id in game.left if version > since] if after is not None else []
+            left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
             guests = [] if game.news <= since else [
                 Session(guest.session_id, guest.session_key, guest.addresses, guest.seen_at) for guest in game.guests.values() if guest.changed > since]
             waiter = self._wait(game, name, after, wake, bool(guests or left or gone), addresses is None, is_same and not replies and not dismiss)
@@ -818,9 +818,10 @@ class Registry:
     def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool, is_again: bool, is_busy: bool) -> Optional[Waiter]:
         """Have a poll or start wait in place of an earlier one, if it wishes to; None if there is news, or no room. One that is asked again makes
         way for a later one. is_busy: the earlier one did not make way for news."""
-        if is_again and entry in self._waiters:
-            return None
-        self._wake(entry, is_over=True, is_busy=is_busy)
+        if entry in self._waiters:
+            if is_again:
+                return None
+            self._wake(entry, is_over=True, is_busy=is_busy)
         if has_news or wake is None or len(self._waiters) >= self._settings.max_waiting:
             return None
         waiter = self._waiters[entry] = Waiter(entry, name, entry.digest, after, wake)
