@@ -69,7 +69,6 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-import zlib
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
 
 __version__ = "0.1.0"
@@ -550,14 +549,14 @@ class Entry:
 class Game(Entry):
     """A game while its host is alive."""
 
-    __slots__ = ("name", "info", "listed", "ready", "guests", "news", "left", "told", "dismissed", "born", "line")
+    __slots__ = ("name", "info", "listed", "ready", "guests", "news", "left", "told", "dismissed", "line")
     own_size, texts = GAME_SIZE, ("name", "info", "addresses", "left", "dismissed")
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
         super().__init__(digest, client, NO_ADDRESSES)
         self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses, or replies to guests
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
-        self.news = self.born = version             # when a guest last came, moved or left; the order of the list, which a rename keeps
+        self.news = version                         # when a guest last came, moved or left
         self.left: Tuple[Tuple[int, str], ...] = () # when a session ended, and which
         self.told = -1                              # up to when its host knows of these
         self.dismissed: Tuple[bytes, ...] = ()      # digests of guests that its host has sent away
@@ -578,16 +577,16 @@ class Guest(Entry):
         self.replied = 0                            # version of reply
 
     @property
-    def name(self) -> str:
-        return self.game.name
-
-    @property
     def offer(self) -> Tuple[bytes, int]:
         """The addresses that it gets, and their version."""
         return (self.reply, self.replied) if self.reply else (self.game.addresses, self.game.changed)
 
 
 VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # attributes that have a version; all others change what the list shows
+
+
+def game_of(entry: Union[Game, Guest]) -> Game:
+    return entry.game if isinstance(entry, Guest) else entry
 
 
 def count_down(counter: collections.Counter[bytes], key: bytes) -> None:
@@ -616,10 +615,9 @@ class Registry:
         self._secret = os.urandom(32)
         # The lock guards everything below. Public methods take it; private ones need it held.
         self._lock = threading.Lock()
-        self._now = clock()     # read once for each call
         self._cursor = cursor
         self._list: Optional[Tuple[int, bytes]] = None      # with its version; None: to be made anew
-        self._games: Dict[str, Game] = {}
+        self._games: Dict[str, Game] = {}       # the oldest first
         # When all games and all guests expire, each with the first in front: expiry looks at the front only, never at all of them.
         self._queues: Dict[type, collections.OrderedDict[Any, float]] = {Game: collections.OrderedDict(), Guest: collections.OrderedDict()}
         self._ttls = {Game: settings.game_ttl, Guest: settings.guest_ttl}
@@ -639,7 +637,7 @@ class Registry:
             is_new = name not in self._games
             if is_new:
                 self._check_room("games", len(self._games), self._games_of[client])
-            game = Game(name, digest, client, self._cursor) if is_new else self._games[name]
+            game = self._games.get(name) or Game(name, digest, client, self._cursor)
             if not hmac.compare_digest(game.digest, digest):
                 raise Conflict(f"the name {name!r} is taken")
             self._change({game: shown})
@@ -656,18 +654,16 @@ class Registry:
         with self._lock:
             game = self._find(name, digest)
             self._keep_alive(game)
-            since, offer = self._since(after), game.addresses if addresses is None else addresses
-            is_busy = offer == game.addresses and not replies and not dismiss
-            known = self._cursor if after is None else since
-            gone = self._publish(game, offer, replies, known) if replies is not None or offer != game.addresses else []
+            since, is_same = self._since(after), addresses in (None, game.addresses)
+            game.told = self._cursor if after is None else since
+            gone = [] if is_same and replies is None else self._publish(game, addresses, replies)
             for guest in [each for each in game.guests.values() if each.session_id in dismiss] if dismiss else ():
                 self._remove(guest, "dismiss_guest")
                 self._change({game: {"dismissed": (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]}})
             left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
             guests = [] if game.news <= since else [
                 Session(guest.session_id, guest.session_key, guest.addresses, guest.seen_at) for guest in game.guests.values() if guest.changed > since]
-            game.told = known
-            waiter = self._wait(game, name, after, wake, bool(guests or left or gone), addresses is None, is_busy)
+            waiter = self._wait(game, name, after, wake, bool(guests or left or gone), addresses is None, is_same and not replies and not dismiss)
             return News(name, guests, game.news, waiter, left, gone)
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
@@ -709,10 +705,9 @@ class Registry:
 
     def forget_waiter(self, waiter: Waiter) -> None:
         with self._lock:
-            waiter.name = waiter.entry.name
+            waiter.name = game_of(waiter.entry).name
             if self._waiters.get(waiter.entry) is waiter:
                 del self._waiters[waiter.entry]
-                self._now = self._clock()
                 self._keep_alive(waiter.entry)      # until now the wait did
 
     def list_games(self) -> Tuple[int, bytes]:
@@ -720,8 +715,7 @@ class Registry:
             self._expire()
             if self._list is None:
                 self._cursor += 1
-                games = sorted([game for game in self._games.values() if game.listed], key=lambda game: game.born)
-                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in games]) + b"]}\n"
+                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in self._games.values() if game.listed]) + b"]}\n"
             return self._list
 
     def get_game(self, name: str) -> bytes:
@@ -729,14 +723,13 @@ class Registry:
             return self._line(self._find(name))
 
     def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
-        new_name = new_name or name
         with self._lock:
             game = self._find(name, digest)
-            if self._games.get(new_name, game) is not game:
+            if self._games.get(new_name or name, game) is not game:
                 raise Conflict(f"the name {new_name!r} is taken")
             self._change({game: {"name": new_name, **shown}})
-            if new_name != name:
-                self._games[new_name] = self._games.pop(name)
+            if game.name != name:
+                self._games = {each.name: each for each in self._games.values()}     # in the same order
                 self._wake(game, *game.guests.values(), is_over=True)
                 self.events.append(("update_game", name, f"renamed to {new_name!r}", game.client))
             return self._line(game)
@@ -778,15 +771,14 @@ class Registry:
         """
         news = {entry: {name: value for name, value in attributes.items() if value not in (None, getattr(entry, name))}
                 for entry, attributes in changes.items()}
-        sizes = {entry: entry.size_with(attributes) for entry, attributes in news.items()}
-        growth = sum([size - entry.size for entry, size in sizes.items()])
+        growth = sum([entry.size_with(attributes) - entry.size for entry, attributes in news.items()])
         share = 1_000_000 if all(entry.size for entry in news) else 900_000
         if growth > 0 and self._stored + growth > self._settings.max_memory * share:
             raise Full("the server's memory for games is full", limit="memory")
         self._stored += growth
         self._cursor += 1
         for entry, attributes in news.items():
-            entry.size = sizes[entry]
+            entry.size = entry.size_with(attributes)
             for name, value in attributes.items():
                 setattr(entry, name, value)
                 if name in VERSIONS:
@@ -800,20 +792,18 @@ class Registry:
         says nothing about this one."""
         return after if after is not None and after <= self._cursor else -1
 
-    def _publish(self, game: Game, addresses: bytes, replies: Replies, known: int) -> List[str]:
-        """Change what the host offers to all guests and to single ones, of whose addresses it knows up to a version; the sessions of its replies
-        that are gone."""
-        guests = {guest.session_id: guest for guest in game.guests.values()} if replies else {}
-        is_first = not game.changed
+    def _publish(self, game: Game, addresses: Text, replies: Replies) -> List[str]:
+        """Change what the host offers to all guests and to single ones, if it knows of their present addresses; the sessions of its replies that
+        are gone."""
+        guests, is_first = {guest.session_id: guest for guest in game.guests.values()}, not game.changed
         is_ready = addresses != NO_ADDRESSES or replies is not None     # and stays so until the addresses change
-        replies = replies or {}
-        if self._change({game: {"addresses": addresses, "ready": is_ready},
-                         **{guests[session_id]: {"reply": reply} for session_id, reply in replies.items()
-                            if session_id in guests and guests[session_id].changed <= known}}):
+        heard = {guests[session_id]: {"reply": reply} for session_id, reply in (replies or {}).items()
+                 if session_id in guests and guests[session_id].changed <= game.told}
+        if self._change({game: {"addresses": addresses, "ready": is_ready}, **heard}):
             if is_first and game.changed:
                 self.events.append(("poll_game", game.name, "first addresses", game.client))
-            self._wake(*[guest for guest in game.guests.values() if guest.offer[1] == self._cursor])
-        return [session_id for session_id in replies if session_id not in guests]
+            self._wake(*[guest for guest in guests.values() if guest.offer[1] == self._cursor])
+        return [session_id for session_id in replies or () if session_id not in guests]
 
     def _line(self, game: Game) -> bytes:
         """What anybody may know of a game, as JSON text."""
@@ -824,9 +814,9 @@ class Registry:
     def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool, is_again: bool, is_busy: bool) -> Optional[Waiter]:
         """Have a poll or start wait in place of an earlier one, if it wishes to; None if there is news, or no room. One that is asked again makes
         way for a later one. is_busy: the earlier one did not make way for news."""
-        if entry in self._waiters and is_again:
-            return None
         if entry in self._waiters:
+            if is_again:
+                return None
             self._wake(entry, is_over=True, is_busy=is_busy)
         if has_news or wake is None or len(self._waiters) >= self._settings.max_waiting:
             return None
@@ -844,14 +834,14 @@ class Registry:
 
     def _keep_alive(self, entry: Entry) -> None:
         entries = self._queues[type(entry)]
-        entries[entry] = self._now + self._ttls[type(entry)]
+        entries[entry] = self._clock() + self._ttls[type(entry)]
         entries.move_to_end(entry)
 
     def _expire(self) -> None:
         """Remove what has expired. A game or guest whose poll or start waits is alive."""
-        self._now = self._clock()
+        now = self._clock()
         for entries in self._queues.values():
-            while entries and next(iter(entries.values())) <= self._now:
+            while entries and next(iter(entries.values())) <= now:
                 entry = next(iter(entries))
                 if entry in self._waiters:
                     self._keep_alive(entry)
@@ -860,7 +850,7 @@ class Registry:
 
     def _remove(self, entry: Union[Game, Guest], operation: str = "") -> None:
         """Remove a guest, or a game with its guests."""
-        game = entry if isinstance(entry, Game) else entry.game
+        game = game_of(entry)
         for guest in list(game.guests.values()) if game is entry else ():
             self._remove(guest)
         self._wake(entry)
@@ -897,8 +887,8 @@ class Client(NamedTuple):
 def client_of(host: str) -> Client:
     """Who has this address. OSError: it is none."""
     packed = packed_address(host)
-    text = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
-    return Client(text, packed if len(packed) == 4 else packed[:7], is_loopback(packed))
+    family, key = (socket.AF_INET, packed) if len(packed) == 4 else (socket.AF_INET6, packed[:7])
+    return Client(socket.inet_ntop(family, packed), key, is_loopback(packed))
 
 
 def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -> Client:
@@ -915,22 +905,14 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
             proxies.has_warned = True
             log.warning("X-Forwarded-For from %s is not believed, as --trusted-proxies does not name it: all who come through it are one client", peer.address)
         return peer._replace(is_local=False)
-    for member in reversed(forwarded[-MAX_FORWARDED:].split(",")):      # the last ones are the proxies' own
-        try:
-            client = client_of(host_of(member))._replace(is_local=False)
-        except OSError:
-            return Client(UNKNOWN, b"", False)
-        if client.address not in proxies:
-            break
-    return client
-
-
-def host_of(member: str) -> str:
-    """The address in a member of X-Forwarded-For, which may be quoted, in brackets, or followed by a port."""
-    member = member.strip().strip('"')
-    if member.startswith("["):
-        return member[1:].partition("]")[0]
-    return member.partition(":")[0] if member.count(":") == 1 else member
+    with contextlib.suppress(OSError):
+        for member in reversed(forwarded[-MAX_FORWARDED:].split(",")):      # the last ones are the proxies' own
+            match = IP_PORT.fullmatch(member.strip())       # some proxies add the port
+            client = client_of((match[1] or match[2]) if match else member.strip(" \t[]"))
+            if client.address not in proxies:
+                break
+        return client._replace(is_local=False)
+    return Client(UNKNOWN, b"", False)
 
 
 class RateLimiter:
@@ -967,11 +949,12 @@ class RateLimiter:
 
 # ---- STUN -----------------------------------------------------------------------------------------------------------
 # RFC 8489 Binding alone: a client asks from which public address its datagrams come. All else gets silence. A client of the older
-# RFC 3489 has more of its transaction id where others have the cookie, and gets its address as it is (RFC 8489 section 11).
+# RFC 3489 has more of its transaction id where others have the cookie, and gets its address as it is (RFC 8489 section 11). FINGERPRINT is
+# ignored: on a port for STUN alone it tells nothing (section 12).
 
 STUN_COOKIE = b"\x21\x12\xa4\x42"
 STUN_REQUEST, STUN_SUCCESS, STUN_ERROR = 0x0001, 0x0101, 0x0111     # Binding, by class
-STUN_MAPPED_ADDRESS, STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS, STUN_FINGERPRINT = 0x0001, 0x0009, 0x000A, 0x0020, 0x8028
+STUN_MAPPED_ADDRESS, STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS = 0x0001, 0x0009, 0x000A, 0x0020
 STUN_INTEGRITY = (0x0008, 0x001C)       # MESSAGE-INTEGRITY, by SHA-1 and SHA-256: not checked; what follows is ignored (sections 14.5 and 14.6)
 # What ICE agents add for each other (RFC 8445 section 7.1): to be comprehended, not obeyed. USERNAME, PRIORITY and USE-CANDIDATE.
 STUN_IGNORED = (0x0006, 0x0024, 0x0025)
@@ -981,47 +964,34 @@ def stun_attribute(kind: int, value: bytes) -> bytes:
     return struct.pack(">HH", kind, len(value)) + value + bytes(-len(value) % 4)
 
 
-def stun_fingerprint(message: bytes) -> bytes:
-    """The attribute FINGERPRINT after what precedes it, where the length in the head counts it already (RFC 8489 section 14.7)."""
-    return struct.pack(">HHI", STUN_FINGERPRINT, 4, zlib.crc32(message) ^ 0x5354554E)
-
-
-def stun_attributes(request: bytes) -> Optional[List[int]]:
-    """The types of a Binding request's attributes in their order, or None for everything that is not a well-formed one."""
+def stun_unknown_attributes(request: bytes) -> Optional[List[int]]:
+    """The types of a Binding request's attributes that must be comprehended and are not, or None for everything that is not a well-formed one."""
     if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:4] != struct.pack(">HH", STUN_REQUEST, len(request) - 20):
         return None
     kinds: List[int] = []
     position = 20
     while position < len(request) and len(kinds) < MAX_STUN_ATTRIBUTES:
         kind, length = struct.unpack_from(">HH", request, position)
-        if kind == STUN_FINGERPRINT and request[position:] != stun_fingerprint(request[:position]):
-            return None     # it is the last one, and right
         kinds.append(kind)
         position += 4 + length + -length % 4
-    return kinds if position == len(request) else None
+    obeyed = itertools.takewhile(lambda kind: kind not in STUN_INTEGRITY, kinds)
+    return [kind for kind in obeyed if kind < 0x8000 and kind not in STUN_IGNORED] if position == len(request) else None
 
 
 def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
     """The answer to a datagram from source, an (IP address, port), or None for silence."""
-    kinds = stun_attributes(request)
-    if kinds is None:
-        return None
-    obeyed = itertools.takewhile(lambda kind: kind not in STUN_INTEGRITY, kinds)
-    unknown = [kind for kind in obeyed if kind < 0x8000 and kind not in STUN_IGNORED]
-    has_cookie = request[4:8] == STUN_COOKIE
-    if unknown and not has_cookie:
+    unknown, has_cookie = stun_unknown_attributes(request), request[4:8] == STUN_COOKIE
+    if unknown is None or unknown and not has_cookie:
         return None     # the section asks for 420, but old clients that get it ask again at once
     if unknown:     # RFC 8489 section 6.3.1
-        body = (stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
-                + stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown)))
+        kind, body = STUN_ERROR, stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
+        body += stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown))
     else:
         address = packed_address(source[0])
         mask = request[4:6] + request[4:20] if has_cookie else bytes(18)    # of port and address (section 14.2)
-        masked = bytes(a ^ b for a, b in zip(struct.pack(">H", source[1]) + address, mask))
-        body = stun_attribute(STUN_XOR_MAPPED_ADDRESS if has_cookie else STUN_MAPPED_ADDRESS, (b"\0\1" if len(address) == 4 else b"\0\2") + masked)
-    length = len(body) + (8 if STUN_FINGERPRINT in kinds else 0)
-    message = struct.pack(">HH", STUN_ERROR if unknown else STUN_SUCCESS, length) + request[4:20] + body
-    return message + stun_fingerprint(message) if STUN_FINGERPRINT in kinds else message
+        value = (b"\0\1" if len(address) == 4 else b"\0\2") + bytes(a ^ b for a, b in zip(struct.pack(">H", source[1]) + address, mask))
+        kind, body = STUN_SUCCESS, stun_attribute(STUN_XOR_MAPPED_ADDRESS if has_cookie else STUN_MAPPED_ADDRESS, value)
+    return struct.pack(">HH", kind, len(body)) + request[4:20] + body
 
 
 class StunServer(socketserver.UDPServer):
@@ -1034,7 +1004,7 @@ class StunServer(socketserver.UDPServer):
     def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
         self.address_family = family
         self._limiter = limiter
-        self.results = {"answer": 0, "silence": 0}      # datagrams so far, by what they got
+        self.results: collections.Counter[str] = collections.Counter()      # datagrams so far, by what they got
         super().__init__(address, socketserver.BaseRequestHandler)
 
     def server_bind(self) -> None:
@@ -1098,12 +1068,11 @@ def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[st
 
     That is later where a poll or start finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
-    is_busy = request.is_busy
-    if request.wake and not has_news:
+    has_no_place = request.wake is not None and not has_news
+    if has_no_place:
         server.tally(server.refused, "waiting")
-        is_busy = True
-    body["expiresIn"] = ttl
-    body["pollAfter"] = server.settings.poll_after * (BUSY_FACTOR if is_busy else 1)
+    is_busy = has_no_place or request.is_busy
+    body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
     return Answer(status, body, {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
 
 
@@ -1189,23 +1158,16 @@ def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
     if not request.client.is_local and request.client.address not in server.watchers:
         raise Forbidden("metrics are for this machine and for whom --metrics-from names")
-    counts = server.registry.counts()
-    text = ""
-    for name, meaning, labels, samples in (
-        ("games", "games on offer", "", {(): counts["games"]}),
-        ("guests", "guests of them", "", {(): counts["guests"]}),
-        ("waiting", "polls and starts that wait", "", {(): counts["waiting"]}),
-        ("connections", "open connections", "", {(): len(server.connections)}),
-        ("threads", "threads of the process", "", {(): threading.active_count()}),
-        ("stored_bytes", "bytes that count against --max-memory", "", {(): counts["stored_bytes"]}),
-        ("uptime_seconds", "seconds since the start", "", {(): round(time.monotonic() - server.began, 3)}),
-        ("requests_total", "requests answered", '{operation="%s",status="%s"}', server.answered),
-        ("refused_total", "requests and connections refused because a limit was reached", '{limit="%s"}', server.refused),
-        ("stun_total", "datagrams to STUN, by what they got", '{result="%s"}',
-         {result: sum([stun.results[result] for stun in server.stuns]) for result in ("answer", "silence") if server.stuns}),
+    gauges = {**server.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
+              "uptime_seconds": round(time.monotonic() - server.began, 3)}
+    text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
+    for name, labels, counts in (
+        ("requests_total", '{operation="%s",status="%s"}', server.answered),
+        ("refused_total", '{limit="%s"}', server.refused),
+        ("stun_total", '{result="%s"}', sum([stun.results for stun in server.stuns], collections.Counter())),
     ):
-        text += f"# HELP p2pserver_{name} {meaning}\n# TYPE p2pserver_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
-        text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(samples.items())])
+        text += f"# TYPE p2pserver_{name} counter\n"
+        text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(counts.items())])
     return Answer(200, text.encode("ascii"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

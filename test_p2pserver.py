@@ -32,7 +32,6 @@ import time
 import types
 import unicodedata
 import urllib.parse
-import zlib
 from typing import NamedTuple
 
 import pytest
@@ -1368,7 +1367,7 @@ def test_which_clients_share_a_bucket_is_known_to_one_process_alone():
 # ---- STUN -----------------------------------------------------------------------------------------------------------
 
 COOKIE, TRANSACTION, SOURCE = 0x2112A442, b"transaction!", ("203.0.113.7", 40000)
-MAPPED, FINGERPRINT = 0x0020, 0x8028
+MAPPED = 0x0020
 # RFC 5769: a request with SOFTWARE, PRIORITY, ICE-CONTROLLED, USERNAME, MESSAGE-INTEGRITY and FINGERPRINT (2.1), and its answers (2.2, 2.3).
 RFC5769_1 = bytes.fromhex(
     "000100582112a442b7e7a701bc34d686fa87dfae802200105354554e207465737420636c69656e74002400046e0001ff80290008932ff9b151263b36"
@@ -1383,14 +1382,9 @@ def attribute(kind, value=b"", length=None):
     return struct.pack(">HH", kind, len(value) if length is None else length) + value + bytes(-len(value) % 4)
 
 
-def checksum(message):
-    return struct.pack(">I", zlib.crc32(message) ^ 0x5354554E)
-
-
-def stun(*attributes, kind=1, cookie=COOKIE, length=None, fingerprint=False):
+def stun(*attributes, kind=1, cookie=COOKIE, length=None):
     body = b"".join(attributes)
-    message = struct.pack(">HHI", kind, len(body) + 8 * fingerprint if length is None else length, cookie) + TRANSACTION + body
-    return message + attribute(FINGERPRINT, checksum(message)) if fingerprint else message
+    return struct.pack(">HHI", kind, len(body) if length is None else length, cookie) + TRANSACTION + body
 
 
 def taken_apart(answer, cookie=COOKIE):
@@ -1434,11 +1428,6 @@ SILENT = {
     "a Binding success": stun(kind=0x0101),
     "a Binding error": stun(kind=0x0111),
     "one of the first two bits set": stun(kind=0x4001),
-    "a wrong FINGERPRINT": stun(attribute(FINGERPRINT, b"1234")),
-    "a FINGERPRINT that is not the last": stun(attribute(FINGERPRINT, checksum(stun(length=16))), attribute(0x8022, b"test")),
-    "a FINGERPRINT of eight bytes": stun(attribute(FINGERPRINT, b"12345678")),
-    "a FINGERPRINT of no byte": stun(attribute(FINGERPRINT)),
-    "a FINGERPRINT made without its own length": stun(length=8) + attribute(FINGERPRINT, checksum(REQUEST)),
     "RFC 5769 2.2": RFC5769_2,
     "RFC 5769 2.3": RFC5769_3,
     "a request of HTTP": GET + END,
@@ -1475,18 +1464,16 @@ def test_stun_answers_a_request_without_the_cookie_with_mapped_address_and_its_1
 
 @pytest.mark.parametrize("integrity", [attribute(0x0008, bytes(20)), attribute(0x001C, bytes(32))], ids=["MESSAGE-INTEGRITY", "MESSAGE-INTEGRITY-SHA256"])
 def test_an_unknown_attribute_is_ignored_after_and_not_before(integrity):
-    """RFC 8489 sections 14.5 and 14.6. A FINGERPRINT is none of those."""
-    after = p2pserver.stun_answer(stun(integrity, attribute(0x7FFF), fingerprint=True), SOURCE)
-    assert mapped(after) == SOURCE and taken_apart(after)[1][-1][0] == FINGERPRINT
+    """RFC 8489 sections 14.5 and 14.6."""
+    assert mapped(p2pserver.stun_answer(stun(integrity, attribute(0x7FFF)), SOURCE)) == SOURCE
     assert taken_apart(p2pserver.stun_answer(stun(attribute(0x7FFE), integrity, attribute(0x7FFF)), SOURCE))[1][1] == (0x000A, b"\x7f\xfe")
     assert p2pserver.stun_answer(stun(attribute(0x7FFE), integrity, cookie=0), SOURCE) is None
 
 
-@pytest.mark.parametrize("fingerprint", [False, True], ids=["without", "with"])
-def test_stun_answers_a_request_and_itself_has_a_fingerprint_as_that_and_no_software(fingerprint):
-    answer = p2pserver.stun_answer(stun(attribute(0x8022, b"client"), fingerprint=fingerprint), SOURCE)
-    assert [kind for kind, _ in taken_apart(answer)[1]] == [MAPPED, FINGERPRINT][:1 + fingerprint]
-    assert not fingerprint or answer[-4:] == checksum(answer[:-8])
+@pytest.mark.parametrize("request_", [stun(attribute(0x8022, b"client")), RFC5769_1], ids=["SOFTWARE", "FINGERPRINT"])
+def test_an_answer_of_stun_has_the_address_and_nothing_else(request_):
+    """RFC 8489 section 12: a server for STUN alone has no use for FINGERPRINT."""
+    assert [kind for kind, _ in taken_apart(p2pserver.stun_answer(request_, SOURCE))[1]] == [MAPPED]
 
 
 @pytest.mark.parametrize("answer, source", [(RFC5769_2, "192.0.2.1"), (RFC5769_3, "2001:db8:1234:5678:11:2233:4455:6677")], ids=["2.2", "2.3"])
@@ -1504,7 +1491,6 @@ def test_stun_tells_a_source_its_address(source, address):
     assert mapped(p2pserver.stun_answer(REQUEST, source)) == address
 
 
-@pytest.mark.parametrize("fingerprint", [False, True], ids=["without", "with"])
 @pytest.mark.parametrize("attributes, unknown", rows({
     "an attribute that nobody knows": ([attribute(0x7FFF)], [0x7FFF]),
     "several, in their order": ([attribute(0x0031, b"12345"), attribute(0x8022, b"x"), attribute(0x0030)], [0x0031, 0x0030]),
@@ -1513,24 +1499,22 @@ def test_stun_tells_a_source_its_address(source, address):
     "RESPONSE-ADDRESS": ([attribute(0x0002, b"\0\1\x13\x88\xcb\0\x71\x09")], [0x0002]),
     "NONCE and REALM": ([attribute(0x0015, b"nonce"), attribute(0x0014, b"realm")], [0x0015, 0x0014]),
 }))
-def test_stun_answers_420_and_no_address_to(attributes, unknown, fingerprint):
-    kind, answered = taken_apart(p2pserver.stun_answer(stun(*attributes, fingerprint=fingerprint), SOURCE))
-    assert kind == 0x0111 and [each for each, _ in answered] == [0x0009, 0x000A, FINGERPRINT][:2 + fingerprint]
+def test_stun_answers_420_and_no_address_to(attributes, unknown):
+    kind, answered = taken_apart(p2pserver.stun_answer(stun(*attributes), SOURCE))
+    assert kind == 0x0111 and [each for each, _ in answered] == [0x0009, 0x000A]
     assert answered[0][1][:4] == b"\0\0\4\x14" and answered[1][1] == struct.pack(f">{len(unknown)}H", *unknown)
 
 
 @pytest.mark.parametrize("source", [("203.0.113.1", 4000), ("2001:db8::1", 4000)], ids=["IPv4", "IPv6"])
-@pytest.mark.parametrize("fingerprint", [False, True], ids=["without", "with"])
-def test_an_answer_of_stun_is_at_most_32_bytes_longer_than_its_request(fingerprint, source):
+def test_an_answer_of_stun_is_at_most_32_bytes_longer_than_its_request(source):
     """So a forged source is not flooded with more than its forger sends himself."""
-    requests = [stun(*[attribute(0x7000)] * count, fingerprint=fingerprint) for count in range(16)]
+    requests = [stun(*[attribute(0x7000)] * count) for count in range(17)]
     assert max(len(p2pserver.stun_answer(request, source)) - len(request) for request in requests) == 32
 
 
 def test_what_a_forged_source_gets_of_stun_is_as_the_threat_model_says():
     """Bytes of UDP, and with the 28 of the heads of IPv4 and UDP; the most for each byte that the forger sends."""
-    requests = [stun(*[attribute(0x7000)] * count, fingerprint=fingerprint) for fingerprint in (False, True) for count in range(17 - fingerprint)]
-    requests += [stun(cookie=0), stun(fingerprint=True, cookie=0)]
+    requests = [stun(cookie=0), *[stun(*[attribute(0x7000)] * count) for count in range(17)]]
     sizes = [(len(p2pserver.stun_answer(request, (source, 1))), len(request)) for request in requests for source in ("203.0.113.1", "2001:db8::1")]
     most, rate, burst = max(sizes)[0], Settings().stun_rate, p2pserver.STUN_BURST
     said = (f"{most} bytes at the most; one address gets {burst} at once and then `--stun-rate` {rate:g} a second",
@@ -1544,20 +1528,11 @@ def test_what_a_forged_source_gets_of_stun_is_as_the_threat_model_says():
 
 @pytest.mark.parametrize("kind, value", rows({
     "USERNAME": (0x0006, b"a:b"), "MESSAGE-INTEGRITY": (0x0008, bytes(20)), "MESSAGE-INTEGRITY-SHA256": (0x001C, bytes(32)), "PRIORITY": (0x0024, b"1234"),
-    "USE-CANDIDATE": (0x0025, b""), "ICE-CONTROLLED": (0x8029, bytes(8)), "ICE-CONTROLLING": (0x802A, bytes(8)), "one that may be ignored": (0xFFFF, b"x"),
+    "USE-CANDIDATE": (0x0025, b""), "FINGERPRINT": (0x8028, b"1234"),
+    "ICE-CONTROLLED": (0x8029, bytes(8)), "ICE-CONTROLLING": (0x802A, bytes(8)), "one that may be ignored": (0xFFFF, b"x"),
 }))
 def test_stun_ignores(kind, value):
-    assert mapped(p2pserver.stun_answer(stun(attribute(kind, value), fingerprint=True), SOURCE)) == SOURCE
-
-
-def test_a_request_with_a_flipped_bit_is_never_answered_as_one_with_fingerprint():
-    """What still is answered has lost its FINGERPRINT to the bit: by its kind, or by a longer attribute before it."""
-    answered = 0
-    for bit in range(len(RFC5769_1) * 8):
-        answer = p2pserver.stun_answer((int.from_bytes(RFC5769_1, "big") ^ 1 << bit).to_bytes(len(RFC5769_1), "big"), SOURCE)
-        answered += answer is not None
-        assert answer is None or FINGERPRINT not in [kind for kind, _ in taken_apart(answer)[1]]
-    assert answered < 30
+    assert mapped(p2pserver.stun_answer(stun(attribute(kind, value)), SOURCE)) == SOURCE
 
 
 def test_a_request_cut_anywhere_is_not_answered():
