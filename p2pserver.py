@@ -1327,7 +1327,7 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 
 # ---- HTTP: reading a request ----------------------------------------------------------------------------------------
 
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]\.[0-9])")      # RFC 9112 section 3
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
 # The size and extension of a chunk (RFC 9112 section 7.1), as far as it has come.
@@ -1342,7 +1342,7 @@ class Head(NamedTuple):
 
     method: str = ""
     target: str = ""
-    is_new: bool = True                 # HTTP/1.1, not 1.0
+    version: str = "1.1"                # of HTTP
     headers: Mapping[str, str] = {}
     length: int = 0                     # of the body, in bytes
     is_chunked: bool = False            # that is what is decoded of it, and more is to come
@@ -1379,18 +1379,17 @@ def parse_head(head: bytes) -> Head:
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Problem("the request line is malformed")
-    method, target, major, minor = match.groups()
-    is_new = minor != "0"
+    method, target, version = match.groups()
     headers = parse_fields(lines)
     length, codings = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked").lower()
     is_chunked = "transfer-encoding" in headers
     for is_wrong, status, detail in (
-        (major != "1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
+        (version[0] != "1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
         # Only HTTP/1.0 may do without (RFC 9112 section 3.2). A slash is no host.
-        (not is_authority(headers.get("host", "/" if is_new else "")), 400, "Host must stand once, as a host with perhaps a port"),
+        (not is_authority(headers.get("host", "/" if version > "1.0" else "")), 400, "Host must stand once, as a host with perhaps a port"),
         (method not in METHODS, 501, "methods are case-sensitive: write it in capitals" if method.upper() in METHODS else "there is no such method"),
         # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
-        (is_chunked and (not is_new or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1 without Content-Length"),
+        (is_chunked and (version == "1.0" or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1 without Content-Length"),
         (codings != "chunked", 501 if codings.count("chunked") == 1 and re.search(",[ \t]*chunked$", codings) else 400, "only chunked is decoded"),
         (method in ("POST", "PUT", "PATCH") and "content-length" not in headers and not is_chunked, 411, "a Content-Length is required"),
         (not re.fullmatch("[0-9]{1,30}", length), 400, "Content-Length must stand once, and be a number"),
@@ -1399,8 +1398,8 @@ def parse_head(head: bytes) -> Head:
         if is_wrong:
             raise Problem(detail, status)
     options = headers.get("connection", "").lower().replace(",", " ").split()
-    closes = "close" in options or not is_new and "keep-alive" not in options
-    return Head(method, target, is_new, headers, int(length), is_chunked, closes)
+    closes = "close" in options or version == "1.0" and "keep-alive" not in options
+    return Head(method, target, version, headers, int(length), is_chunked, closes)
 
 
 def parse_fields(lines: List[str]) -> Dict[str, str]:
@@ -1804,7 +1803,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head, limit = connection.head, self.server.settings.max_body * (POLL_FACTOR if self.path.startswith("/games/poll") else 1)
         if head.length > limit:
             raise Problem(f"the body has more than {limit} bytes", 413)
-        if is_new and head.is_new and "expect" in head.headers and head.length + head.is_chunked > len(buffer):
+        if is_new and head.version > "1.0" and "expect" in head.headers and head.length + head.is_chunked > len(buffer):
             connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if head.is_chunked:
             size = len(buffer)
@@ -1818,7 +1817,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def ask(self) -> Outcome:
         """Find the route, check the fields, and ask its endpoint. Problem: what is wrong."""
         server, connection = self.server, self.connection
-        if self.path.partition("?")[0] != HEALTH_PATH:      # a monitor is never refused
+        # A monitor is never refused. A proxy does not pay for what cannot be read, which may be anybody's.
+        is_anybodys = connection.problem and connection.is_proxy and connection.client is connection.peer
+        if self.path.partition("?")[0] != HEALTH_PATH and not is_anybodys:
             server.charge(connection.client)
         if connection.problem:
             raise connection.problem
@@ -1828,11 +1829,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         route = connection.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
             raise Problem("this method is not for this path", 405, Allow=allowed(routes))
-        fields, digest = {}, b""    # type: Dict[str, Any], bytes
-        if route.fields:
-            scope = Scope(connection.client.is_local, server.settings.max_guests)
-            fields = validate(read_body(connection.head, self.body), route.fields, scope)
-            digest = server.registry.peer_digest(fields.pop("peerId"))
+        scope = Scope(connection.client.is_local, server.settings.max_guests)
+        fields = validate(read_body(connection.head, self.body) if route.fields else {}, route.fields, scope)
+        digest = server.registry.peer_digest(fields.pop("peerId")) if route.fields else b""
         connection.wait = wished_wait(fields, connection.head.headers, server.settings.max_wait)
         connection.has_replies = fields.get("replies") is not None
         connection.deadline = time.monotonic() + connection.wait
@@ -1904,9 +1903,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.log_request(answer.status, len(data))
         if self.command == "HEAD":
             data = b""
-        is_guess = answer.status in (403, 409)      # to register somebody's game is to guess, too
-        tokens = len(data) // BYTES_PER_TOKEN + is_guess * (FORBIDDEN_COST - 1)
-        if tokens:
+        tokens = len(data) // BYTES_PER_TOKEN + (FORBIDDEN_COST - 1 if answer.status in (403, 409) else 0)
+        if tokens:      # to register somebody's game is to guess, too
             server.limiter.charge(connection.client.key, tokens)
         if connection.is_proxy:
             server.count(connection, None)
@@ -1936,7 +1934,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields: Dict[str, Any] = {"Cache-Control": "no-store", **retry, **answer.headers}
         if answer.body is not None:
             fields.update({"Content-Type": answer.media_type, "Content-Length": length})
-        if self.connection.closes or not self.connection.head.is_new:
+        if self.connection.closes or self.connection.head.version == "1.0":
             fields["Connection"] = "close" if self.connection.closes else "keep-alive"
         if "," in server.settings.cors_origin and self.headers.get("origin") in server.settings.origins:
             fields["Access-Control-Allow-Origin"] = self.headers["origin"]
