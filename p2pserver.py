@@ -1479,8 +1479,6 @@ class Connection:
     seconds: for the client to say something.
     """
 
-    is_open = True      # under TLS when the handshake is done
-
     def __init__(self, client_socket: socket.socket, address: Any, seconds: float) -> None:
         client_socket.setblocking(False)
         client_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -1495,9 +1493,9 @@ class Connection:
         self.wait, self.has_replies = 0, False              # seconds that it wishes to wait; whether the answer tells of replies
         self.waiter: Optional[Waiter] = None                # while it waits for news
         self.answer: Optional[Answer] = None                # that is to be sent once others are served
-        self.problem: Optional[Problem] = None              # for which it is refused
+        self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
         self.unsent: List[Union[bytes, memoryview]] = []    # of an answer that its client is slow to read
-        self.closes = self.lingers = False                  # when that is sent; after reading on for a moment
+        self.closes = False                                 # when that is sent
         self.deadline = time.monotonic() + seconds          # of what it waits for
         self.events, self.watched = selectors.EVENT_READ, 0     # that it waits for; that the selector knows of
         self.is_woken = False                               # perhaps before it was parked
