@@ -1285,7 +1285,7 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 
 # ---- HTTP: reading a request ----------------------------------------------------------------------------------------
 
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")      # RFC 9112 section 3
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]\.[0-9])")      # RFC 9112 section 3
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
 # The size and extension of a chunk (RFC 9112 section 7.1), as far as it has come.
@@ -1300,7 +1300,7 @@ class Head(NamedTuple):
 
     method: str = ""
     target: str = ""
-    is_new: bool = True                 # HTTP/1.1, not 1.0
+    version: str = "1.1"                # of HTTP
     headers: Mapping[str, str] = {}
     length: int = 0                     # of the body, in bytes
     is_chunked: bool = False            # that is what is decoded of it, and more is to come
@@ -1333,41 +1333,41 @@ def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def parse_head(head: bytes) -> Head:
     """The head without its last empty line, read strictly after RFC 9112. Clients send the same one again and again."""
-    line, *lines = head.split(b"\r\n")
+    line, *lines = head.decode("latin-1").split("\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Problem("the request line is malformed")
-    method, target, is_new = match[1].decode("ascii"), match[2].decode("ascii"), match[4] != b"0"
+    method, target, version = match.groups()
     headers = parse_fields(lines)
     length, codings = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked").lower()
     is_chunked = "transfer-encoding" in headers
     for is_wrong, status, detail in (
-        (match[3] != b"1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
-        (is_new and "host" not in headers, 400, "Host is required"),                # RFC 9112 section 3.2
-        (not is_authority(headers.get("host", "")), 400, "Host must stand once, as a host with perhaps a port"),
+        (version[0] != "1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
+        # Only HTTP/1.0 may do without (RFC 9112 section 3.2). A slash is no host.
+        (not is_authority(headers.get("host", "/" if version > "1.0" else "")), 400, "Host must stand once, as a host with perhaps a port"),
         (method not in METHODS, 501, "methods are case-sensitive: write it in capitals" if method.upper() in METHODS else "there is no such method"),
         # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
-        (is_chunked and (not is_new or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1 without Content-Length"),
+        (is_chunked and (version == "1.0" or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1 without Content-Length"),
         (codings != "chunked", 501 if codings.count("chunked") == 1 and re.search(",[ \t]*chunked$", codings) else 400, "only chunked is decoded"),
         (method in ("POST", "PUT", "PATCH") and "content-length" not in headers and not is_chunked, 411, "a Content-Length is required"),
-        (not length.isascii() or not length.isdigit(), 400, "Content-Length must stand once, and be a number"),
+        (not re.fullmatch("[0-9]+", length), 400, "Content-Length must stand once, and be a number"),
         (headers.get("expect", "100-continue").lower() != "100-continue", 417, "only Expect: 100-continue is understood"),
     ):
         if is_wrong:
             raise Problem(detail, status)
     options = headers.get("connection", "").lower().replace(",", " ").split()
-    closes = "close" in options or not is_new and "keep-alive" not in options
+    closes = "close" in options or version == "1.0" and "keep-alive" not in options
     # More digits are too large a length in any case, and slow to convert.
-    return Head(method, target, is_new, headers, int(length.lstrip("0")[:18] or "0"), is_chunked, closes)
+    return Head(method, target, version, headers, int(length.lstrip("0")[:18] or "0"), is_chunked, closes)
 
 
-def parse_fields(lines: List[bytes]) -> Dict[str, str]:
+def parse_fields(lines: List[str]) -> Dict[str, str]:
     """Header fields by name in lower case. Those that come twice are joined (RFC 9110 section 5.3)."""
     if len(lines) > MAX_HEADER_FIELDS:
         raise Problem(f"the head has more than {MAX_HEADER_FIELDS} fields", 431)
     headers: Dict[str, str] = {}
     for line in lines:
-        match = FIELD.fullmatch(line.decode("latin-1"))
+        match = FIELD.fullmatch(line)
         if not match:
             raise Problem("a header field is malformed")
         name, value = match[1].lower(), match[2].strip(" \t")
@@ -1394,7 +1394,7 @@ def decode_chunks(buffer: bytearray, length: int, limit: int) -> Tuple[int, bool
             raise Problem("a chunk is longer than its size")
         if not start <= end <= len(buffer) - 2:
             return length, True
-        parse_fields(bytes(buffer[start + size:end]).split(b"\r\n")[:-1])
+        parse_fields(buffer[start + size:end].decode("latin-1").split("\r\n")[:-1])
         del buffer[start + size:end + 2], buffer[length:start]
         length += size
     return length, size != 0
@@ -1405,23 +1405,22 @@ def read_head(head: bytes) -> Head:
     return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
 
 
-def check_media_type(headers: Mapping[str, str], accept: str) -> None:
-    """Refuse a body that is declared as anything but JSON in UTF-8. One that is not declared is taken for that.
+def read_body(head: Head, body: bytes) -> Dict[str, Any]:
+    """The JSON object that a request brings: its body, or what Authorization: Bearer stands for where there is none (RFC 6750 section 2.1).
 
-    accept: the field that tells which type it may have, Accept or Accept_Patch. Accept-Encoding is for codings alone (RFC 9110 section 12.5.3).
+    Problem 415: the body is declared as anything but JSON in UTF-8. Accept-Encoding in it is for codings alone (RFC 9110 section 12.5.3).
     """
-    if headers.get("content-encoding", "identity").lower() != "identity":
+    if not body:
+        scheme, _, token = head.headers.get("authorization", "").partition(" ")
+        return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")} if scheme.lower() == "bearer" else {}
+    if head.headers.get("content-encoding", "identity").lower() != "identity":
         raise Problem("the body must not be compressed; leave out Content-Encoding", 415, Accept_Encoding="identity")
-    media_type, _, parameters = headers.get("content-type", "application/json").lower().partition(";")
+    media_type, _, parameters = head.headers.get("content-type", "application/json").lower().partition(";")
     is_json = re.fullmatch(r"application/json|(?!application/json-patch).*\+json", media_type.strip())
     if not is_json or "charset" in parameters and not re.search(r'charset="?utf-?8"?[ \t]*(;|$)', parameters):
-        raise Problem("the body must be JSON in UTF-8: set Content-Type: application/json", 415, {}, "", **{accept: "application/json"})
-
-
-def bearer(headers: Mapping[str, str]) -> Dict[str, str]:
-    """The body that Authorization: Bearer stands for where there is none (RFC 6750 section 2.1)."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")} if scheme.lower() == "bearer" else {}
+        accept = "Accept_Patch" if head.method == "PATCH" else "Accept"     # RFC 5789 section 2.2
+        raise Problem("the body must be JSON in UTF-8: set Content-Type: application/json", 415, None, "", **{accept: "application/json"})
+    return parse_body(body)
 
 
 # ---- HTTP: connections ----------------------------------------------------------------------------------------------
@@ -1437,8 +1436,6 @@ class Connection:
     seconds: for the client to say something.
     """
 
-    is_open = True      # under TLS when the handshake is done
-
     def __init__(self, client_socket: socket.socket, address: Any, seconds: float) -> None:
         client_socket.setblocking(False)
         client_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -1453,9 +1450,9 @@ class Connection:
         self.wait, self.has_replies = 0, False              # seconds that it wishes to wait; whether the answer tells of replies
         self.waiter: Optional[Waiter] = None                # while it waits for news
         self.answer: Optional[Answer] = None                # that is to be sent once others are served
-        self.problem: Optional[Problem] = None              # for which it is refused
+        self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
         self.unsent: List[Union[bytes, memoryview]] = []    # of an answer that its client is slow to read
-        self.closes = self.lingers = False                  # when that is sent; after reading on for a moment
+        self.closes = False                                 # when that is sent
         self.deadline = time.monotonic() + seconds          # of what it waits for
         self.is_parked = self.is_woken = False              # no thread serves it; it is to be served, perhaps before it is parked
         self.watched = 0                                    # events that the selector tells of
@@ -1550,9 +1547,6 @@ class TlsConnection(Connection):
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
 
-STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
     """One burst of a connection: at most one answer, then it is the turn of others. It lives as the base class has it: setup(), handle(), finish().
 
@@ -1565,7 +1559,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.connection = self.request
-        self.is_late = time.monotonic() >= self.connection.deadline
         self.use_head(self.connection.head)
 
     def finish(self) -> None:
@@ -1575,29 +1568,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.head = head
         self.command, self.path, self.headers = head.method, head.target, head.headers  # type: ignore[assignment]
 
+    @property
+    def is_late(self) -> bool:
+        """Whether what the connection waits for has not come in time."""
+        return time.monotonic() >= self.connection.deadline
+
     def handle_one_request(self) -> None:
-        """Do what comes next: send on, answer what was refused or waits, or read a request. MustWait: later. Else the connection is over."""
+        """Do what comes next: send on, read on, answer what waits, or take a request. MustWait: later. Else the connection is over."""
         connection = self.connection
-        if self.is_late and (connection.unsent or connection.closes):
+        if (connection.unsent or connection.closes) and self.is_late:
             return
         if connection.unsent:
             connection.flush()
-            if connection.is_open:
-                self.rest()
-        if not connection.closes:
-            try:
-                if connection.problem:
-                    raise connection.problem
-                if connection.answer:
-                    self.send_answer(connection.answer)
-                elif connection.waiter:
-                    self.ask_again(connection.waiter)
-                elif self.parse_request():
-                    self.respond(self.ask)
-            except Problem as problem:
-                self.send_error(problem.status, problem=problem)
-        elif connection.lingers and Connection.read(connection):        # whatever it is
-            raise MustWait
+            self.rest()
+        if connection.closes:       # what a client that is refused still sends is read, whatever it is
+            self.close_connection = not connection.problem or not Connection.read(connection)
+        elif connection.answer:
+            self.send_answer(connection.answer)
+        elif connection.waiter and connection.route:
+            self.ask_again(connection.waiter, connection.route)
+        elif connection.problem or self.parse_request():
+            self.respond(self.ask)
         if not self.close_connection:
             if connection.buffer:       # the next request came with this one, and others have their turn
                 self.server.wake(connection)
@@ -1606,45 +1597,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # Reading a request.
 
     def parse_request(self) -> bool:
-        """Take a whole request from the buffer. False: the client has gone. MustWait: it has not come. Problem: it cannot be read."""
+        """Take a whole request from the buffer, or find why there can be none. False: the client has gone. MustWait: it has not come."""
         connection = self.connection
-        while not connection.buffer or not self.has_request():
-            if connection.reads > FREE_READS + len(connection.buffer) // BYTES_PER_READ and not connection.is_proxy:
-                self.server.charge(connection.peer)     # many small pieces are work
-            try:
-                data = connection.read()
-            except MustWait:
-                if self.is_late and connection.is_idle:
+        try:
+            while connection.is_idle or not self.has_request():
+                if not self.receive():
                     return False
-                if self.is_late:
-                    raise Problem("the request did not come in time", 503 if self.server.stopping else 408) from None
-                raise
-            if connection.is_idle:
-                connection.deadline, self.is_late = time.monotonic() + REQUEST_TIME, False
-                if not data:
-                    return False
-            elif not data:
-                raise Problem("the request ended early")
-            connection.buffer += data
+        except Problem as problem:
+            connection.problem = problem
+            line = REQUEST_LINE.match(connection.buffer.decode("latin-1"))
+            if line and connection.head is NO_HEAD:
+                self.use_head(Head(line[1], line[2]))
         self.body = bytes(connection.buffer[:connection.head.length])
         del connection.buffer[:connection.head.length]
         return True
 
-    @property
-    def max_body(self) -> int:
-        """Bytes that the request's body may have. A poll may answer many guests at once."""
-        limit: int = self.server.settings.max_body
-        return limit * POLL_FACTOR if self.path.startswith("/games/poll") else limit
+    def receive(self) -> bool:
+        """Receive some of a request. False: no further one comes. MustWait: nothing has come. Problem: it does not come to its end."""
+        connection = self.connection
+        if connection.reads > FREE_READS + len(connection.buffer) // BYTES_PER_READ and not connection.is_proxy:
+            self.server.charge(connection.peer)     # many small pieces are work
+        try:
+            data = connection.read()
+        except MustWait:
+            if not self.is_late:
+                raise
+            data = b""
+        if connection.is_idle:
+            connection.deadline = time.monotonic() + REQUEST_TIME
+        elif not data:
+            raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
+        connection.buffer += data
+        return bool(data)
 
     def has_request(self) -> bool:
         """Whether a whole request is in the buffer; its head is taken from there as soon as that is whole."""
-        connection, buffer = self.connection, self.connection.buffer
-        if connection.head is NO_HEAD:
+        connection, buffer, is_new = self.connection, self.connection.buffer, self.connection.head is NO_HEAD
+        if is_new:
             while buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2: empty lines before the request line are ignored
                 del buffer[:2]
-                connection.scanned = 0
             end = find_head(buffer, connection.scanned)
-            connection.scanned = len(buffer) if end < 0 else 0
+            connection.scanned = len(buffer)
             if end < 0:
                 return False
             self.use_head(read_head(bytes(buffer[:end])))
@@ -1652,43 +1645,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection.client = client_behind(connection.peer, connection.head.headers, self.server.proxies)
             if connection.is_proxy and connection.client is not connection.peer:
                 self.server.count(connection, connection.client.key)    # until it is answered
-            if connection.head.length > self.max_body:
-                raise Problem(f"the body has more than {self.max_body} bytes", 413)
-            if connection.head.is_new and "expect" in connection.head.headers and connection.head.length + connection.head.is_chunked > len(buffer):
-                connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if connection.head.is_chunked:
+        head, limit = connection.head, self.server.settings.max_body * (POLL_FACTOR if self.path.startswith("/games/poll") else 1)
+        if head.length > limit:
+            raise Problem(f"the body has more than {limit} bytes", 413)
+        if is_new and head.version > "1.0" and "expect" in head.headers and head.length + head.is_chunked > len(buffer):
+            connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if head.is_chunked:
             size = len(buffer)
-            length, is_chunked = decode_chunks(buffer, connection.head.length, self.max_body)
+            length, is_chunked = decode_chunks(buffer, head.length, limit)
             self.server.limiter.charge(connection.client.key, (size - len(buffer)) // BYTES_PER_READ)    # many small chunks are work, too
-            connection.head = connection.head._replace(length=length, is_chunked=is_chunked)
-        return not connection.head.is_chunked and len(buffer) >= connection.head.length
+            head = connection.head = head._replace(length=length, is_chunked=is_chunked)
+        return not head.is_chunked and len(buffer) >= head.length
 
     # Answering it.
 
     def ask(self) -> Outcome:
         """Find the route, check the fields, and ask its endpoint. Problem: what is wrong."""
-        server, connection, headers = self.server, self.connection, self.connection.head.headers
-        if self.path.partition("?")[0] != HEALTH_PATH:      # a monitor is never refused
+        server, connection = self.server, self.connection
+        # A monitor is never refused. A proxy does not pay for what cannot be read, which may be anybody's.
+        is_anybodys = connection.problem and connection.is_proxy and connection.client is connection.peer
+        if self.path.partition("?")[0] != HEALTH_PATH and not is_anybodys:
             server.charge(connection.client)
+        if connection.problem:
+            raise connection.problem
         if self.command == "OPTIONS":
             return self.options([route.method for route in ROUTES] if self.path == "*" else resolve(self.path)[0])
         routes, name = resolve(self.path)
         route = connection.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
             raise Problem("this method is not for this path", 405, Allow=allowed(routes))
-        fields, digest = {}, b""    # type: Dict[str, Any], bytes
-        if route.fields:
-            if self.body:
-                check_media_type(headers, "Accept_Patch" if self.command == "PATCH" else "Accept")
-            body = parse_body(self.body) if self.body else bearer(headers)
-            fields = validate(body, route.fields, Scope(connection.client.is_local, server.settings.max_guests))
-            digest = server.registry.peer_digest(fields.pop("peerId"))
-        connection.wait, connection.has_replies = wished_wait(fields, headers, server.settings.max_wait), fields.get("replies") is not None
+        scope = Scope(connection.client.is_local, server.settings.max_guests)
+        fields = validate(read_body(connection.head, self.body) if route.fields else {}, route.fields, scope)
+        digest = server.registry.peer_digest(fields.pop("peerId")) if route.fields else b""
+        connection.wait = wished_wait(fields, connection.head.headers, server.settings.max_wait)
+        connection.has_replies = fields.get("replies") is not None
         connection.deadline = time.monotonic() + connection.wait
-        request = Request(name or fields.get("name", ""), digest, fields, headers, connection.client, connection.wait, self.waker())
+        request = Request(name or fields.get("name", ""), digest, fields, connection.head.headers, connection.client, connection.wait, self.waker())
         return check_preconditions(server, request, self.command, routes) or route.endpoint(server, request)
 
-    def ask_again(self, waiter: Waiter) -> None:
+    def ask_again(self, waiter: Waiter, route: Route) -> None:
         """Ask for a poll or start that waits: there may be news, its time may be over, or its client may have gone. MustWait: it goes on waiting."""
         connection, server = self.connection, self.server
         with contextlib.suppress(MustWait):
@@ -1700,8 +1695,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         wake = None if waiter.is_over or self.is_late else self.waker()
         fields: Dict[str, Any] = {"after": waiter.after, "replies": {} if connection.has_replies else None}
         request = Request(waiter.name, waiter.digest, fields, {}, connection.client, connection.wait, wake, waiter.is_busy)
-        assert connection.route
-        self.respond(functools.partial(connection.route.endpoint, server, request))
+        self.respond(functools.partial(route.endpoint, server, request))
 
     def waker(self) -> Optional[Callable[[], None]]:
         """What to call when there is news for this connection; None if it does not wish to wait."""
@@ -1713,14 +1707,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             outcome = ask()
         except Problem as problem:
-            connection.lingers = problem.limit == "rate" and not connection.is_proxy    # a proxy's connection is for others as well
+            if problem.limit == "rate" and not connection.is_proxy:     # a proxy's connection is for others as well
+                connection.problem = problem
             outcome = self.answer_to(problem)
         except Exception:
             log.exception("a request failed")
             outcome = self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
-        if isinstance(outcome, Waiter):     # nothing of its fields, and of its header the origin alone, is kept
-            origin = {name: value for name, value in self.headers.items() if name == "origin" and value in server.settings.origins}
-            connection.waiter, connection.head = outcome, connection.head._replace(target=self.path[:200], headers=origin)
+        if isinstance(outcome, Waiter):     # of its fields nothing is kept, of its head little
+            connection.waiter = outcome
+            connection.head = connection.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]})
             raise MustWait
         if server.queue and not connection.waiter:
             # This request may have woken a host, which is served first: it would not know the first datagram of a guest that is faster.
@@ -1733,9 +1728,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
         if problem.limit:
             self.server.tally(self.server.refused, problem.limit)
-        if isinstance(problem, (Forbidden, Conflict)):      # to register somebody's game is to guess, too
-            self.server.limiter.charge(self.connection.client.key, FORBIDDEN_COST - 1)
-        body = {"type": "about:blank", "title": http.HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
+        body = {"type": "about:blank", "title": self.responses[problem.status][0], "status": problem.status, "detail": problem.detail}
         return Answer(problem.status, {**body, "errors": problem.errors} if problem.errors else body, problem.headers, "application/problem+json")
 
     def options(self, methods: Iterable[str]) -> Answer:
@@ -1749,30 +1742,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_answer(self, answer: Answer) -> None:
         """Write an answer. The request is over then."""
         connection, server, data = self.connection, self.server, answer.data()
-        self.close_connection = connection.closes = connection.head.closes or server.stopping or connection.lingers
+        connection.closes = connection.head.closes or server.stopping or connection.problem is not None
+        self.close_connection = connection.closes and not connection.problem
         head = self.head_of(answer, len(data))
         self.log_request(answer.status, len(data))
         if self.command == "HEAD":
             data = b""
-        elif len(data) >= BYTES_PER_TOKEN:
-            server.limiter.charge(connection.client.key, len(data) // BYTES_PER_TOKEN)
+        tokens = len(data) // BYTES_PER_TOKEN + (FORBIDDEN_COST - 1 if answer.status in (403, 409) else 0)
+        if tokens:      # to register somebody's game is to guess, too
+            server.limiter.charge(connection.client.key, tokens)
         if connection.is_proxy:
             server.count(connection, None)
         connection.route = connection.waiter = connection.answer = None
-        connection.client, connection.reads, connection.head = connection.peer, 0, NO_HEAD
+        connection.client, connection.head, connection.reads, connection.scanned = connection.peer, NO_HEAD, 0, 0
         connection.deadline = time.monotonic() + SEND_TIME
         connection.write(*((head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,)))     # connections share a long list
         self.rest()
-        if connection.lingers:      # to close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)
-            connection.end()
-            connection.socket.shutdown(socket.SHUT_WR)
-            raise MustWait
 
     def rest(self) -> None:
         """An answer is sent: the time for what comes next begins."""
         connection = self.connection
         connection.deadline = time.monotonic() + (
-            LINGER_TIME if connection.lingers else self.server.settings.idle_timeout if connection.is_idle else REQUEST_TIME)
+            LINGER_TIME if connection.problem else self.server.settings.idle_timeout if connection.is_idle else REQUEST_TIME)
+        if connection.problem:      # to close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)
+            connection.end()
+            connection.socket.shutdown(socket.SHUT_WR)
 
     def head_of(self, answer: Answer, length: int) -> bytes:
         """The head of an answer whose body has that many bytes."""
@@ -1780,38 +1774,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.usual_fields[0] != now:       # made once a second for the sake of Date (RFC 9110 section 5.6.7)
             server.usual_fields = now, (f"Server: {self.server_version}\r\nDate: {self.date_time_string(now)}\r\n"
                                         f"X-Content-Type-Options: nosniff\r\n{server.cors_fields}")
-        text = STATUS_LINES[answer.status] + server.usual_fields[1]
+        text = f"HTTP/1.1 {answer.status} {self.responses[answer.status][0]}\r\n{server.usual_fields[1]}"
         retry = {"Retry-After": RETRY_AFTER} if answer.status in (429, 503) else {}
         fields: Dict[str, Any] = {"Cache-Control": "no-store", **retry, **answer.headers}
         if answer.body is not None:
             fields.update({"Content-Type": answer.media_type, "Content-Length": length})
-        if self.close_connection or not self.connection.head.is_new:
-            fields["Connection"] = "close" if self.close_connection else "keep-alive"
+        if self.connection.closes or self.connection.head.version == "1.0":
+            fields["Connection"] = "close" if self.connection.closes else "keep-alive"
         if "," in server.settings.cors_origin and self.headers.get("origin") in server.settings.origins:
             fields["Access-Control-Allow-Origin"] = self.headers["origin"]
         return (text + "".join([f"{name}: {value}\r\n" for name, value in fields.items()]) + "\r\n").encode("latin-1")
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
-        connection, server = self.connection, self.server
-        server.tally(server.answered, (connection.route.endpoint.__name__ if connection.route else "none", code))
-        if server.settings.access_log:
-            log_fields("{client} {method} {path!r} {status} {bytes}", client=connection.client.address, method=self.command,
+        route = self.connection.route
+        self.server.tally(self.server.answered, (route.endpoint.__name__ if route else "none", code))
+        if self.server.settings.access_log:
+            log_fields("{client} {method} {path!r} {status} {bytes}", client=self.connection.client.address, method=self.command,
                        path=self.path.partition("?")[0], status=code, bytes=size)
-
-    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None, problem: Optional[Problem] = None) -> None:
-        """Answer what cannot be read to its end. Nobody knows where the next request begins, so the connection is closed."""
-        connection, problem = self.connection, problem or Problem(message or "", code)
-        line = REQUEST_LINE.match(connection.buffer) if connection.head is NO_HEAD else None
-        self.use_head(Head(line[1].decode("ascii"), line[2].decode("ascii")) if line else connection.head._replace(closes=True))
-        try:
-            if problem.limit != "rate" and (not connection.is_proxy or connection.client is not connection.peer):
-                self.server.charge(connection.client)
-        except TooMany as too_many:
-            problem = too_many
-        connection.buffer.clear()
-        connection.lingers = True
-        self.send_answer(self.answer_to(problem))
 
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------

@@ -2910,6 +2910,13 @@ def test_a_client_behind_a_proxy_pays_for_what_cannot_be_read_to_its_end(serve, 
     assert [ask(api, "127.0.0.1", large).status for _ in range(11)] == [413] * 10 + [429]
 
 
+def test_a_proxy_does_not_pay_for_what_its_clients_send_and_cannot_be_read(serve, clock):
+    api = serve(trusted_proxies="127.0.0.1")
+    limited(api, clock, 0.01, 10)
+    assert [ask(api, "127.0.0.1", b"x\r\n\r\n").status for _ in range(12)] == [400] * 12
+    assert ask(api, "127.0.0.1", LIST + END).status == 200
+
+
 def test_no_answer_is_lost_when_connections_are_woken_and_closed_while_they_begin_to_wait(serve, hasty_threads):
     api = serve(max_guests=10_000)
     for i in range(4):
