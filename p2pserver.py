@@ -2003,7 +2003,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.park(connection)
 
     def count(self, connection: Connection, key: Optional[bytes]) -> None:
-        """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client; it counts until it ends all the same."""
+        """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client, and this one more until it ends."""
         with self._lock:
             if connection.counted is not None:
                 count_down(self._connections_of, connection.counted)
@@ -2033,7 +2033,7 @@ class Server(http.server.ThreadingHTTPServer):
     def go_on(self, connection: Connection) -> None:
         """Serve a parked connection: at once, or under TLS in a thread of the base class's.
 
-        It waits for that while there are max_threads; none of these ever blocks.
+        It blocks while there are max_threads, none of which ever does.
         """
         connection.is_parked = connection.is_woken = False
         if not self.tls:
@@ -2115,8 +2115,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown_request(connection.socket)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A fault of ours: one connection ends, and the server goes on. A new client that has gone already comes here, too."""
-        log.log(logging.DEBUG if isinstance(sys.exc_info()[1], OSError) else logging.ERROR, "a connection failed", exc_info=True)
+        """One connection ends, and the server goes on. That its client has gone is no fault of ours."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            log.debug("a connection was lost: %s", error)
+        else:
+            log.exception("a connection failed")
 
 
 def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
