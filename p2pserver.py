@@ -18,7 +18,7 @@ directly from then on. JSON over HTTP/1.1; fields in brackets are optional:
     GET    /                                                                  this table, for a person
 
     register, 201 or 200   {name, stun, expiresIn, pollAfter}
-    poll, 200              {name, guests: [{sessionId, sessionKey, addresses, from}], cursor, [left, gone], expiresIn, pollAfter}
+    poll, 200              {name, guests: [{sessionId, sessionKey, addresses, from}], cursor, left, gone, expiresIn, pollAfter}
     start, 200 or 202      {name, sessionId, sessionKey, addresses, cursor, stun, expiresIn, pollAfter}
     list, 200              {games: [{name, info, guests, ready}]}       one game, and PATCH: {name, info, guests, ready}
     any error              application/problem+json (RFC 9457): {type, title, status, detail, [errors: {field: rule}]}
@@ -1097,11 +1097,7 @@ def poll_game(server: Server, request: Request) -> Outcome:
     fields = request.fields
     polled = server.registry.poll_game(
         request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake)
-    body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor}
-    if fields["after"] is not None:
-        body["left"] = polled.left
-    if fields.get("replies") is not None:
-        body["gone"] = polled.gone
+    body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
     has_news = bool(polled.peers or polled.left or polled.gone)
     return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, has_news)
 
@@ -1447,7 +1443,7 @@ class Connection:
         self.scanned = self.reads = 0                       # bytes of the buffer in which no head ends; reads that they took
         self.head = NO_HEAD                                 # of the request that is parsed, and not answered yet
         self.route: Optional[Route] = None                  # what serves that
-        self.wait, self.has_replies = 0, False              # seconds that it wishes to wait; whether the answer tells of replies
+        self.wait = 0                                       # seconds that it wishes to wait
         self.waiter: Optional[Waiter] = None                # while it waits for news
         self.answer: Optional[Answer] = None                # that is to be sent once others are served
         self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
@@ -1678,7 +1674,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields = validate(read_body(connection.head, self.body) if route.fields else {}, route.fields, scope)
         digest = server.registry.peer_digest(fields.pop("peerId")) if route.fields else b""
         connection.wait = wished_wait(fields, connection.head.headers, server.settings.max_wait)
-        connection.has_replies = fields.get("replies") is not None
         connection.deadline = time.monotonic() + connection.wait
         request = Request(name or fields.get("name", ""), digest, fields, connection.head.headers, connection.client, connection.wait, self.waker())
         return check_preconditions(server, request, self.command, routes) or route.endpoint(server, request)
@@ -1693,8 +1688,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection.buffer += data       # the next request comes early, and waits
         server.registry.forget_waiter(waiter)
         wake = None if waiter.is_over or self.is_late else self.waker()
-        fields: Dict[str, Any] = {"after": waiter.after, "replies": {} if connection.has_replies else None}
-        request = Request(waiter.name, waiter.digest, fields, {}, connection.client, connection.wait, wake, waiter.is_busy)
+        request = Request(waiter.name, waiter.digest, {"after": waiter.after}, {}, connection.client, connection.wait, wake, waiter.is_busy)
         self.respond(functools.partial(route.endpoint, server, request))
 
     def waker(self) -> Optional[Callable[[], None]]:
