@@ -34,7 +34,7 @@ demo: $(READY)
 
 check: $(LINTERS)
 	$(BIN)/ruff check .
-	$(BIN)/mypy p2pserver.py p2pclient
+	$(BIN)/mypy p2pserver.py redis_registry.py p2pclient
 
 $(LINTERS): $(READY)
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 types-requests==2.33.0.20261030

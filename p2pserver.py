@@ -125,6 +125,7 @@ OPTIONS = (
     Option("max_games_per_client", 50, "games at once of one client address, of which an IPv6 /56 is one", 1, 10_000_000),
     Option("rate", 50.0, "requests a second of one client address, a failed authorisation counting as ten; 0 for no limit", 0, 1_000_000),
     Option("burst", 200, "requests at once of one client address, on top of --rate", 10, 1_000_000),
+    Option("store", "", "Redis or Valkey by which servers share their games, as redis://host:6379/0; in memory if not given", pattern=".*"),
     Option("max_connections", 20000, "connections at once", 1, 10_000_000),
     Option("max_connections_per_client", 256, "connections at once of one client address", 1, 10_000_000),
     Option("max_memory", 256, "megabytes of games and guests", 1, 1_000_000),
@@ -453,8 +454,17 @@ class News(NamedTuple):
     gone: Sequence[str] = ()
 
 
+class Later(Exception):
+    """Raised by a registry whose answer comes later. send(wake) asks for it, and wake is called, in any thread, once it is there. Then repeat(call)
+    gives what the same call does with it; before, Later again."""
+
+    send: Callable[[Callable[[], None]], None]
+    repeat: Callable[[Callable[[], Outcome]], Outcome]
+
+
 class GameRegistry(Protocol):
-    """What the server asks of a registry. Any thread may call it, with values that passed validation. It knows no HTTP.
+    """What the server asks of a registry, once for a request. Any thread may call it, with values that passed validation. It knows no HTTP. Each
+    method may raise Later, but for peer_digest, forget_waiter and expire_games.
 
     A method that raises NotFound, Forbidden, Conflict or Full has changed nothing, except that the owner counts as alive.
     digest is that of the caller's peerId; client is the client key of its address.
@@ -1397,6 +1407,7 @@ class Connection:
         self.route: Optional[Route] = None                  # what serves that
         self.wait, self.has_replies = 0, False              # seconds that it wishes to wait; whether the answer tells of replies
         self.waiter: Optional[Waiter] = None                # while it waits for news
+        self.later: Optional[Callable[[], Outcome]] = None  # while it waits for a registry: what gives its answer
         self.answer: Optional[Answer] = None                # that is to be sent once others are served
         self.problem: Optional[Problem] = None              # for which it is refused
         self.unsent: List[Union[bytes, memoryview]] = []    # of an answer that its client is slow to read
@@ -1613,6 +1624,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version, server_version, sys_version = "HTTP/1.1", f"p2pserver/{__version__}", ""
     server: Server
     connection: Connection
+    call: Callable[[], Outcome]         # of the endpoint
 
     def setup(self) -> None:
         self.connection = self.request
@@ -1641,6 +1653,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise connection.problem
                 if connection.answer:
                     self.send_answer(connection.answer)
+                elif connection.later:
+                    self.respond(connection.later)
                 elif connection.waiter:
                     self.ask_again(connection.waiter)
                 elif self.parse_request():
@@ -1726,7 +1740,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             digest = server.registry.peer_digest(fields.pop("peerId"))
         connection.wait, connection.has_replies = wished_wait(fields, headers, server.settings.max_wait), fields.get("replies") is not None
         connection.deadline = time.monotonic() + connection.wait
-        return route.endpoint(server, Request(name or fields.get("name", ""), digest, fields, headers, connection.client, connection.wait, self.waker()))
+        request = Request(name or fields.get("name", ""), digest, fields, headers, connection.client, connection.wait, self.waker())
+        self.call = functools.partial(route.endpoint, server, request)
+        return self.call()
 
     def ask_again(self, waiter: Waiter) -> None:
         """Ask for a poll or start that waits: there may be news, its time may be over, or its client may have gone. MustWait: it goes on waiting."""
@@ -1741,7 +1757,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields: Dict[str, Any] = {"after": waiter.after, "replies": {} if connection.has_replies else None}
         request = Request(waiter.name, waiter.digest, fields, {}, connection.client, connection.wait, wake, waiter.is_busy)
         assert connection.route
-        self.respond(functools.partial(connection.route.endpoint, server, request))
+        self.call = functools.partial(connection.route.endpoint, server, request)
+        self.respond(self.call)
 
     def waker(self) -> Optional[Callable[[], None]]:
         """What to call when there is news for this connection; None if it does not wish to wait."""
@@ -1755,11 +1772,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Problem as problem:
             connection.lingers = problem.limit == "rate" and not connection.is_proxy    # a proxy's connection is for others as well
             outcome = self.answer_to(problem)
+        except Later as later:
+            if not connection.later:
+                connection.later = functools.partial(later.repeat, self.call)
+                later.send(functools.partial(server.parking.wake, connection))
+            raise MustWait(0) from None
         except Exception:
             log.exception("a request failed")
             outcome = self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
         if isinstance(outcome, Waiter):     # nothing of its fields and header is kept
-            connection.waiter, connection.head = outcome, connection.head._replace(target=self.path[:200], headers={})
+            connection.waiter, connection.later, connection.head = outcome, None, connection.head._replace(target=self.path[:200], headers={})
             raise MustWait
         if server.parking.queue and not connection.waiter:
             # This request may have woken a host, which is served first: it would not know the first datagram of a guest that is faster.
@@ -1797,7 +1819,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.limiter.charge(connection.client.key, len(data) // BYTES_PER_TOKEN)
         if connection.is_proxy:
             server.count(connection, None)
-        connection.route = connection.waiter = connection.answer = None
+        connection.route = connection.waiter = connection.later = connection.answer = None
         connection.client, connection.reads, connection.head = connection.peer, 0, NO_HEAD
         connection.deadline = time.monotonic() + SEND_TIME
         connection.write(*((head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,)))     # connections share a long list
@@ -2230,12 +2252,23 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
         parser.error(str(fault))
 
 
+def open_store(settings: Settings) -> GameRegistry:
+    """The registry in a store. CannotStart: it does not answer, or the library is not there."""
+    sys.modules["p2pserver"] = sys.modules[__name__]        # for its imports, even if this is __main__
+    try:
+        from redis_registry import RedisRegistry
+    except ImportError as error:
+        raise CannotStart(f"--store needs redis_registry.py and its library: pip install 'redis>=8' ({error})") from None
+    return RedisRegistry(settings)
+
+
 def open_server(settings: Settings) -> Server:
     """A server bound to its ports. Where the system picks the port for TCP, it can be taken for UDP: then it picks again."""
+    registry = open_store(settings) if settings.store else None
     for _ in range(0 if settings.port else 9):
         with contextlib.suppress(CannotListen):
-            return Server(settings)
-    return Server(settings)
+            return Server(settings, registry)
+    return Server(settings, registry)
 
 
 def allow_many_files() -> None:
