@@ -2258,7 +2258,7 @@ def open_store(settings: Settings) -> GameRegistry:
     try:
         from redis_registry import RedisRegistry
     except ImportError as error:
-        raise CannotStart(f"--store needs redis_registry.py and its library: pip install 'redis>=8' ({error})") from None
+        raise CannotStart(f"--store needs redis_registry.py and its library: pip install 'redis>=8.1,<9' ({error})") from None
     return RedisRegistry(settings)
 
 
