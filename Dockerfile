@@ -1,7 +1,10 @@
 FROM python:3.13-slim
 
-# The one file is all there is; it writes nothing, so the root file system may be read-only.
-COPY --chmod=0444 p2pserver.py /p2pserver.py
+# With --build-arg STORE=yes it can do --store, which needs a library.
+ARG STORE
+RUN [ -z "$STORE" ] || pip install --no-cache-dir 'redis>=8.1,<9'
+# The server is one file, and one more for --store; it writes nothing, so the root file system may be read-only.
+COPY --chmod=0444 p2pserver.py redis_registry.py /
 ENV PYTHONDONTWRITEBYTECODE=1
 USER 65534:65534
 EXPOSE 8000/tcp 8000/udp

@@ -2,6 +2,7 @@
 # make check   the linters                  make lab     hole punching through real NATs (root, Linux)
 # make bench   beside the frameworks        make memory  what games and guests weigh
 # make faults  what the server survives     make soak    ten minutes of everything at once
+# make store-test     servers that share a store, with real Redis and HAProxy (Debian's packages)
 # make deploy-test    what is in deploy/, with real nginx and Caddy (root, Linux, Debian's packages)
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,9 +11,10 @@ READY = $(VENV)/.ready
 LINTERS = $(VENV)/.linters
 LAB = $(VENV)-lab/.ready
 DEPLOY = $(VENV)-deploy/.ready
+STORE = $(VENV)-store/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check lab bench memory faults soak deploy-test clean
+.PHONY: test demo check lab bench memory faults soak store-test deploy-test clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -58,6 +60,17 @@ deploy-test: $(DEPLOY)
 $(DEPLOY): requirements.txt deploy/requirements.txt
 	$(PYTHON) -m venv $(VENV)-deploy
 	$(VENV)-deploy/bin/python -m pip install --quiet -r deploy/requirements.txt
+	touch $@
+
+store-test: $(STORE)
+	@missing=; for program in redis-server redis-cli haproxy; do PATH=$$PATH:/usr/sbin:/sbin command -v $$program >/dev/null || missing=yes; done; \
+	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server redis-tools haproxy; }
+	$(VENV)-store/bin/python -m pytest test_p2pserver.py -k "redis or store"
+	$(VENV)-store/bin/python -m pytest faults/test_store.py deploy/test_cluster.py
+
+$(STORE): requirements.txt requirements-store.txt
+	$(PYTHON) -m venv $(VENV)-store
+	$(VENV)-store/bin/python -m pip install --quiet -r requirements-store.txt
 	touch $@
 
 bench:

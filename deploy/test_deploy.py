@@ -600,15 +600,15 @@ def test_the_server_does_all_that_it_does_within_what_the_unit_leaves_it(tmp_pat
 # ---- what the files say of each other -------------------------------------------------------------------------------
 
 FILES = [path for path in sorted(HERE.iterdir()) if path.is_file() and path.suffix != ".py"]
-COMPOSE = {name: yaml.safe_load((HERE / name).read_text()) for name in ("compose.yaml", "compose-caddy.yaml")}
-ALONE, WITH_CADDY = COMPOSE["compose.yaml"]["services"], COMPOSE["compose-caddy.yaml"]["services"]
+COMPOSE = {name: yaml.safe_load((HERE / name).read_text()) for name in ("compose.yaml", "compose-caddy.yaml", "compose-cluster.yaml")}
+ALONE, WITH_CADDY, CLUSTER = (file["services"] for file in COMPOSE.values())
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
 def test_flags_that_are_mentioned_exist_and_have_the_defaults_that_are_said(path):
     text = path.read_text()
     for variable in re.findall(r"\bP2P_[A-Z_]+", text):
-        assert variable in OPTION or variable in ("P2P_DOMAIN", "P2P_UPSTREAM")     # these two are the Caddyfile's
+        assert variable in OPTION or variable in ("P2P_DOMAIN", "P2P_UPSTREAM", "P2P_STORE_SECRET", "P2P_STORE_SECRET_FILE")
     for flag, number in re.findall(r"--([a-z]+(?:-[a-z]+)+) (?:is )?(\d+)\b(?!\.)", text):
         assert getattr(DEFAULTS, flag.replace("-", "_")) == int(number), flag
 
@@ -628,14 +628,14 @@ def test_the_caddyfile_is_as_caddy_would_write_it():
     assert formatted == (HERE / "Caddyfile").read_text()
 
 
-@pytest.mark.parametrize("services", [ALONE, WITH_CADDY], ids=COMPOSE)
+@pytest.mark.parametrize("services", [ALONE, WITH_CADDY, CLUSTER], ids=COMPOSE)
 def test_containers_have_no_more_rights_than_they_need(services):
     for name, service in services.items():
         assert service["read_only"] is True and service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
         assert service.get("cap_add", []) == (["NET_BIND_SERVICE"] if name == "caddy" else [])
 
 
-@pytest.mark.parametrize("services", [ALONE, WITH_CADDY], ids=COMPOSE)
+@pytest.mark.parametrize("services", [ALONE, WITH_CADDY], ids=list(COMPOSE)[:2])
 def test_the_server_of_the_compose_files_starts_from_the_dockerfile_with_settings_that_exist(services):
     service = services["p2pserver"]
     assert (HERE / service["build"] / "Dockerfile").samefile(ROOT / "Dockerfile")

@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from stage import HERE, ROOT, THERE, Connection, Program, call, free_port, poll, register, request, serving, wait_until
+from stage import HERE, ROOT, THERE, Connection, call, free_port, poll, register, request, serving, wait_until
 
 from test_p2pserver import Store
 
@@ -92,7 +92,7 @@ def waiting(server, **fields):
     """The connection of a host whose poll waits for news."""
     call(server, "POST", "/games/register", {"name": "castle", "peerId": "host"})
     cursor = call(server, "POST", "/games/poll", MEETING).json["cursor"]
-    connection = Connection(server, request("POST", "/games/poll", {**MEETING, "after": cursor, "wait": 20, **fields}))
+    connection = Connection(server, request("POST", "/games/poll", {**MEETING, "after": cursor, "wait": 25, **fields}))
     wait_until(lambda: b"p2pserver_waiting 1" in call(server, "GET", "/metrics").body)
     return connection
 
@@ -187,7 +187,7 @@ def test_who_may_have_missed_something_is_asked_again_spread_over_a_second(store
                 store.redis.client_kill_filter(_type="pubsub")
                 for command in monitor.listen():
                     if "forget_waiter" in command["command"]:
-                        asked.append(time.monotonic())
+                        asked.append(command["time"])
                     if len(asked) == 300 or time.monotonic() - began > 20:
                         break
             assert len(asked) == 300 and asked[-1] - asked[0] > 0.5
@@ -249,7 +249,7 @@ def test_a_replica_that_is_promoted_takes_over_behind_the_same_address(store, re
         wait_until(lambda: replica.redis.exists("p2p:{lobby}:names"))
         replica.redis.replicaof("NO", "ONE")
         relay.target = replica.port
-        store.redis.replicaof("127.0.0.1", replica.port)
+        store.redis.replicaof("127.0.0.1", free_port())     # from now on it refuses to write, and knows nothing new
         wait_until(lambda: status(server) == 200 and call(server, "POST", "/games/register", {"name": "new", "peerId": "host"}).status == 201)
         assert call(server, "GET", "/games/game%200").status == 200 and replica.redis.hexists("p2p:{lobby}:names", '"new"')
 
@@ -286,7 +286,8 @@ def test_an_operator_lists_and_deletes_games_as_the_documentation_says(store):
     assert len(commands) == 2
     with sharing(store.url, 1) as (server,), waiting(server) as host:
         def run(command, gid=""):
-            return subprocess.run(f"redis-cli -p {store.port} " + command.replace("GID", gid), shell=True, check=True, capture_output=True, text=True).stdout.split()
+            command = f"redis-cli -p {store.port} {command.replace('GID', gid)}"
+            return subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout.split()
         names = run(commands[0])
         assert names[0] == '"castle"'
         run(commands[1], names[1])

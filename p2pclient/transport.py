@@ -22,7 +22,7 @@ class RendezvousError(Exception):
 
 
 class PassingFailure(RendezvousError):
-    """No answer (status 0), 429 or 503: the same call may succeed a little later."""
+    """No answer (status 0), a proxy's word that there is none (502, 504), 429 or 503: the same call may succeed a little later."""
 
 
 class RepeatedNotFound(RendezvousError):
@@ -59,7 +59,7 @@ class Transport:
             try:
                 return self._try(method, path, body, wait, repeated)
             except PassingFailure as failure:
-                repeated = repeated or not failure.status
+                repeated = repeated or failure.status in (0, 502, 504)
                 patience = patience or Deadline(self._patience)
                 rest = max(pause, failure.retry_after)
                 if rest > patience.left():
@@ -97,7 +97,7 @@ def refusal(response: requests.Response, repeated: bool) -> RendezvousError:
     except (ValueError, KeyError, TypeError):
         detail, errors = f"{response.url} answers {response.reason}", None
     kind = RendezvousError
-    if response.status_code in (429, 503):
+    if response.status_code in (429, 502, 503, 504):
         kind = PassingFailure
     elif response.status_code == 404 and repeated:
         kind = RepeatedNotFound
