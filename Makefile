@@ -1,6 +1,7 @@
 # make test    the whole suite              make demo    server, hosts and guest together
 # make check   the linters                  make lab     hole punching through real NATs (root, Linux)
 # make bench   beside the frameworks        make memory  what games and guests weigh
+# make store-bench    what a store costs beside the registry in memory
 # make faults  what the server survives     make soak    ten minutes of everything at once
 # make store-test     servers that share a store, with real Redis and HAProxy (Debian's packages)
 # make deploy-test    what is in deploy/, with real nginx and Caddy (root, Linux, Debian's packages)
@@ -14,7 +15,7 @@ DEPLOY = $(VENV)-deploy/.ready
 STORE = $(VENV)-store/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check lab bench memory faults soak store-test deploy-test clean
+.PHONY: test demo check lab bench memory faults soak store-test store-bench deploy-test clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -72,6 +73,9 @@ $(STORE): requirements.txt requirements-store.txt
 	$(PYTHON) -m venv $(VENV)-store
 	$(VENV)-store/bin/python -m pip install --quiet -r requirements-store.txt
 	touch $@
+
+store-bench: $(STORE)
+	$(VENV)-store/bin/python bench/store.py
 
 bench:
 	$(PYTHON) bench/run.py

@@ -345,7 +345,7 @@ return reply(result[1], {unpack(result, 2)})
 """
 
 LIMITS = ("game_ttl", "guest_ttl", "max_games", "max_guests", "max_games_per_client", "max_guests_per_client", "max_memory")     # that the script needs
-GAME_SIZE, GUEST_SIZE = 1200, 1100      # bytes that one takes in the store beside its texts (bench/store.py measures it)
+GAME_SIZE, GUEST_SIZE = 800, 900         # bytes that one takes in the store beside its texts (bench/store.py measures it)
 TIMEOUT = 2.0           # seconds for the store to answer
 TICK, SILENCE = 0.25, 1.0       # seconds between two signs of life, and without any, after which the subscription counts as cut
 SPREAD = 1.0            # seconds over which all are asked again who may have missed something
