@@ -112,7 +112,8 @@ def main() -> None:
             store.flushall()
             with cluster(count, where) as servers:
                 times = sorted(waiting(servers))
-            print(f"{name:18} {WAITING} hosts waiting  from a start to its host {statistics.median(times):.2f} ms, 99th percentile {times[-2]:.2f} ms", flush=True)
+            figures = f"{statistics.median(times):.2f} ms, 99th percentile {times[-2]:.2f} ms"
+            print(f"{name:18} {WAITING} hosts waiting  from a start to its host {figures}", flush=True)
         store.flushall()
         with cluster(1, url) as servers:
             print("bytes of the store: {:.0f} a game, {:.0f} a guest".format(*weigh(servers[0][0], store)))

@@ -252,6 +252,7 @@ def test_a_replica_that_is_promoted_takes_over_behind_the_same_address(store, re
         store.redis.replicaof("127.0.0.1", free_port())     # from now on it refuses to write, and knows nothing new
         wait_until(lambda: status(server) == 200 and call(server, "POST", "/games/register", {"name": "new", "peerId": "host"}).status == 201)
         assert call(server, "GET", "/games/game%200").status == 200 and replica.redis.hexists("p2p:{lobby}:names", '"new"')
+        assert "the store does not answer: ReadOnlyError" in server.err and server.err.count("ERROR") < 5, "it does not go on asking the old one"
 
 
 def test_scripts_that_are_flushed_are_loaded_again_without_anybody_noticing(store):
