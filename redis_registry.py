@@ -15,8 +15,8 @@ thread sends the calls, as many in one round trip as there are; another hears wh
     sessions:<gid>          hash: sessionId -> digest
     left:<gid>, dismissed:<gid>    sorted sets: sessionId, and digest -> version
     held:<gid>              hash: digest of a guest, or "" for the host -> "<process>/<token>", who waits for news
-    alive:<process>         is there while that server is
-    wake:<process>          a channel: tokens that are to be woken; an empty one each quarter of a second
+    alive:<process>         is there while that server is: how many tokens have been published for it
+    wake:<process>          a channel: tokens that are to be woken; four times a second "#" and how many there were
 
 gid is the version at which a game began. It has 14 digits, the most that Lua makes text of exactly.
 """
@@ -29,6 +29,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import queue
@@ -72,7 +73,11 @@ local function wake(gid, who, mark)         -- mark: "!": it is to be answered n
   call('HDEL', P .. 'held:' .. gid, who)
   keep_alive(gid, who)
   local its_process, token = string.match(holder, '^(.-)/(.*)$')
-  if its_process == process then woken[#woken + 1] = token .. mark else call('PUBLISH', P .. 'wake:' .. its_process, token .. mark) end
+  if its_process == process then woken[#woken + 1] = token .. mark
+  elseif call('EXISTS', P .. 'alive:' .. its_process) == 1 then
+    call('INCR', P .. 'alive:' .. its_process)
+    call('PUBLISH', P .. 'wake:' .. its_process, token .. mark)
+  end
 end
 local function line(gid)
   local g = call('HMGET', game(gid), 'name', 'info', 'ready', 'listed')
@@ -327,9 +332,10 @@ function ops.delete_game(name, owner)
   return {}
 end
 function ops.counts() return {call('ZCARD', P .. 'games'), call('ZCARD', P .. 'guests'), tonumber(call('GET', P .. 'stored') or 0)} end
-function ops.tick()                 -- the server's own thread hears that its subscription is whole
-  call('SET', P .. 'alive:' .. process, 1, 'PX', 10000)
-  call('PUBLISH', P .. 'wake:' .. process, '')
+function ops.tick()                 -- the server hears whether it has heard all
+  call('SET', P .. 'alive:' .. process, 0, 'NX')
+  call('PEXPIRE', P .. 'alive:' .. process, 10000)
+  call('PUBLISH', P .. 'wake:' .. process, '#' .. call('GET', P .. 'alive:' .. process))
   return {}
 end
 
@@ -641,16 +647,20 @@ class RedisRegistry:
             time.sleep(0.05)
 
     def _follow(self, subscription: Any) -> None:
-        """Wake whom the store names, until it is silent: a subscription can be cut without an error."""
+        """Wake whom the store names, and all if some were lost; until it is silent: a subscription can be cut without an error."""
+        heard = -math.inf       # tokens: as many as the last count said, and those since
         while not self._stopping:
             message = subscription.get_message(timeout=SILENCE)
             if message is None:
                 return
-            if message["type"] == "subscribe":
+            text = message["data"].decode() if message["type"] == "message" else ""
+            if text.startswith("#") and int(text[1:]) != heard:
+                heard = int(text[1:])
+                self._wake_all()
                 self._is_followed.set()
-                self._wake_all()    # what was said before is lost
-            elif message["data"]:
-                self._wake(message["data"].decode())
+            elif text and not text.startswith("#"):
+                heard += 1
+                self._wake(text)
 
     def _wake(self, token: str) -> None:
         waiter = self.waiters.pop(token.rstrip("!"), None)

@@ -160,7 +160,7 @@ def test_a_start_at_one_server_wakes_its_host_at_another_and_nobody_else(store):
             assert not select.select([other.socket], [], [], 0.1)[0]
 
 
-@pytest.mark.parametrize("cut", ["killed", "mute"])
+@pytest.mark.parametrize("cut", ["killed", "mute", "mute for a moment"])
 def test_news_reach_a_host_also_when_the_subscription_is_cut(cut, store, relay):
     with sharing(relay.url, 1) as (first,), sharing(store.url, 1) as (second,), waiting(first) as host:
         if cut == "killed":
@@ -168,8 +168,8 @@ def test_news_reach_a_host_also_when_the_subscription_is_cut(cut, store, relay):
         else:
             relay.is_mute = True
         start(second)
-        if cut == "mute":
-            assert not select.select([host.socket], [], [], 0.2)[0], "the message was not lost"
+        if cut != "killed":
+            assert not select.select([host.socket], [], [], 0.1 if cut == "mute for a moment" else 1.5)[0], "the message was not lost"
             relay.is_mute = False
         assert len(host.answer().json["guests"]) == 1
 
@@ -270,7 +270,7 @@ def test_a_store_at_its_maxmemory_still_serves_and_frees(store):
         store.redis.config_set("maxmemory", 1)
         assert call(server, "POST", "/games/poll", {**MEETING, "name": "game 1"}).status == 200
         assert call(server, "DELETE", "/games/game%200", {"peerId": "host"}).status == 204
-        statuses = [call(server, "POST", "/games/register", {"name": f"more {i}", "peerId": "host", "info": {"x": "x" * 900}}).status for i in range(500)]
+        statuses = [call(server, "POST", "/games/register", {"name": f"more {i}", "peerId": "host", "info": {"x": "x" * 900}}).status for i in range(700)]
         assert set(statuses) == {201, 503}, "--max-memory is what bounds it"
 
 
