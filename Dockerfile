@@ -1,9 +1,15 @@
 FROM python:3.13-slim
 
-# The one file is all there is; it writes nothing, so the root file system may be read-only. Everybody may read it, whatever its mode is outside.
+# With --build-arg STORE=yes it can do --store, which needs a library.
+ARG STORE
+RUN [ -z "$STORE" ] || pip install --no-cache-dir 'redis>=8.1,<9'
+# The one file, and for --store another, is all there is; it writes nothing, so the root file system may be read-only. Everybody may read it,
+# whatever its mode is outside.
 # A step of its own: COPY --chmod takes BuildKit, which docker.io of Debian does not have.
 COPY p2pserver.py /p2pserver.py
 RUN chmod 0444 /p2pserver.py
+COPY redis_registry.py /redis_registry.py
+RUN chmod 0444 /redis_registry.py
 ENV PYTHONDONTWRITEBYTECODE=1
 USER 65534:65534
 EXPOSE 8000/tcp 8000/udp

@@ -1,7 +1,9 @@
 # make test    the whole suite              make demo    server, hosts and guest together
 # make check   the linters                  make lab     hole punching through real NATs (root, Linux)
 # make bench   beside the frameworks        make memory  what games and guests weigh
+# make store-bench    what a store costs beside the registry in memory
 # make faults  what the server survives     make soak    ten minutes of everything at once
+# make store-test     servers that share a store, with real Redis and HAProxy (Debian's packages)
 # make docs-test      the OpenAPI document against the live server, by schemathesis
 # make deploy-test    what is in deploy/, with real nginx, Caddy and HAProxy (root, Linux, Debian's packages)
 # make examples-test  what is in examples/, in real browsers (root, Debian's packages)
@@ -12,11 +14,12 @@ READY = $(VENV)/.ready
 LINTERS = $(VENV)/.linters
 LAB = $(VENV)-lab/.ready
 DEPLOY = $(VENV)-deploy/.ready
+STORE = $(VENV)-store/.ready
 DOCS = $(VENV)-docs/.ready
 EXAMPLES = $(VENV)-examples/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check lab bench memory faults soak deploy-test docs-test examples-test clean
+.PHONY: test demo check lab bench memory faults soak store-test store-bench deploy-test docs-test examples-test clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -38,7 +41,7 @@ demo: $(READY)
 
 check: $(LINTERS)
 	$(BIN)/ruff check .
-	$(BIN)/mypy p2pserver.py p2pclient
+	$(BIN)/mypy p2pserver.py redis_registry.py p2pclient
 
 $(LINTERS): $(READY)
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy==2.4.1 types-requests==2.33.0.20261030
@@ -63,6 +66,20 @@ $(DEPLOY): requirements.txt deploy/requirements.txt
 	$(PYTHON) -m venv $(VENV)-deploy
 	$(VENV)-deploy/bin/python -m pip install --quiet -r deploy/requirements.txt
 	touch $@
+
+store-test: $(STORE)
+	@missing=; for program in redis-server redis-cli haproxy; do PATH=$$PATH:/usr/sbin:/sbin command -v $$program >/dev/null || missing=yes; done; \
+	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server redis-tools haproxy; }
+	$(VENV)-store/bin/python -m pytest test_p2pserver.py -k "redis or store"
+	$(VENV)-store/bin/python -m pytest faults/test_store.py deploy/test_cluster.py
+
+$(STORE): requirements.txt requirements-store.txt
+	$(PYTHON) -m venv $(VENV)-store
+	$(VENV)-store/bin/python -m pip install --quiet -r requirements-store.txt
+	touch $@
+
+store-bench: $(STORE)
+	$(VENV)-store/bin/python bench/store.py
 
 docs-test: $(DOCS)
 	$(VENV)-docs/bin/python -m pytest docs

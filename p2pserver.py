@@ -31,7 +31,8 @@ Preference-Applied in the answer says so.
 Threads: 1. One thread accepts and serves all connections; it never waits for a single one. 2. A connection that must wait,
 for bytes or for news of its game, is parked: it costs a record and no thread, until there is something to go on with.
 3. Under TLS each burst of a connection has a thread of ThreadingHTTPServer's, because OpenSSL may work for long. 4. One
-thread for each address answers STUN, one writes the log. 5. All games live in the Registry behind its one lock.
+thread for each address answers STUN, one writes the log. 5. All games live in the Registry behind its one lock; or, with
+--store, in a store that servers share, and two threads of redis_registry.py talk to it.
 
 Sections: options, problems, fields, registry, clients and rate limiter, STUN, endpoints and routes, HTTP (reading a request,
 connections, handler, server), log, command line.
@@ -131,6 +132,7 @@ OPTIONS = (
     Option("max_games_per_client", 50, "games at once of one client address, of which an IPv6 /56 is one", 1, 10_000_000),
     Option("rate", 50.0, "requests a second of one client address, a failed authorisation counting as ten; 0 for no limit", 0, 1_000_000),
     Option("burst", 200, "requests at once of one client address, on top of --rate", 10, 1_000_000),
+    Option("store", "", "Redis or Valkey by which servers share their games, as redis://host:6379/0; in memory if not given", pattern=".*"),
     Option("max_connections", 20000, "connections at once", 1, 10_000_000),
     Option("max_connections_per_client", 256, "connections at once of one client address", 1, 10_000_000),
     Option("max_memory", 256, "megabytes of games and guests", 1, 1_000_000),
@@ -471,8 +473,17 @@ class News(NamedTuple):
     gone: Sequence[str] = ()
 
 
+class Later(Exception):
+    """Raised by a registry whose answer comes later. send(wake) asks for it, and wake is called, in any thread, once it is there. Then repeat(call)
+    gives what the call that raised this gives with it; before, it raises this again."""
+
+    send: Callable[[Callable[[], None]], None]
+    repeat: Callable[[Callable[[], Outcome]], Outcome]
+
+
 class GameRegistry(Protocol):
-    """What the server asks of a registry. Any thread may call it, with values that passed validation. It knows no HTTP.
+    """What the server asks of a registry. Any thread may call it, with values that passed validation. It knows no HTTP. Each method may raise
+    Later, but for peer_digest, forget_waiter and expire_games.
 
     A method that raises NotFound, Forbidden, Conflict or Full has changed nothing, except that the owner counts as alive.
     digest is that of the caller's peerId; client is the client key of its address.
@@ -1445,6 +1456,8 @@ class Connection:
         self.route: Optional[Route] = None                  # what serves that
         self.wait = 0                                       # seconds that it wishes to wait
         self.waiter: Optional[Waiter] = None                # while it waits for news
+        self.call: Optional[Callable[[], Outcome]] = None   # what asks the registry for its answer
+        self.later: Optional[Later] = None                  # while that comes
         self.answer: Optional[Answer] = None                # that is to be sent once others are served
         self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
         self.unsent: List[Union[bytes, memoryview]] = []    # of an answer that its client is slow to read
@@ -1581,6 +1594,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = not connection.problem or not Connection.read(connection)
         elif connection.answer:
             self.send_answer(connection.answer)
+        elif connection.later and connection.call:
+            self.respond(functools.partial(connection.later.repeat, connection.call))
         elif connection.waiter and connection.route:
             self.ask_again(connection.waiter, connection.route)
         elif connection.problem or self.parse_request():
@@ -1676,7 +1691,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         connection.wait = wished_wait(fields, connection.head.headers, server.settings.max_wait)
         connection.deadline = time.monotonic() + connection.wait
         request = Request(name or fields.get("name", ""), digest, fields, connection.head.headers, connection.client, connection.wait, self.waker())
-        return check_preconditions(server, request, self.command, routes) or route.endpoint(server, request)
+        connection.call = lambda: check_preconditions(server, request, connection.head.method, routes) or route.endpoint(server, request)
+        return connection.call()
 
     def ask_again(self, waiter: Waiter, route: Route) -> None:
         """Ask for a poll or start that waits: there may be news, its time may be over, or its client may have gone. MustWait: it goes on waiting."""
@@ -1689,14 +1705,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.registry.forget_waiter(waiter)
         wake = None if waiter.is_over or self.is_late else self.waker()
         request = Request(waiter.name, waiter.digest, {"after": waiter.after}, {}, connection.client, connection.wait, wake, waiter.is_busy)
-        self.respond(functools.partial(route.endpoint, server, request))
+        connection.call = functools.partial(route.endpoint, server, request)
+        self.respond(connection.call)
 
     def waker(self) -> Optional[Callable[[], None]]:
         """What to call when there is news for this connection; None if it does not wish to wait."""
         return functools.partial(self.server.wake, self.connection) if self.connection.wait and not self.server.stopping else None
 
     def respond(self, ask: Callable[[], Outcome]) -> None:
-        """Send what the call gives, or the answer that stands for its failure. MustWait: it waits for news, or for others to be served first."""
+        """Send what the call gives, or the answer that stands for its failure. MustWait: it waits for news, the registry, or others to be served first."""
         server, connection = self.server, self.connection
         try:
             outcome = ask()
@@ -1704,11 +1721,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if problem.limit == "rate" and not connection.is_proxy:     # a proxy's connection is for others as well
                 connection.problem = problem
             outcome = self.answer_to(problem)
+        except Later as later:
+            if later is not connection.later:
+                connection.later = later
+                later.send(functools.partial(server.wake, connection))
+            raise MustWait from None
         except Exception:
             log.exception("a request failed")
             outcome = self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
         if isinstance(outcome, Waiter):     # of its fields nothing is kept, of its head little
-            connection.waiter = outcome
+            connection.waiter, connection.call, connection.later = outcome, None, None
             connection.head = connection.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]})
             raise MustWait
         if server.queue and not connection.waiter:
@@ -1747,7 +1769,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.limiter.charge(connection.client.key, tokens)
         if connection.is_proxy:
             server.count(connection, None)
-        connection.route = connection.waiter = connection.answer = None
+        connection.route = connection.waiter = connection.call = connection.later = connection.answer = None
         connection.client, connection.head, connection.reads, connection.scanned = connection.peer, NO_HEAD, 0, 0
         connection.deadline = time.monotonic() + SEND_TIME
         connection.write(*((head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,)))     # connections share a long list
@@ -2050,7 +2072,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def watch(self, connection: Connection) -> None:
         """Have the selector tell when there is something for a connection, if it is parked."""
-        events = 0 if not connection.is_parked else selectors.EVENT_WRITE if connection.unsent else selectors.EVENT_READ
+        events = 0 if connection.later or not connection.is_parked else selectors.EVENT_WRITE if connection.unsent else selectors.EVENT_READ
         if events != connection.watched:
             if connection.watched:
                 self.selector.unregister(connection)
@@ -2179,7 +2201,7 @@ class JsonFormatter(TextFormatter):
 
 def ignored_variables(environment: Mapping[str, str]) -> Dict[str, str]:
     """Variables that look like an option's and are none, each with what helps."""
-    known = [option.variable for option in OPTIONS]
+    known = [*[option.variable for option in OPTIONS], "P2P_STORE_SECRET", "P2P_STORE_SECRET_FILE"]
     return {name: "Kubernetes sets it for a service named p2p" if value.startswith("tcp://")
             else f"the option with the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}"
             for name, value in environment.items() if name.startswith("P2P_") and (name not in known or value.startswith("tcp://"))}
@@ -2203,12 +2225,25 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
         parser.error(str(fault))
 
 
+def open_registry(settings: Settings) -> Optional[GameRegistry]:
+    """The registry in the store, if there is to be one. CannotStart: it does not answer, or the library is not there."""
+    if not settings.store:
+        return None
+    sys.modules["p2pserver"] = sys.modules[__name__]        # for its imports, even if this is __main__
+    try:
+        from redis_registry import RedisRegistry
+    except ImportError as error:
+        raise CannotStart(f"--store needs redis_registry.py and its library: pip install 'redis>=8.1,<9' ({error})") from None
+    return RedisRegistry(settings)
+
+
 def open_server(settings: Settings) -> Server:
     """A server bound to its ports. Where the system picks the port for TCP, it can be taken for UDP: then it picks again."""
+    registry = open_registry(settings)
     for _ in range(0 if settings.port else 9):
         with contextlib.suppress(CannotStart):
-            return Server(settings)
-    return Server(settings)
+            return Server(settings, registry)
+    return Server(settings, registry)
 
 
 def allow_many_files() -> None:

@@ -37,6 +37,13 @@ from typing import NamedTuple
 import pytest
 import requests
 
+try:
+    import redis
+
+    import redis_registry
+except ImportError:
+    redis = None
+
 import p2pserver
 from p2pserver import NO_ADDRESSES, Conflict, Forbidden, Full, NotFound, Problem, Registry, Scope, Settings
 
@@ -202,9 +209,90 @@ def clock():
     return Clock()
 
 
+class Store:
+    """A redis-server on a free port of loopback."""
+
+    def __init__(self, directory):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.redis = redis.Redis(port=self.port)
+        self.process, self.directory = None, directory
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self.directory)],
+                                        stdout=subprocess.DEVNULL)
+        wait_until(self.answers)
+
+    def answers(self):
+        with contextlib.suppress(redis.RedisError):
+            return self.redis.ping()
+        return False
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class Direct:
+    """A registry in a store whose answers are waited for, so that it is called as the one in memory is."""
+
+    def __init__(self, registry):
+        self.registry, self.events = registry, registry.events
+
+    def __getattr__(self, name):
+        return functools.partial(self.call, getattr(self.registry, name))
+
+    def expire_games(self):
+        self.counts()       # each call does that
+
+    def forget_waiter(self, waiter):
+        self.registry.forget_waiter(waiter)
+        self.counts()       # it is done by then
+
+    def call(self, method, *args, **values):
+        ask = functools.partial(method, *args, **values)
+        try:
+            return ask()
+        except p2pserver.Later as later:
+            there = threading.Event()
+            later.send(there.set)
+            assert there.wait(WAIT)
+            return later.repeat(ask)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """An empty store for all tests that leave it as it is."""
+    if redis is None or not shutil.which("redis-server"):
+        pytest.skip("the library redis and redis-server are not both here")
+    store = Store(tmp_path_factory.mktemp("store"))
+    yield store
+    store.redis.close()
+    store.stop()
+
+
+@pytest.fixture(params=["memory", "redis"])
+def make_registry(request, clock):
+    """Make an empty registry of each kind with settings of one's own: make_registry(max_games=1)."""
+    if request.param == "memory":
+        yield lambda **values: Registry(Settings(**values), clock)
+        return
+    store = request.getfixturevalue("store")
+    store.redis.flushall()
+    with contextlib.ExitStack() as stack:
+        def make(**values):
+            registry = redis_registry.RedisRegistry(Settings(store=store.url, **values), clock)
+            stack.callback(registry.close)
+            return Direct(registry)
+        yield make
+
+
 @pytest.fixture
-def registry(clock):
-    return Registry(Settings(max_games=5, max_guests=3), clock)
+def registry(make_registry):
+    return make_registry(max_games=5, max_guests=3)
 
 
 NUMBERS = itertools.count(1)
@@ -297,7 +385,8 @@ def parse(*flags, **environment):
 @pytest.mark.parametrize("option", p2pserver.OPTIONS, ids=lambda option: option.name)
 def test_each_option_can_be_given_as_flag_and_in_the_environment(option):
     value = {"poll_after": 3599, "no_stun": True, "access_log": True, "log_level": "debug", "log_format": "json", "host": "x", "cors_origin": "https://x",
-             "trusted_proxies": "10.0.0.0/8, ::1", "metrics_from": "192.0.2.1", "tls_cert": "Zertifikat für.pem", "tls_key": "x"}.get(option.name, option.high)
+             "trusted_proxies": "10.0.0.0/8, ::1", "metrics_from": "192.0.2.1", "tls_cert": "Zertifikat für.pem", "tls_key": "x",
+             "store": "redis://:pässword@host"}.get(option.name, option.high)
     text = "1" if value is True else str(value)
     roomy = {"P2P_GAME_TTL": "86400", "P2P_GUEST_TTL": "86400", "P2P_IDLE_TIMEOUT": "3600", "P2P_POLL_AFTER": "1", "P2P_TLS_CERT": "x"}
     flags = [option.flag] if option.default is False else [option.flag, text]
@@ -885,8 +974,8 @@ def test_what_is_overdue_is_gone_also_where_older_ones_live_on(registry, clock):
     assert games_and_guests(registry) == (1, 1)
 
 
-def test_each_lease_is_the_settings(clock):
-    registry = Registry(Settings(game_ttl=10, guest_ttl=5), clock)
+def test_each_lease_is_the_settings(make_registry, clock):
+    registry = make_registry(game_ttl=10, guest_ttl=5)
     registry.register_game("g", BY_HOST)
     started(registry)
     assert [(clock.tick(5), games_and_guests(registry))[1] for _ in range(2)] == [(1, 0), (0, 0)]
@@ -1215,8 +1304,8 @@ def test_a_guest_of_a_game_that_expired_is_told_so(registry, clock, wakes):
         start_again(registry, waiter)
 
 
-def test_there_are_at_most_max_waiting_waiters_and_each_end_makes_room(clock, wakes):
-    registry = Registry(Settings(max_waiting=1), clock)
+def test_there_are_at_most_max_waiting_waiters_and_each_end_makes_room(make_registry, wakes):
+    registry = make_registry(max_waiting=1)
     for name in ("castle", "island"):
         registry.register_game(name, BY_HOST)
     waiter = registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
@@ -1295,6 +1384,113 @@ def test_the_version_of_the_list_stays_with_polls_and_starts_that_change_nothing
     registry.start_game("castle", BY_GUEST, TWO)
     registry.register_game("castle", BY_HOST)
     assert registry.list_games() == before
+
+
+# ---- registry: in a store -------------------------------------------------------------------------------------------
+
+def outcome(registry, operation, *args, **values):
+    """What a call gives, without what is random, or another version in each registry: those become their ranks later."""
+    try:
+        result = getattr(registry, operation)(*args, **values)
+    except Problem as problem:
+        return type(problem).__name__, problem.detail, problem.limit
+    return result
+
+
+class Twin:
+    """A registry, and what in it stands for sessions and cursors that its twin calls otherwise."""
+
+    def __init__(self, registry):
+        self.registry, self.sessions, self.cursors, self.ids = registry, [], {}, iter(range(10 ** 9))
+        self.waiters, self.woken = {}, []
+
+    def do(self, operation, game, number, wakes=False, after=None, sessions=(), replied=None, **values):
+        """A call in terms of numbers: of cursors and sessions that earlier calls gave."""
+        if after is not None:
+            values["after"] = self.cursors.get((game, after), 7)
+        if replied is not None:
+            values["replies"] = {self.sessions[i % len(self.sessions)]: text for i, text in replied.items()} if self.sessions else {}
+        if sessions:
+            values["dismiss"] = [self.sessions[i % len(self.sessions)] for i in sessions] if self.sessions else []
+        if wakes:
+            values["wake"] = functools.partial(self.woken.append, number)
+        news = outcome(self.registry, operation, game, **values)
+        if not isinstance(news, p2pserver.News):
+            return news if operation != "list_games" else news[1]
+        for session in news.peers:
+            if session.session_id not in self.sessions:
+                self.sessions.append(session.session_id)
+        self.cursors[game, number] = news.cursor
+        if news.waiter:
+            self.waiters[number] = news.waiter
+        known = {cursor: i for i, cursor in enumerate(sorted(set(self.cursors.values())))}
+        return (news.name, [(self.sessions.index(peer.session_id), peer.addresses, peer.seen_at) for peer in news.peers], bool(news.waiter),
+                sorted(map(self.sessions.index, news.left)), list(map(self.sessions.index, news.gone)), news.cursor == 0 or known[news.cursor])
+
+    def ask_again(self, number):
+        """What a poll or start that waits is answered when it is asked again."""
+        waiter = self.waiters.pop(number)
+        self.registry.forget_waiter(waiter)
+        host = waiter.digest.startswith(b"host")
+        call = self.registry.poll_game if host else self.registry.start_game
+        try:
+            news = call(waiter.name, waiter.digest, None, waiter.after)
+        except Problem as problem:
+            return type(problem).__name__
+        return waiter.is_over, waiter.is_busy, news.name, len(news.peers), len(news.left), [peer.addresses for peer in news.peers]
+
+
+ADDRESSES = [NO_ADDRESSES, ONE, TWO, b'["\xc3\xbc 1", {"candidate":"x"}]']
+
+
+def at_random(chance, number):
+    """An operation with its arguments."""
+    game, host, guest = f"g\u00fc {chance.randrange(6)}", b"host %d" % chance.randrange(3), b"guest %d" % chance.randrange(6)
+    after, wakes = chance.choice([None, number - 1, number - 3, number - 9]), chance.random() < 0.5
+    info, listed = chance.choice([None, b"{}", b'{"map":"ice/\xc3\xbc"}']), chance.choice([None, None, True, False])
+    client = b"client %d" % chance.randrange(4)
+    return chance.choice([
+        ("register_game", game, {"digest": host, "client": client, "info": info, "listed": listed}),
+        ("poll_game", game, {"digest": host, "addresses": chance.choice(ADDRESSES), "after": after, "wakes": wakes}),
+        ("poll_game", game, {"digest": host, "addresses": chance.choice(ADDRESSES), "after": after, "wakes": wakes,
+                             "replied": {chance.randrange(40): chance.choice(ADDRESSES) for _ in range(chance.randrange(4))}}),
+        ("poll_game", game, {"digest": host, "addresses": ONE, "after": after, "sessions": [chance.randrange(40)]}),
+        *[("start_game", game, {"digest": guest, "addresses": chance.choice(ADDRESSES), "after": after, "wakes": wakes, "client": client,
+                                "seen_at": chance.choice(["", "192.0.2.1"])})] * 3,
+        ("leave_game", game, {"digest": guest}),
+        ("get_game", game, {}),
+        ("update_game", game, {"digest": host, "new_name": chance.choice([None, f"g\u00fc {chance.randrange(6)}"]), "info": info, "listed": listed}),
+        ("delete_game", game, {"digest": host}) if chance.random() < 0.3 else ("get_game", game, {}),
+    ])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_operations_at_random_have_the_same_outcomes_in_memory_and_in_a_store(seed, store, clock):
+    store.redis.flushall()
+    limits = {"max_games": 5, "max_guests": 4, "max_games_per_client": 3, "max_guests_per_client": 2, "store": store.url}
+    with contextlib.closing(redis_registry.RedisRegistry(Settings(**limits), clock)) as stored:
+        compare(clock, random.Random(seed), [Twin(Registry(Settings(**limits), clock)), Twin(Direct(stored))])
+    assert {key.decode().rpartition("}:")[2].partition(":")[0] for key in store.redis.scan_iter()} <= {"cursor", "secret", "list", "stored", "alive"}
+
+
+def compare(clock, chance, twins):
+    """Do 600 operations with both, and at the end have all expire."""
+    for number in range(600):
+        clock.tick(chance.choice([0, 0, 0.5, 1, 5, 20]))
+        operation, game, values = at_random(chance, number)
+        first, second = [twin.do(operation, game, number, **values) for twin in twins]
+        assert first == second, (number, operation, game, values)
+        assert sorted(twins[0].woken) == sorted(twins[1].woken), (number, operation, game, values)
+        for woken in sorted(set(twins[0].woken) & set(twins[0].waiters)):
+            assert twins[0].ask_again(woken) == twins[1].ask_again(woken), number
+        first, second = [(listed(twin.registry), {**twin.registry.counts(), "stored_bytes": 0}, sorted(twin.registry.events)) for twin in twins]
+        assert first == second, (number, operation, game, values)
+    clock.tick(2000)
+    for twin in twins:
+        for waiter in twin.waiters.values():
+            twin.registry.forget_waiter(waiter)
+    clock.tick(2000)
+    assert [set(twin.registry.counts().values()) for twin in twins] == [{0}, {0}]
 
 
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
@@ -3581,8 +3777,8 @@ def fill_up(registry):
     registry.poll_game("filler", BY_OTHER, NO_ADDRESSES + b" " * (MEGABYTE - registry.counts()["stored_bytes"]))
 
 
-def test_a_change_for_which_there_is_no_memory_is_not_made_by_halves(clock):
-    registry = Registry(Settings(max_memory=1), clock)
+def test_a_change_for_which_there_is_no_memory_is_not_made_by_halves(make_registry):
+    registry = make_registry(max_memory=1)
     registry.register_game("castle", BY_HOST)
     fill_up(registry)
     before = listed(registry)
@@ -3597,8 +3793,8 @@ def test_a_change_for_which_there_is_no_memory_is_not_made_by_halves(clock):
     assert started(registry, "castle")
 
 
-def test_a_start_for_which_there_is_no_memory_leaves_the_one_that_waits(clock, wakes):
-    registry = Registry(Settings(max_memory=1), clock)
+def test_a_start_for_which_there_is_no_memory_leaves_the_one_that_waits(make_registry, wakes):
+    registry = make_registry(max_memory=1)
     registry.register_game("castle", BY_HOST)
     assert registry.start_game("castle", BY_GUEST, ONE, wake=wakes[0]).waiter
     fill_up(registry)

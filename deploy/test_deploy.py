@@ -659,15 +659,15 @@ def test_the_server_does_all_that_it_does_within_what_the_unit_leaves_it(tmp_pat
 # ---- what the files say of each other -------------------------------------------------------------------------------
 
 FILES = [path for path in sorted(HERE.iterdir()) if path.is_file() and path.suffix != ".py"]
-COMPOSE = {name: yaml.safe_load((HERE / name).read_text()) for name in ("compose.yaml", "compose-caddy.yaml")}
-ALONE, WITH_CADDY = COMPOSE["compose.yaml"]["services"], COMPOSE["compose-caddy.yaml"]["services"]
+COMPOSE = {name: yaml.safe_load((HERE / name).read_text()) for name in ("compose.yaml", "compose-caddy.yaml", "compose-cluster.yaml")}
+ALONE, WITH_CADDY, CLUSTER = (file["services"] for file in COMPOSE.values())
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
 def test_flags_that_are_mentioned_exist_and_have_the_defaults_that_are_said(path):
     text = path.read_text()
     for variable in re.findall(r"\bP2P_[A-Z_]+", text):
-        assert variable in OPTION or variable in ("P2P_DOMAIN", "P2P_UPSTREAM")     # these two are the Caddyfile's
+        assert variable in OPTION or variable in ("P2P_DOMAIN", "P2P_UPSTREAM", "P2P_STORE_SECRET", "P2P_STORE_SECRET_FILE")
     for flag, number in re.findall(r"--([a-z]+(?:-[a-z]+)+) (?:is )?(\d+)\b(?!\.)", text):
         assert getattr(DEFAULTS, flag.replace("-", "_")) == int(number), flag
 
@@ -687,7 +687,7 @@ def test_the_caddyfile_is_as_caddy_would_write_it():
     assert formatted == (HERE / "Caddyfile").read_text()
 
 
-@pytest.mark.parametrize("services", [ALONE, WITH_CADDY], ids=COMPOSE)
+@pytest.mark.parametrize("services", [ALONE, WITH_CADDY, CLUSTER], ids=COMPOSE)
 def test_containers_have_no_more_rights_than_they_need(services):
     for name, service in services.items():
         assert service["read_only"] is True and service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
@@ -701,8 +701,8 @@ def megabytes(text):
 def test_the_memory_limits_leave_room_for_all_that_the_servers_own_limits_allow():
     """Which are its games, connections that have sent as much as each may before it is parsed, and 100 MB of the process."""
     most = DEFAULTS.max_memory + DEFAULTS.max_connections * (p2pserver.MAX_HEAD + p2pserver.READ_SIZE) // 1_000_000 + 100
-    limits = [*values("MemoryMax"), ALONE["p2pserver"]["mem_limit"], WITH_CADDY["p2pserver"]["mem_limit"]]
-    assert len(limits) == 3 and all(megabytes(limit) > most for limit in limits) and WITH_CADDY["caddy"]["mem_limit"]
+    limits = [*values("MemoryMax"), ALONE["p2pserver"]["mem_limit"], WITH_CADDY["p2pserver"]["mem_limit"], CLUSTER["p2p1"]["mem_limit"]]
+    assert len(limits) == 4 and all(megabytes(limit) > most for limit in limits) and WITH_CADDY["caddy"]["mem_limit"]
 
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -712,7 +712,7 @@ def test_the_dockerfile_needs_no_buildkit_and_everybody_may_read_the_server():
     """COPY --chmod, RUN --mount and here-documents are BuildKit's alone."""
     steps = [line for line in DOCKERFILE.splitlines() if line and not line.startswith("#")]
     assert not [line for line in steps if re.search(r"^(COPY|ADD) .*--(chmod|link|parents|exclude)|^RUN --|<<|\\$", line)]
-    assert {line.split()[0] for line in steps} <= {"FROM", "COPY", "RUN", "ENV", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT"}
+    assert {line.split()[0] for line in steps} <= {"FROM", "ARG", "COPY", "RUN", "ENV", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT"}
     file = re.search(r"^COPY p2pserver.py (\S+)$", DOCKERFILE, re.MULTILINE)[1]
     assert steps.index(f"RUN chmod 0444 {file}") < steps.index("USER 65534:65534") and steps[-1] == f'ENTRYPOINT ["python", "{file}"]'
 
@@ -739,7 +739,7 @@ def test_the_health_check_of_the_dockerfile_follows_address_port_and_tls(environ
             server.kill()
 
 
-@pytest.mark.parametrize("services", [ALONE, WITH_CADDY], ids=COMPOSE)
+@pytest.mark.parametrize("services", [ALONE, WITH_CADDY], ids=["compose.yaml", "compose-caddy.yaml"])
 def test_the_server_of_the_compose_files_starts_from_the_dockerfile_with_settings_that_exist(services):
     service = services["p2pserver"]
     assert (HERE / service["build"] / "Dockerfile").samefile(ROOT / "Dockerfile")

@@ -1,0 +1,296 @@
+"""What servers that share a store survive: real servers, a real redis-server, and between them a relay that delays, mutes or leads elsewhere."""
+import contextlib
+import json
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from stage import HERE, ROOT, THERE, Connection, call, free_port, poll, register, request, serving, wait_until
+
+from test_p2pserver import Store
+
+redis = pytest.importorskip("redis", reason="the library redis is not here")
+if not shutil.which("redis-server"):
+    pytest.skip("redis-server is not here", allow_module_level=True)
+
+MEETING = {"name": "castle", "peerId": "host", "addresses": HERE}
+
+
+@pytest.fixture
+def store(tmp_path):
+    with running(tmp_path) as store:
+        yield store
+
+
+@contextlib.contextmanager
+def running(directory):
+    store = Store(directory)
+    try:
+        yield store
+    finally:
+        store.process.send_signal(signal.SIGCONT)
+        store.redis.close()
+        store.stop()
+
+
+@contextlib.contextmanager
+def sharing(url, count, *flags):
+    """So many servers on one store."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(serving("--store", url, "--no-stun", *flags)) for _ in range(count)]
+
+
+class Relay:
+    """Stands before a store, at an address of its own. delay: seconds that each message of the store takes; is_mute: what is published does not arrive."""
+
+    def __init__(self, target):
+        self.target, self.delay, self.is_mute, self.port = target, 0.0, False, free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+
+    def _carry(self, client):
+        is_subscribed = False
+        with contextlib.suppress(OSError), client, socket.create_connection(("127.0.0.1", self.target)) as store:
+            while True:
+                for source in select.select([client, store], [], [])[0]:
+                    data = source.recv(1 << 16)
+                    if not data:
+                        return
+                    is_subscribed = is_subscribed or source is client and b"SUBSCRIBE" in data
+                    if source is client:
+                        store.sendall(data)
+                    elif not (is_subscribed and self.is_mute):
+                        time.sleep(self.delay)
+                        client.sendall(data)
+
+    def close(self):
+        self._listener.close()
+
+
+@pytest.fixture
+def relay(store):
+    relay = Relay(store.port)
+    yield relay
+    relay.close()
+
+
+def waiting(server, **fields):
+    """The connection of a host whose poll waits for news."""
+    call(server, "POST", "/games/register", {"name": "castle", "peerId": "host"})
+    cursor = call(server, "POST", "/games/poll", MEETING).json["cursor"]
+    connection = Connection(server, request("POST", "/games/poll", {**MEETING, "after": cursor, "wait": 25, **fields}))
+    wait_until(lambda: b"p2pserver_waiting 1" in call(server, "GET", "/metrics").body)
+    return connection
+
+
+def start(server, guest="guest"):
+    return call(server, "POST", "/games/start", {"name": "castle", "peerId": guest, "addresses": THERE})
+
+
+def status(server):
+    return call(server, "GET", "/games").status
+
+
+# ---- what it takes to start -----------------------------------------------------------------------------------------
+
+def refusal(*command, **environment):
+    """What a server that cannot start says, in one line."""
+    done = subprocess.run([sys.executable, *command, "--port", "0"], capture_output=True, text=True, env=environment, timeout=20)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout, done
+    return done.stderr
+
+
+def test_without_the_library_or_the_store_the_server_says_so_in_one_line_without_the_password(store):
+    server = ROOT / "p2pserver.py"
+    block = f"import sys; sys.modules['redis'] = None; sys.argv[0] = {str(server)!r}; sys.path.insert(0, {str(ROOT)!r}); import p2pserver; p2pserver.main()"
+    assert "pip install 'redis>=8.1,<9'" in refusal("-c", block, "--store", store.url)
+    for url in (f"redis://:hush@127.0.0.1:{free_port()}/0", "redis://:hush@127.0.0.1:nonsense", "http://:hush@127.0.0.1/", f"redis://:hush@127.0.0.1:{store.port}"):
+        line = refusal(server, P2P_STORE=url)
+        assert "--store" in line and "hush" not in line
+
+
+def test_without_a_store_the_library_is_not_loaded():
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import p2pserver; p2pserver.open_server(p2pserver.Settings(port=0)); print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "'p2pserver'" in modules and "redis" not in modules
+
+
+def test_servers_with_another_secret_than_the_stores_do_not_start(store, tmp_path):
+    file = tmp_path / "secret"
+    file.write_text("of the operator\n")
+    with sharing(store.url, 1) as servers:
+        register(servers[0], 1)
+    assert "P2P_STORE_SECRET" in refusal(ROOT / "p2pserver.py", "--store", store.url, P2P_STORE_SECRET_FILE=str(file))
+    store.redis.flushall()
+    with serving("--store", store.url, env={"P2P_STORE_SECRET_FILE": str(file)}), serving("--store", store.url, env={"P2P_STORE_SECRET": "of the operator"}):
+        assert store.redis.get("p2p:{lobby}:secret").endswith(b":"), "the store does not have it"
+        assert "P2P_STORE_SECRET" in refusal(ROOT / "p2pserver.py", "--store", store.url)
+
+
+def test_what_the_store_has_is_what_the_documentation_says(store):
+    with sharing(store.url, 1) as servers:
+        register(servers[0], 1)
+        call(servers[0], "POST", "/games/start", {"name": "game 0", "peerId": "a strong peerId", "addresses": THERE})
+        kept = json.dumps([str(store.redis.hgetall(key)) for key in store.redis.scan_iter(_type="hash")])
+    assert THERE[0] in kept and "'key'" in kept and "a strong peerId" not in kept
+
+
+# ---- waking ---------------------------------------------------------------------------------------------------------
+
+def test_a_start_at_one_server_wakes_its_host_at_another_and_nobody_else(store):
+    with sharing(store.url, 2) as (first, second), waiting(first) as host:
+        register(second, 1, prefix="other")
+        with Connection(second, poll("other 0", Prefer="wait=20")) as other:
+            assert start(second).status == 200
+            assert [guest["addresses"] for guest in host.answer().json["guests"]] == [THERE]
+            assert not select.select([other.socket], [], [], 0.1)[0]
+
+
+@pytest.mark.parametrize("cut", ["killed", "mute", "mute for a moment"])
+def test_news_reach_a_host_also_when_the_subscription_is_cut(cut, store, relay):
+    with sharing(relay.url, 1) as (first,), sharing(store.url, 1) as (second,), waiting(first) as host:
+        if cut == "killed":
+            store.redis.client_kill_filter(_type="pubsub")
+        else:
+            relay.is_mute = True
+        start(second)
+        if cut != "killed":
+            assert not select.select([host.socket], [], [], 0.1 if cut == "mute for a moment" else 1.5)[0], "the message was not lost"
+            relay.is_mute = False
+        assert len(host.answer().json["guests"]) == 1
+
+
+def test_who_may_have_missed_something_is_asked_again_spread_over_a_second(store):
+    with sharing(store.url, 1) as (server,):
+        call(server, "GET", "/")
+        names = register(server, 300)
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                stack.enter_context(Connection(server, poll(name, Prefer="wait=20")))
+            wait_until(lambda: b"p2pserver_waiting 300" in call(server, "GET", "/metrics").body)
+            asked, began = [], time.monotonic()
+            with store.redis.monitor() as monitor:
+                store.redis.client_kill_filter(_type="pubsub")
+                for command in monitor.listen():
+                    if "forget_waiter" in command["command"]:
+                        asked.append(command["time"])
+                    if len(asked) == 300 or time.monotonic() - began > 20:
+                        break
+            assert len(asked) == 300 and asked[-1] - asked[0] > 0.5
+            assert max(sum(asked[0] + i / 10 <= when < asked[0] + (i + 1) / 10 for when in asked) for i in range(20)) < 150
+            wait_until(lambda: b"p2pserver_waiting 300" in call(server, "GET", "/metrics").body)
+
+
+# ---- a store that fails ---------------------------------------------------------------------------------------------
+
+def test_a_slow_store_slows_only_the_requests_that_need_it(relay):
+    with sharing(relay.url, 1) as (server,):
+        relay.delay = 0.05
+        with contextlib.ExitStack() as stack:
+            busy = [stack.enter_context(Connection(server, poll("nobody's"))) for _ in range(50)]
+            began = time.monotonic()
+            assert call(server, "GET", "/").status == 200
+            assert time.monotonic() - began < 0.05, "it need not wait for the store"
+            assert {each.answer().status for each in busy} == {404}
+
+
+def test_a_store_that_restarts_empty_is_told_as_503_and_then_all_goes_on(store):
+    with sharing(store.url, 2) as servers, waiting(servers[0]) as host:
+        cursor = call(servers[0], "POST", "/games/poll", {**MEETING, "name": "castle", "after": 0}).json["cursor"]
+        host.answer()       # it was replaced
+        with waiting(servers[0]) as host:
+            store.stop()
+            wait_until(lambda: status(servers[1]) == 503)
+            refused = call(servers[0], "POST", "/games/register", {"name": "castle", "peerId": "host"})
+            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+            store.start()
+            assert host.answer().status == 404, "it is told to register again"
+            wait_until(lambda: all(status(server) == 200 for server in servers))
+            assert call(servers[1], "POST", "/games/register", {"name": "castle", "peerId": "host"}).status == 201
+            assert call(servers[0], "POST", "/games/poll", {**MEETING, "after": 0}).json["cursor"] > cursor
+
+
+def test_a_store_that_hangs_is_told_as_503_and_what_was_given_up_is_not_done_later(store):
+    with sharing(store.url, 1) as (server,):
+        register(server, 1)
+        store.process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        assert call(server, "DELETE", "/games/game%200", {"peerId": "host"}).status == 503
+        assert time.monotonic() - began < 4
+        began = time.monotonic()
+        assert {status(server) for _ in range(20)} == {503}
+        assert time.monotonic() - began < 1, "nobody waits for what does not answer"
+        time.sleep(max(0.0, 5 - (time.monotonic() - began)))
+        store.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: status(server) == 200)
+        assert call(server, "GET", "/games/game%200").status == 200
+
+
+def test_a_replica_that_is_promoted_takes_over_behind_the_same_address(store, relay, tmp_path):
+    (tmp_path / "replica").mkdir()
+    with running(tmp_path / "replica") as replica, sharing(relay.url, 1) as (server,):
+        replica.redis.replicaof("127.0.0.1", store.port)
+        wait_until(lambda: replica.redis.info("replication")["master_link_status"] == "up")
+        register(server, 1)
+        wait_until(lambda: replica.redis.exists("p2p:{lobby}:names"))
+        replica.redis.replicaof("NO", "ONE")
+        relay.target = replica.port
+        store.redis.replicaof("127.0.0.1", free_port())     # from now on it refuses to write, and knows nothing new
+        wait_until(lambda: status(server) == 200 and call(server, "POST", "/games/register", {"name": "new", "peerId": "host"}).status == 201)
+        assert call(server, "GET", "/games/game%200").status == 200 and replica.redis.hexists("p2p:{lobby}:names", '"new"')
+        assert "the store does not answer: ReadOnlyError" in server.err and server.err.count("ERROR") < 5, "it does not go on asking the old one"
+
+
+def test_scripts_that_are_flushed_are_loaded_again_without_anybody_noticing(store):
+    with sharing(store.url, 1) as (server,):
+        register(server, 1)
+        for _ in range(5):
+            store.redis.script_flush()
+            assert status(server) == 200
+        assert "ERROR" not in server.err
+
+
+def test_a_store_at_its_maxmemory_still_serves_and_frees(store):
+    with sharing(store.url, 1, "--max-memory", "1") as (server,):
+        register(server, 5)
+        store.redis.config_set("maxmemory", 1)
+        assert call(server, "POST", "/games/poll", {**MEETING, "name": "game 1"}).status == 200
+        assert call(server, "DELETE", "/games/game%200", {"peerId": "host"}).status == 204
+        statuses = [call(server, "POST", "/games/register", {"name": f"more {i}", "peerId": "host", "info": {"x": "x" * 900}}).status for i in range(700)]
+        assert set(statuses) == {201, 503}, "--max-memory is what bounds it"
+
+
+def test_limits_hold_across_servers(store):
+    with sharing(store.url, 2, "--max-games", "10") as servers:
+        statuses = [call(server, "POST", "/games/register", {"name": f"{i} {server.port}", "peerId": "host"}).status for i in range(10) for server in servers]
+        assert statuses.count(201) == 10 and statuses.count(503) == 10
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+def test_an_operator_lists_and_deletes_games_as_the_documentation_says(store):
+    commands = re.findall(r"^redis-cli (.+)$", (ROOT / "deploy" / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 2
+    with sharing(store.url, 1) as (server,), waiting(server) as host:
+        def run(command, gid=""):
+            command = f"redis-cli -p {store.port} {command.replace('GID', gid)}"
+            return subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout.split()
+        names = run(commands[0])
+        assert names[0] == '"castle"'
+        run(commands[1], names[1])
+        assert host.answer().status == 404
+        assert json.loads(call(server, "GET", "/games").body) == {"games": []}
