@@ -1,6 +1,7 @@
 """Proves that a host behind a router that maps ports is reached through it: the real simulators, and a real miniupnpd (Debian's package)."""
 import shutil
 import sys
+import time
 
 import natlab
 import pytest
@@ -21,8 +22,8 @@ def mapped_host(stage, nat, *protocols):
     host = stage.host(site.machine())
     port = int(host.expect(rf"the router forwards {PUBLIC}:(\d+) to this game")[1])
     stranger = stage.site("stranger").machine()
-    while f"{PUBLIC}:{port}" not in call(stage, stranger, "/games/game%201/start", peerId="s" * 32, addresses=[])["addresses"]:
-        pass        # each call is held until there is news
+    while f"{PUBLIC}:{port}" not in call(stage, stranger, "/games/start", name="game 1", peerId="stranger", addresses=[])["addresses"]:
+        time.sleep(0.3)
     return host, site, port
 
 
