@@ -47,6 +47,7 @@ def parse_arguments():
                         help="seconds between keep-alives (default: %(default)s)")
     parser.add_argument("--duration", type=seconds, metavar="S", help="end after so many seconds")
     parser.add_argument("--once", action="store_true", help="each game ends when its first guest has left")
+    parser.add_argument("--no-port-mapping", action="store_false", dest="port_mapping", help="do not ask the router to forward a port to each game")
     add_peer_id_file(parser, "host")
     options = parser.parse_args()
     if options.hosts < 1:
@@ -76,7 +77,7 @@ def offer(options, name, peer_id):
     client = p2pclient.RendezvousClient(options.server, patience=PATIENCE)
     try:
         game = p2pclient.HostedGame(client, name, options.info, stun_servers=options.stun, keepalive=options.keepalive,
-                                    report=lambda line: say(name, line), peer_id=peer_id)
+                                    report=lambda line: say(name, line), peer_id=peer_id, port_mapping=options.port_mapping)
     except p2pclient.RendezvousError as error:
         if error.status == 409:
             say(name, "this name is taken, trying another")

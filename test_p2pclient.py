@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import json
 import random
 import re
@@ -31,7 +32,26 @@ import pytest
 import p2pclient
 import p2pserver
 from p2pclient import __main__ as doctor
-from p2pclient import addresses, candidates, channel, checklist, checks, diagnosis, early, games, pacing, presence, sockets, stun, tcp, transport, whereabouts
+from p2pclient import (
+    addresses,
+    candidates,
+    channel,
+    checklist,
+    checks,
+    diagnosis,
+    early,
+    forwarding,
+    games,
+    pacing,
+    portmap,
+    presence,
+    sockets,
+    stun,
+    tcp,
+    transport,
+    upnp,
+    whereabouts,
+)
 from test_p2pserver import ROOT, WAIT, no_thread_stays, wait_until  # noqa: F401
 
 
@@ -2484,6 +2504,447 @@ def test_the_doctors_lines_are_harmless():
     with Script(answering({"version": "\x1b[2J\n\u202e"})) as server:
         assert not doctor.check_server(server.url, report=lines.append)
     assert "\\x1b[2J\\n\\u202e" in lines[0] and all(line.isprintable() for line in lines)
+
+
+# ---- port mapping ---------------------------------------------------------------------------------------------------
+
+NONSENSE = b"\2\x81\0\0" + bytes(56)        # in the form of an answer by PCP, but to nobody's request
+IGD_KIND = "urn:schemas-upnp-org:service:WANIPConnection:1"
+BOMB = '<!DOCTYPE lolz [<!ENTITY a "' + "a" * 1000 + '">' + "".join(
+    f'<!ENTITY {name} "{f"&{inner};" * 100}">' for inner, name in zip("abcdefg", "bcdefgh")) + "]>"
+
+
+def description(*services):
+    """Of a device with services of a kind each, and the URL that controls it."""
+    return "<root><device>" + "".join(f"<serviceList><service><serviceType>{kind}</serviceType><controlURL>{url}</controlURL></service></serviceList>"
+                                      for kind, url in services) + "</device></root>"
+
+
+class Router:
+    """A router on a loopback address of its own, whose answers are functions: pcp, from a request and how many came before to datagrams; upnp,
+    from the first line of an HTTP request and all of it to bytes. Without them nobody is there. location: the URL that it tells, or a function."""
+
+    def __init__(self, pcp=None, upnp=None, location=None):
+        self.place = portmap.Place(f"127.{random.randint(1, 254)}.{random.randint(1, 254)}.{random.randint(1, 254)}", "127.0.0.1")
+        self.pcp, self.upnp = pcp, upnp
+        self.requests, self.searches, self.calls = [], [], []
+        self.sockets, self.threads, self.speaker = [], [], None
+        self.web = Script(self.answer_http, self.place.router) if upnp else None
+        self.url = f"http://{self.place.router}:{self.web.port}/description.xml" if upnp else ""
+        self.location = location or self.url
+
+    def __enter__(self):
+        if self.web:
+            self.web.__enter__()
+        for port, serve, wanted in ((5351, self.answer_pcp, self.pcp), (1900, self.answer_search, self.upnp)):
+            if wanted:
+                self.sockets.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                self.sockets[-1].bind((self.place.router, port))
+                self.threads.append(threading.Thread(target=self.listen, args=(self.sockets[-1], serve)))
+                self.threads[-1].start()
+        return self
+
+    def __exit__(self, *_):
+        for sock in self.sockets:
+            sock.sendto(b"", sock.getsockname())
+        for thread in self.threads:
+            thread.join()
+        for sock in self.sockets:
+            sock.close()
+        if self.web:
+            self.web.__exit__()
+
+    def listen(self, sock, serve):
+        while True:
+            request, source = sock.recvfrom(2048)
+            if not request:
+                return
+            serve(sock, request, source)
+
+    def answer_pcp(self, sock, request, source):
+        self.requests.append(request)
+        for answer in self.pcp(request, len(self.requests) - 1):
+            sock.sendto(answer, source)
+
+    def answer_search(self, sock, request, source):
+        self.searches.append(request)
+        (self.speaker or sock).sendto(f"HTTP/1.1 200 OK\r\nST: x\r\nLocation: {self.location}\r\n\r\n".encode(), source)
+
+    def answer_http(self, client, request):
+        action = re.search(rb'SOAPAction: "\S+#(\w+)"', request)
+        self.calls.append((action[1].decode() if action else "description", request.decode()))
+        answer = self.upnp(*self.calls[-1])
+        for part in [answer] if isinstance(answer, (str, bytes)) else answer:
+            client.sendall(part.encode() if isinstance(part, str) else part)
+        return False
+
+
+def ok(body, status="200 OK"):
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+
+
+def fault(code):
+    return ok(f"<s:Fault><detail><UPnPError><errorCode>{code}</errorCode></UPnPError></detail></s:Fault>", "500 Internal Server Error")
+
+
+def granting(request, *_, **changes):
+    """What a router answers by PCP that grants a mapping (RFC 6887 sections 7.2 and 11.1), with changes."""
+    if request[0] != 2:
+        return []
+    version, opcode, lifetime, own, nonce, protocol, inside, outside, _ = struct.unpack(">BBxxI16s12sB3xHH16s", request)
+    assert (version, opcode, own) == (2, 1, ipaddress.IPv6Address("::ffff:127.0.0.1").packed)
+    given = {"version": version, "opcode": opcode | 0x80, "result": 0, "lifetime": lifetime, "nonce": nonce, "protocol": protocol, "inside": inside,
+             "outside": outside, "host": "::ffff:198.51.100.7", **changes}
+    return [struct.pack(">BBxBII12x12sB3xHH16s", given["version"], given["opcode"], given["result"], given["lifetime"], 1, given["nonce"],
+                        given["protocol"], given["inside"], given["outside"], ipaddress.IPv6Address(given["host"]).packed)]
+
+
+def granting_by_nat_pmp(request, *_):
+    """What a router answers that knows NAT-PMP alone (RFC 6886 sections 3.2, 3.3 and 3.5)."""
+    if request[0] != 0:
+        return [struct.pack(">BBHI", 0, 128 + request[1], 1, 1)]
+    if request == b"\0\0":
+        return [struct.pack(">BBHI4s", 0, 128, 0, 1, socket.inet_aton("198.51.100.7"))]
+    inside, _, lifetime = struct.unpack_from(">HHI", request, 4)
+    return [struct.pack(">BBHIHHI", 0, 129, 0, 1, inside, 40000 if lifetime else 0, lifetime)]
+
+
+def igd(kind=IGD_KIND, add=lambda request: ok(""), host="198.51.100.7"):
+    """What a router with an Internet Gateway Device answers."""
+    def answer(action, request):
+        if action == "GetExternalIPAddress":
+            return ok(f"<NewExternalIPAddress>{host}</NewExternalIPAddress>")
+        return ok(description((kind, "/control"))) if action == "description" else add(request) if action == "AddPortMapping" else ok("")
+    return answer
+
+
+@pytest.fixture
+def quick_router(monkeypatch):
+    """A router has less time than in a network."""
+    monkeypatch.setattr(portmap, "TRIES", (0.05, 0.05))
+    monkeypatch.setattr(upnp, "SEARCHES", (0.1, 0.1))
+    monkeypatch.setattr(upnp, "HTTP_TIME", 0.3)
+
+
+def test_a_router_grants_a_port_by_pcp_and_takes_it_back():
+    with Router(granting) as router:
+        way = portmap.Pcp(router.place, 5000)
+        assert way.ask(5000) == ("198.51.100.7", 5000, portmap.LIFETIME)
+        way.give_back(5000)
+    first, second = (struct.unpack(">BBxxI16s12sB3xHH16s", request) for request in router.requests)
+    assert first[2] == portmap.LIFETIME and second[2] == 0 and first[4] == second[4] != bytes(12)
+    assert first[5:8] == second[5:8] == (17, 5000, 5000)
+
+
+@pytest.mark.parametrize("changes", [{"version": 1}, {"opcode": 1}, {"result": 2}, {"lifetime": 0}, {"nonce": b"another one!"}, {"protocol": 6},
+                                     {"inside": 5001}, {"host": "2001:db8::1"}], ids=str)
+def test_what_is_no_grant_by_pcp_gives_no_port(changes, quick_router):
+    with Router(lambda request, _: granting(request, **changes)) as router:
+        assert portmap.Pcp(router.place, 5000).ask(5000) is None
+
+
+@pytest.mark.parametrize("length", (0, 1, 3, 24, 59))
+def test_an_answer_by_pcp_that_is_cut_gives_no_port(length, quick_router):
+    with Router(lambda request, _: [granting(request)[0][:length]]) as router:
+        assert portmap.Pcp(router.place, 5000).ask(5000) is None
+
+
+def test_a_router_that_has_missed_a_request_is_asked_again(quick_router):
+    with Router(lambda request, number: granting(request) if number else []) as router:
+        assert portmap.Pcp(router.place, 5000).ask(5000)
+    assert len(router.requests) == 2
+
+
+def test_a_router_that_answers_endlessly_is_not_listened_to_endlessly(monkeypatch):
+    monkeypatch.setattr(portmap, "TRIES", (60,))
+    with Router(lambda *_: [NONSENSE] * portmap.MAX_ANSWERS) as router:
+        began = time.monotonic()
+        assert portmap.Pcp(router.place, 5000).ask(5000) is None
+        assert time.monotonic() - began < 30
+
+
+def test_a_router_that_knows_nat_pmp_alone_grants_a_port_by_it_and_takes_it_back(quick_router):
+    with Router(granting_by_nat_pmp) as router:
+        assert portmap.Pcp(router.place, 5000).ask(5000) is None
+        way = portmap.NatPmp(router.place, 5000)
+        assert way.ask(5000) == ("198.51.100.7", 40000, portmap.LIFETIME)
+        way.give_back(40000)
+    assert router.requests[-1] == bytes.fromhex("0001000013880000" "00000000")
+
+
+@pytest.mark.parametrize("answer", [struct.pack(">BBHI4s", 0, 128, 3, 1, bytes(4)), b"\0\x80\0\0", struct.pack(">BBHIHHI", 0, 129, 0, 1, 5000, 5000, 60)],
+                         ids=["network failure", "cut", "of another kind"])
+def test_what_is_no_grant_by_nat_pmp_gives_no_port(answer, quick_router):
+    with Router(lambda *_: [answer]) as router:
+        assert portmap.NatPmp(router.place, 5000).ask(5000) is None
+
+
+@pytest.mark.parametrize("version", (1, 2))
+@pytest.mark.parametrize("service", ("WANIPConnection", "WANPPPConnection"))
+def test_a_router_grants_a_port_by_upnp_and_takes_it_back(service, version):
+    kind = f"urn:schemas-upnp-org:service:{service}:{version}"
+    with Router(upnp=igd(kind)) as router:
+        way = upnp.Upnp(router.place, 5000)
+        assert way.ask(5000) == ("198.51.100.7", 5000, portmap.LIFETIME)
+        way.give_back(5000)
+    assert [action for action, _ in router.calls] == ["description", "GetExternalIPAddress", "AddPortMapping", "DeletePortMapping"]
+    added = router.calls[2][1]
+    assert added.startswith("POST /control HTTP/1.1\r\n") and f'SOAPAction: "{kind}#AddPortMapping"' in added
+    for element in ("<NewExternalPort>5000</", "<NewInternalPort>5000</", "<NewInternalClient>127.0.0.1</", "<NewProtocol>UDP</", "<NewRemoteHost></"):
+        assert element in added and (element in router.calls[3][1]) == (element.split(">")[0][1:] in ("NewExternalPort", "NewProtocol", "NewRemoteHost"))
+
+
+def test_a_port_that_upnp_has_given_to_another_is_not_taken_from_him():
+    with Router(upnp=igd(add=lambda request: fault(718) if "<NewExternalPort>5000<" in request else ok(""))) as router:
+        mapping = upnp.Upnp(router.place, 5000).ask(5000)
+    assert mapping.port >= 49152 and f"<NewExternalPort>{mapping.port}<" in router.calls[-1][1]
+
+
+def test_a_router_that_grants_for_ever_alone_is_asked_for_that():
+    with Router(upnp=igd(add=lambda request: ok("") if "<NewLeaseDuration>0<" in request else fault(725))) as router:
+        assert upnp.Upnp(router.place, 5000).ask(5000) == ("198.51.100.7", 5000, portmap.LIFETIME)
+
+
+@pytest.mark.parametrize("code", (718, 725, 606, 402))
+def test_a_router_that_refuses_by_upnp_whatever_is_asked_is_asked_a_few_times(code):
+    with Router(upnp=igd(add=lambda request: fault(code))) as router:
+        assert upnp.Upnp(router.place, 5000).ask(5000) is None
+    assert len(router.calls) <= 2 + upnp.ATTEMPTS
+
+
+def test_the_service_that_is_asked_first_is_of_the_later_version_and_others_are_not_asked():
+    kinds = [f"urn:schemas-upnp-org:service:{each}" for each in ("WANPPPConnection:1", "WANIPConnection:1", "Layer3Forwarding:1", "WANIPConnection:2")]
+    place = portmap.Place("192.168.0.1", "192.168.0.2")
+    services = upnp.services_in(description(*((kind, f"/{kind[-1]}?a=1&amp;b=2") for kind in kinds)), "http://192.168.0.1:80/", place)
+    assert [service.kind for service in services] == [kinds[3], kinds[1], kinds[0]]
+    assert services[0].url == "http://192.168.0.1:80/2?a=1&b=2"
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1:{port}/", "http://127.0.0.1:{port}/{router}", "http://{router}@127.0.0.1:{port}/", "https://{router}:{port}/",
+                                      "http://{router}:0/", "http://{router}:99999/", "http://[{router}]/", "ftp://{router}/", "", "http://{router}.example:{port}/"])
+def test_nothing_is_fetched_from_a_url_that_is_not_the_routers(location, quick_router):
+    with Router(upnp=igd()) as router, Script(router.answer_http) as elsewhere:
+        router.location = location.format(router=router.place.router, port=elsewhere.port)
+        assert upnp.Upnp(router.place, 5000).ask(5000) is None
+        assert router.searches and not router.calls
+
+
+def test_an_answer_to_the_search_that_comes_from_elsewhere_is_not_believed(quick_router):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as neighbour, Router(upnp=igd()) as router:
+        neighbour.bind(("127.0.0.1", 0))
+        router.speaker = neighbour
+        assert upnp.Upnp(router.place, 5000).ask(5000) is None
+        assert router.searches and not router.calls
+
+
+def test_no_service_is_called_that_is_not_at_the_router(quick_router):
+    with Script(lambda *_: False) as elsewhere:
+        control = f"http://127.0.0.1:{elsewhere.port}/control"
+        with Router(upnp=lambda *_: ok(description((IGD_KIND, control)))) as router:
+            assert upnp.Upnp(router.place, 5000).ask(5000) is None
+        assert len(router.calls) == 1 and not elsewhere.requests
+
+
+def endless(text):
+    yield "HTTP/1.1 200 OK\r\n\r\n"
+    while True:
+        yield text * 1000
+
+
+def dripping():
+    yield "HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n"
+    while True:
+        time.sleep(0.05)
+        yield " "
+
+
+LIES = {
+    "nothing": lambda: b"",
+    "no HTTP": lambda: b"\xff" * 100,
+    "no XML": lambda: ok("<<<>&&&"),
+    "not found": lambda: ok("", "404 Not Found"),
+    "redirect": lambda: "HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+    "entities of entities": lambda: ok(BOMB + "<root>&h;</root>"),
+    "endless": lambda: endless("<service>"),
+    "endless head": lambda: ["HTTP/1.1 200 OK\r\n", "X: y\r\n" * 100000],
+    "endless line": lambda: ["HTTP/1.1 200 ", "x" * 10000000],
+    "dripping": dripping,
+    "cut": lambda: "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n<root>",
+    "chunks of no number": lambda: "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "continue for ever": lambda: itertools.repeat("HTTP/1.1 100 Continue\r\n\r\n" * 100),
+    "deep": lambda: ok("<a>" * 20000),
+    "services without end": lambda: ok("<service><serviceType>" * 2500),
+    "spaces": lambda: ok("<controlURL>" + " " * 60000),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("about", ("description", "GetExternalIPAddress", "AddPortMapping"))
+def test_a_router_that_lies_by_upnp_costs_seconds_at_the_most_and_gives_no_port(lie, about, quick_router):
+    if about == "AddPortMapping" and lie in ("no XML", "entities of entities", "endless", "deep", "services without end", "spaces"):
+        return      # a success is a success, whatever it says
+    with Router(upnp=lambda action, request: LIES[lie]() if action == about else igd()(action, request)) as router:
+        began = time.monotonic()
+        assert upnp.Upnp(router.place, 5000).ask(5000) is None
+        assert time.monotonic() - began < 5
+        assert [action for action, _ in router.calls].count(about) == 1
+
+
+@pytest.fixture
+def forward(monkeypatch, quick_router):
+    """Starts a Forwarding of port 5000 at a router, and ends it after the test. Without a pause that is worth mention."""
+    started = []
+
+    def start(router):
+        monkeypatch.setattr(forwarding, "LEAST_PAUSE", 0.05)
+        monkeypatch.setattr(forwarding, "find_place", lambda: router and router.place)
+        published, lines = [], []
+        started.append(forwarding.Forwarding(5000, lambda address: not published.append(address), lines.append))
+        return started[-1], published, lines
+
+    yield start
+    for each in started:
+        each.end()
+        each.join(WAIT)
+
+
+def lifetimes(router):
+    return [struct.unpack_from(">I", request, 4)[0] for request in router.requests if request[0] == 2]
+
+
+def test_a_forwarded_port_is_published_once_renewed_at_half_its_life_and_given_back_at_the_end(forward):
+    times = []
+    with Router(lambda request, _: times.append(time.monotonic()) or granting(request, lifetime=2)) as router:
+        it, published, lines = forward(router)
+        wait_until(lambda: len(times) == 3)
+        it.end()
+        it.join(WAIT)
+        assert lifetimes(router) == [portmap.LIFETIME] * 3 + [0] and min(gaps(times[:3])) >= 0.99 and published == ["198.51.100.7:5000"]
+        assert lines == ["the router forwards 198.51.100.7:5000 to this game (PCP)"]
+
+
+def test_a_port_that_a_router_gives_by_upnp_is_published_and_given_back(forward):
+    with Router(upnp=igd()) as router:
+        it, published, lines = forward(router)
+        wait_until(lambda: published == ["198.51.100.7:5000"])
+        it.end()
+        it.join(WAIT)
+        assert router.calls[-1][0] == "DeletePortMapping" and lines == ["the router forwards 198.51.100.7:5000 to this game (UPnP)"]
+
+
+def test_a_port_that_a_router_does_not_renew_is_published_until_its_life_ends(forward):
+    with Router(lambda request, number: [] if number else granting(request, lifetime=1)) as router:
+        began = time.monotonic()
+        _, published, _ = forward(router)
+        wait_until(lambda: published == ["198.51.100.7:5000", ""])
+        assert time.monotonic() - began >= 1 and len(router.requests) > 2
+
+
+def test_a_router_that_may_have_begun_anew_is_asked_again(forward):
+    with Router(lambda request, number: granting(request, outside=5000 + number)) as router:
+        it, published, _ = forward(router)
+        wait_until(lambda: published == ["198.51.100.7:5000"])
+        it.ask_soon()
+        wait_until(lambda: published == ["198.51.100.7:5000", "198.51.100.7:5001"])
+
+
+def test_who_moves_to_another_router_has_its_port_in_place_of_the_other_ones(forward, monkeypatch):
+    with Router(granting) as router, Router(lambda request, _: granting(request, host="::ffff:203.0.113.9")) as another:
+        it, published, _ = forward(router)
+        wait_until(lambda: published == ["198.51.100.7:5000"])
+        monkeypatch.setattr(forwarding, "find_place", lambda: another.place)
+        it.ask_soon()
+        wait_until(lambda: published == ["198.51.100.7:5000", "", "203.0.113.9:5000"])
+
+
+@pytest.mark.parametrize("changes", [{"host": f"::ffff:{host}"} for host in ("10.0.0.1", "100.64.0.1", "127.0.0.1", "0.0.0.0", "224.0.0.1", "169.254.1.1")]
+                         + [{"outside": 0}, {"outside": 53}], ids=str)
+def test_a_forwarded_address_that_nobody_can_reach_is_given_back_and_never_published(changes, forward):
+    with Router(lambda request, _: granting(request, **changes)) as router:
+        _, published, lines = forward(router)
+        wait_until(lambda: len(lifetimes(router)) == 2)
+        assert lifetimes(router) == [portmap.LIFETIME, 0] and not published and not lines
+
+
+def test_a_network_without_a_router_is_asked_nothing_and_left_at_once(forward):
+    it, published, lines = forward(None)
+    it.end()
+    it.join(WAIT)
+    assert not it._thread.is_alive() and not published and not lines
+
+
+def test_a_forwarded_address_is_a_candidate_while_stun_does_not_see_us_elsewhere(monkeypatch):
+    watch = Watch(monkeypatch)
+    assert watch.it.forward("198.51.100.1:5000") and watch.news() and watch.it.candidates.addresses == [OWN, "198.51.100.1:5000", "198.51.100.1:6000"]
+    assert not watch.it.forward("203.0.113.9:5000") and watch.news() and watch.it.candidates.addresses == [OWN, "198.51.100.1:6000"]
+    watch.it.forward("198.51.100.1:5000")
+    watch.mapped = ("198.51.100.9", 7000)
+    watch.run(16)
+    assert watch.it.candidates.addresses == [OWN, "198.51.100.9:7000"]
+    assert watch.it.forward("198.51.100.9:5000") and not watch.it.forward("") and watch.it.candidates.addresses == [OWN, "198.51.100.9:7000"]
+
+
+@pytest.mark.parametrize("mapped", [None, ("192.168.0.2", 5000), ("2001:db8::1", 5000)])
+def test_a_forwarded_address_is_a_candidate_where_stun_tells_of_no_public_ipv4_address(monkeypatch, mapped):
+    watch = Watch(monkeypatch, (STUN_A,) if mapped else ())
+    watch.mapped = mapped
+    watch.run(20)
+    assert watch.it.forward("198.51.100.1:5000") and "198.51.100.1:5000" in watch.it.candidates.addresses
+
+
+def test_a_host_publishes_the_port_that_its_router_forwards_and_gives_it_back_when_it_closes(start_server, quick_router, monkeypatch):
+    monkeypatch.setattr(p2pclient.RendezvousClient, "on_loopback", False)
+    client = p2pclient.RendezvousClient(url_of(start_server()))
+    with Router(granting) as router:
+        monkeypatch.setattr(forwarding, "find_place", lambda: router.place)
+        with p2pclient.HostedGame(client, "castle") as game:
+            mapped = f"198.51.100.7:{game.endpoint.socket.getsockname()[1]}"
+            wait_until(lambda: mapped in client.start_game("castle", "a guest", []).addresses)
+        assert lifetimes(router)[-1] == 0
+
+
+@pytest.mark.parametrize("on_loopback, port_mapping", ((True, True), (False, False)))
+def test_no_router_is_asked_by_a_host_of_a_server_on_this_machine_nor_by_one_that_does_not_want_it(start_server, monkeypatch, on_loopback, port_mapping):
+    monkeypatch.setattr(p2pclient.RendezvousClient, "on_loopback", on_loopback)
+    asked = []
+    monkeypatch.setattr(forwarding, "find_place", lambda: asked.append(True))
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(start_server())), "castle", port_mapping=port_mapping):
+        assert not [thread for thread in threading.enumerate() if thread.name == "forwarding"]
+    assert not asked
+
+
+def test_first_candidates_do_not_wait_for_a_router_that_does_not_answer(start_server, monkeypatch):
+    monkeypatch.setattr(p2pclient.RendezvousClient, "on_loopback", False)
+    client, asked, go = p2pclient.RendezvousClient(url_of(start_server())), threading.Event(), threading.Event()
+    monkeypatch.setattr(forwarding, "find_place", lambda: asked.set() or go.wait(WAIT) and None)
+    with p2pclient.HostedGame(client, "castle"):
+        assert asked.wait(WAIT)
+        wait_until(lambda: client.start_game("castle", "a guest", []).addresses)
+        assert not go.is_set()
+        go.set()
+
+
+def test_the_default_gateway_is_that_of_the_route_of_the_lowest_metric():
+    table = """Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT
+wlan0 00000000 0100A8C0 0003 0 0 600 00000000 0 0 0
+tun0 00000000 0101000A 0003 0 0 50 00000080 0 0 0
+eth0 00000000 FE01A8C0 0003 0 0 100 00000000 0 0 0
+ppp0 00000000 00000000 0001 0 0 1 00000000 0 0 0
+eth0 0001A8C0 00000000 0001 0 0 100 00FFFFFF 0 0 0
+"""
+    if sys.byteorder == "little":
+        assert portmap.gateway_in(table) == "192.168.1.254"
+    assert portmap.gateway_in(table.splitlines()[0]) is None
+
+
+@pytest.mark.parametrize("pcp, said", [(granting, "the router forwards 198.51.100.7:"), (lambda *_: [], "no router here forwards ports")])
+def test_the_doctor_tells_whether_the_router_forwards_ports(start_server, quick_router, monkeypatch, pcp, said):
+    monkeypatch.setattr(p2pclient.RendezvousClient, "on_loopback", False)
+    lines = []
+    with Router(pcp) as router:
+        monkeypatch.setattr(forwarding, "find_place", lambda: router.place)
+        doctor.check_server(url_of(start_server()), report=lines.append)
+    assert any(line.startswith(f"ok      PORTS: {said}") for line in lines) and (said.startswith("no") or lifetimes(router) == [portmap.LIFETIME, 0])
 
 
 # ---- simulators -----------------------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 KINDS = ("none", "full-cone", "restricted", "port-restricted", "symmetric", "blocked")
@@ -73,6 +75,15 @@ _ARRIVALS = """table ip arrivals {
   }
 }"""
 _MASQUERADE = 'iifname "lan" masquerade random,fully-random'
+# What miniupnpd fills with rules, under its own names.
+_MINIUPNPD_CHAINS = """table inet filter {
+  chain miniupnpd { }
+  chain prerouting_miniupnpd { }
+  chain postrouting_miniupnpd { }
+  chain forward { type filter hook forward priority 0; jump miniupnpd; }
+  chain prerouting { type nat hook prerouting priority dstnat; jump prerouting_miniupnpd; }
+  chain postrouting { type nat hook postrouting priority srcnat; jump postrouting_miniupnpd; }
+}"""
 _lab_numbers = itertools.count(1)
 
 
@@ -162,6 +173,7 @@ class Router:
         self.public_address = public_address
         self.udp_timeout = udp_timeout
         self._hairpin = hairpin
+        self._maps_ports = False
         self.netns = lab._namespace(name)
 
     def forget(self):
@@ -183,6 +195,45 @@ nft -f - <<'END'
 delete table ip pause
 END
 """)
+
+    def map_ports(self, *protocols):
+        """Lets the machines of the LAN ask this router for public ports: starts a miniupnpd, and returns its Popen.
+
+        protocols: "pcp" (with NAT-PMP), "upnp" (Internet Gateway Device version 2), "upnp1" (version 1).
+        miniupnpd refuses to work on a public address of a documentation range: see Lab.site().
+        """
+        self._maps_ports = True
+        self._lab._sh(self.netns, f"nft -f - <<'END'\n{self._rules()}\n{_MINIUPNPD_CHAINS}\nEND")
+        answers = {True: "yes", False: "no"}
+        with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
+            file.write(f"""ext_ifname=wan
+listening_ip=lan
+ipv6_disable=yes
+secure_mode=yes
+enable_natpmp={answers["pcp" in protocols]}
+enable_upnp={answers["upnp" in protocols or "upnp1" in protocols]}
+force_igd_desc_v1={answers["upnp1" in protocols]}
+uuid=3f0a1c52-7d0e-4b38-9a55-2f1e6f0f7a11
+allow 1024-65535 0.0.0.0/0 1024-65535
+deny 0-65535 0.0.0.0/0 0-65535
+""")
+            file.flush()
+            command = ["ip", "netns", "exec", self.netns, "miniupnpd", "-d", "-f", file.name, "-P", "/dev/null"]
+            daemon = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            self._lab._children.append(daemon)
+            said = ""
+            while "isten" not in said:      # "HTTP listening" or "Listening for NAT-PMP"
+                line = daemon.stdout.readline()
+                said += line
+                if not line or "Port forwarding is impossible" in line:
+                    raise LabError(f"miniupnpd cannot work here: {said}")
+        threading.Thread(target=daemon.stdout.read, daemon=True).start()
+        return daemon
+
+    def mapped_ports(self):
+        """Returns the public UDP ports that miniupnpd forwards now."""
+        rules = self._lab._sh(self.netns, "nft list chain inet filter prerouting_miniupnpd")
+        return sorted(map(int, re.findall(r"dport (\d+) .*dnat", rules)))
 
     def counters(self):
         """Returns a dict of numbers of UDP datagrams: "out": forwarded from the LAN, "in": forwarded to the LAN,
@@ -224,6 +275,7 @@ table ip router {{
   chain to_router {{ type filter hook input priority filter; policy drop;
     iifname "wan" meta l4proto udp counter name udp_refused
     iifname "lan" meta l4proto != udp accept
+    {'iifname "lan" udp dport { 1900, 5351 } accept' if self._maps_ports else ''}
   }}
   {translation}
 }}"""
@@ -278,10 +330,10 @@ class Site:
     router: its Router; public_address: the router's, as text, or that of the first machine in the kind "none".
     """
 
-    def __init__(self, lab, name, nat, loss, delay_ms, udp_timeout, hairpin, lan):
+    def __init__(self, lab, name, nat, loss, delay_ms, udp_timeout, hairpin, lan, public_address):
         self._lab = lab
         self.name = name
-        self.public_address = next(lab._public_addresses)
+        self.public_address = public_address or next(lab._public_addresses)
         self._unused_public_address = self.public_address
         self._lan = ipaddress.ip_network(lan)
         self._hosts = itertools.islice(self._lan.hosts(), 9, None)
@@ -386,7 +438,7 @@ class Lab:
         for child in self._children:
             child.wait()
 
-    def site(self, name, nat="none", loss=0, delay_ms=0, udp_timeout=None, hairpin=False, lan=None):
+    def site(self, name, nat="none", loss=0, delay_ms=0, udp_timeout=None, hairpin=False, lan=None, public_address=None):
         """Adds a site and returns it.
 
         name: unique in the lab; nat: one of KINDS; loss: percentage of the packets lost on the uplink, in each
@@ -394,13 +446,13 @@ class Lab:
         which the router forgets an unused UDP mapping (None: UDP_TIMEOUT); hairpin: whether a machine reaches its
         neighbour by the neighbour's external address and port (EIM kinds only; such datagrams are not filtered);
         lan: the private network, such as "192.168.1.0/24" (several sites may have the same), by default one of its
-        own.
+        own; public_address: the router's, by default one of 198.51.100.0/24.
         """
         if nat not in KINDS:
             raise ValueError(f"unknown kind of NAT: {nat}")
         if hairpin and nat not in ("full-cone", "restricted", "port-restricted"):
             raise ValueError(f"no hairpinning in the kind {nat}")
-        return Site(self, name, nat, loss, delay_ms, udp_timeout or UDP_TIMEOUT, hairpin, lan or next(self._lans))
+        return Site(self, name, nat, loss, delay_ms, udp_timeout or UDP_TIMEOUT, hairpin, lan or next(self._lans), public_address)
 
     def sniffer(self):
         """Returns a packet socket on the core, which gets whatever crosses the public network, beginning with the IP header.

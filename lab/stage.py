@@ -1,6 +1,7 @@
 """The real programs of this repository in the laboratory: a Stage is a Lab with the server, in which hosts and guests perform."""
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -54,6 +55,10 @@ class Program:
         """Write a line to its standard input."""
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
+
+    def interrupt(self):
+        """What Ctrl-C does."""
+        self._process.send_signal(signal.SIGINT)
 
     def wait(self, seconds=60):
         """Its exit status, once it has ended."""

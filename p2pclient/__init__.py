@@ -38,6 +38,9 @@ The files, from leaf to root; none needs one below it:
     candidates.py   a socket's candidates and the kind of its NAT; which of a peer's are worth a check
     checks.py       the connectivity checks of one session, without socket or clock
     early.py        checks that come before the server has told of their session
+    portmap.py      a public port from one's own router: PCP and NAT-PMP
+    upnp.py         the same by UPnP
+    forwarding.py   such a port kept for as long as a game is on offer
     whereabouts.py  a socket's candidates, kept up to date
     diagnosis.py    why there is no connection, in words
     texts.py        texts from the network, made harmless
@@ -53,9 +56,9 @@ The files, from leaf to root; none needs one below it:
     commandline.py  what the doctor and the simulators share
     __main__.py     the doctor: python -m p2pclient check
 
-Threads: each Endpoint has one, which reads the socket and does what is due; each HostedGame has one, which polls, and each
-connection of a guest one, which starts the game again, held by the server until there is news. What becomes of these calls never
-ends a connection. All state of an Endpoint lies behind its one lock. Errors are RendezvousError (the server), ConnectFailed and
+Threads: each Endpoint has one, which reads the socket and does what is due; each HostedGame has one, which polls, and one that keeps
+a port of the router; each connection of a guest has one, which starts the game again, held by the server until there is news. What becomes
+of these calls never ends a connection. All state of an Endpoint lies behind its one lock. Errors are RendezvousError (the server), ConnectFailed and
 PeerLost (the other player). Only the HTTP part needs a library, requests.
 """
 

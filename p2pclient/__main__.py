@@ -13,9 +13,12 @@ from .answers import RendezvousError
 from .commandline import parse_server
 from .diagnosis import ConnectFailed, describe
 from .endpoint import Endpoint
+from .forwarding import try_forwarding
 from .games import HostedGame, default_stun, join_game
 from .rendezvous import RendezvousClient, new_peer_id
 from .texts import printable
+
+NO_PORT = "no router here forwards ports by itself (PCP, NAT-PMP, UPnP): only needed where the NAT is symmetric"
 
 
 def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None, report: Callable[[str], None] = print) -> bool:
@@ -43,8 +46,10 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
     else:
         say(False, "STUN: this server answers none, so nobody behind a router can be found. Name a STUN server (--stun).")
     say(found.nat not in ("symmetric", "no answer", "not asked"), f"NAT: {describe(found)}")
+    if not client.on_loopback:
+        say(True, f"PORTS: {try_forwarding(endpoint.socket.getsockname()[1]) or NO_PORT}")
     try:
-        with HostedGame(client, name, listed=False, stun_servers=servers, peer_id=peer_id) as game, \
+        with HostedGame(client, name, listed=False, stun_servers=servers, peer_id=peer_id, port_mapping=False) as game, \
                 join_game(RendezvousClient(base_url), game.name, endpoint=endpoint) as connection:
             connection.send(b"hello")
             game.accept(5.0).recv(5.0)

@@ -91,6 +91,13 @@ class Endpoint:
         with self._lock:
             self._whereabouts.use_stun(servers, instead_of, time.monotonic())
 
+    def forward(self, address: str) -> bool:
+        """Publish an address that the router says it forwards to the socket, or with "" none any more. Whether it is published."""
+        with self._lock:
+            is_published = self._whereabouts.forward(address)
+        self._wake()
+        return is_published
+
     def leave_loopback(self) -> bool:
         """Publish no loopback addresses from now on; False if there were none."""
         with self._lock:

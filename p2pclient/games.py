@@ -14,6 +14,7 @@ from .connection import Connection
 from .deadline import Deadline
 from .diagnosis import ConnectFailed
 from .endpoint import KEEPALIVE, Endpoint, log
+from .forwarding import Forwarding
 from .presence import CLOSE_TIME, FAILED_PAUSE, WAIT, Presence, pause_after
 from .rendezvous import Poll, RendezvousClient, Start, new_peer_id
 from .repeater import Repeater
@@ -29,18 +30,20 @@ class HostedGame:
     does not hold polls, and connects who comes. What becomes of the offer never ends a connection.
 
     client: for this game alone; stun_servers: (host, port) each, the rendezvous server itself if not given; keepalive: seconds;
-    report: takes a line for each thing that happens; peer_id: who has kept the one of an earlier run has its game again.
+    report: takes a line for each thing that happens; peer_id: who has kept the one of an earlier run has its game again; port_mapping: whether
+    the router is asked, in the background, to forward a port to the game (PCP, NAT-PMP or UPnP); not with a server on this very machine.
     RendezvousError from the constructor: the name is taken, or so.
     """
 
     def __init__(self, client: RendezvousClient, name: str, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None,
                  stun_servers: Optional[Sequence[Address]] = None, keepalive: float = KEEPALIVE,
-                 report: Callable[[str], None] = log.info, peer_id: Optional[str] = None) -> None:
+                 report: Callable[[str], None] = log.info, peer_id: Optional[str] = None, port_mapping: bool = True) -> None:
         self._peer_id = peer_id or new_peer_id()
         self._client, self._report = client, report
         self._cursor: Optional[int] = None
         self._trouble = ""          # why the latest poll failed, in a word
         self._repeater = Repeater("host", self._poll, self._failed)
+        self._forwarding: Optional[Forwarding] = None
         gathering = gather(client, stun_servers, keepalive=keepalive, report=report, moved=self._moved)
         self.name = name
         try:
@@ -53,6 +56,8 @@ class HostedGame:
             raise
         use_told_stun(client, self.endpoint)
         self._repeater.begin_anew()
+        if port_mapping and not client.on_loopback:
+            self._forwarding = Forwarding(self.endpoint.socket.getsockname()[1], self.endpoint.forward, self._say)
 
     def accept(self, timeout: Optional[float] = None) -> Connection:
         """The next guest that has connected. TimeoutError; PeerLost: the game is closed."""
@@ -63,12 +68,17 @@ class HostedGame:
         self.name = self._client.update_game(self.name, self._peer_id, new_name, info, listed).name
 
     def close(self) -> None:
-        """End the game: its connections are closed, and it is deleted at the server, as far as that can be told within two seconds."""
+        """End the game: its connections are closed, and it is deleted at the server, as far as that can be told within two seconds; the router
+        forwards no port to it any more."""
+        if self._forwarding:
+            self._forwarding.end()
         if not self._repeater.ended:
             self._repeater.end()
             self._delete()      # which answers the poll that the server holds
         self._repeater.join(0.4)
         self.endpoint.close()
+        if self._forwarding:
+            self._forwarding.join()
 
     def __enter__(self) -> HostedGame:
         return self
@@ -83,6 +93,8 @@ class HostedGame:
     def _moved(self) -> None:
         """We have moved, or a guest is silent: tell the server where we are, and hear where all guests are."""
         self._cursor = None
+        if self._forwarding:
+            self._forwarding.ask_soon()
         self._client.reconnect()
         self._repeater.begin_anew()
 

@@ -7,7 +7,7 @@ import secrets
 import socket
 from typing import Callable, List, Mapping, Sequence
 
-from .addresses import Address, Sending, text_of
+from .addresses import Address, Sending, plain_ip, private_network, text_of
 from .candidates import StunQuery, ask_stun, candidates_from, gather_addresses
 from .sockets import find_nat64, resolve
 from .stun import Message
@@ -32,6 +32,7 @@ class Whereabouts:
         self.nat64 = find_nat64()
         self.loopback, self.is_news, self.is_asking = loopback, False, False
         self._socket, self._public, self._report = sock, public, report
+        self._forwarded = ""                               # what the router says that it forwards to the socket
         self._asked = bool(stun_servers)
         self._servers = resolve(stun_servers, sock.family == socket.AF_INET6, self.nat64)
         self._own = gather_addresses(sock, loopback, self._servers)
@@ -66,6 +67,13 @@ class Whereabouts:
             self._servers, self._asked, self._next_question = found, bool(found), now
             if not found and self.candidates.nat == "no answer":
                 self.candidates = dataclasses.replace(self.candidates, nat="not asked")
+
+    def forward(self, address: str) -> bool:
+        """Publish an address that the router says it forwards to the socket, or with "" none any more. Whether it is published: not while STUN sees
+        us elsewhere, for then it is behind another router, or somebody else's."""
+        self._forwarded = address
+        self._update(self.candidates.seen)
+        return address in self.candidates.addresses
 
     def begin_attempt(self) -> None:
         """What is published from now on is news."""
@@ -124,5 +132,8 @@ class Whereabouts:
 
     def _update(self, seen: Mapping[Address, Address]) -> None:
         before = self.candidates
-        self.candidates = dataclasses.replace(candidates_from(self._own, seen, self._asked, self._public), attempt=before.attempt)
+        outside = [host for host, _ in seen.values() if ":" not in host and not private_network(host) and not plain_ip(host).is_loopback]
+        is_ours = self._forwarded and (not outside or self._forwarded.partition(":")[0] in outside)
+        public = [*self._public, self._forwarded] if is_ours else self._public
+        self.candidates = dataclasses.replace(candidates_from(self._own, seen, self._asked, public), attempt=before.attempt)
         self.is_news = self.is_news or self.candidates.addresses != before.addresses
