@@ -353,7 +353,10 @@ END
         return machine
 
     def connect(self, machine, default=True):
-        """Plugs a machine into this LAN too; default: whether its way to the world leads through here from now on."""
+        """Plugs a machine into this LAN too; default: whether its way to the world leads through here from now on.
+
+        Returns its IPv4 address here.
+        """
         number = next(self._numbers)
         self._ports[machine], interface = f"m{number}", f"eth{machine.interface_count}"
         if self.router.nat == "none":
@@ -376,6 +379,7 @@ END
             self._lab._sh(machine.netns, f"{_ipv6_on(interface)}\nip addr add {ipv6}/64 dev {interface}\n{route}")
         if default:
             machine._is_at([address], public_address, ipv6)
+        return address
 
     def disconnect(self, machine):
         """Unplugs a machine for good: it loses what it had here, address and routes."""
@@ -400,7 +404,8 @@ END
     def set_loss(self, percent):
         """Lets the uplink lose this percentage of all packets, in each direction, from now on."""
         # The loss is on the core's side of the uplink: a lost outbound datagram has opened its mapping all the same.
-        lose = f"numgen random mod 10000 < {round(percent * 100)} drop" if percent else "continue"
+        some = f"numgen random mod 10000 < {round(percent * 100)} drop"
+        lose = {0: "continue", 100: "drop"}.get(percent, some)
         self._lab._sh(self._lab._core, f"""nft -f - <<'END'
 add table inet loss
 add chain inet loss {self._core_end} {{ type filter hook forward priority filter; }}
