@@ -44,7 +44,7 @@ def attempt(agent, pair, links=PLAIN):
             peer.expect("null", PREPARATION)
         for peer in peers:
             peer.say("null")
-        results = [json.loads(peer.expect(r"^[\["]", PREPARATION, after=2).string) for peer in peers]
+        results = [json.loads(peer.expect(r'^(\[|")', PREPARATION, after=2).string) for peer in peers]
     if all(isinstance(result, list) for result in results):
         return max(seconds for seconds, _ in results)
     return " / ".join(str(result) for result in results)

@@ -418,18 +418,21 @@ async def main():
     async with aiostun.Client(host={host!r}, port={port}) as client:
         print(await client.get_mapped_address())
 asyncio.run(main())""",
-    # This one speaks RFC 3489, without the cookie, which is to be met with silence.
+    # This one speaks RFC 3489, without the cookie. The other tests of RFC 3489 take a server that answers from elsewhere, which ours does not.
     "stun": """
-import stun
-print(stun.get_ip_info(stun_host={host!r}, stun_port={port}))""",
+import socket, stun
+stun._initialize()
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.settimeout(2)
+    print(stun.stun_test(sock, {host!r}, {port}, "0.0.0.0", 0)["ExternalIP"])""",
 }
 
 
-@pytest.mark.parametrize("module,told", (("aioice", "{address}"), ("aiostun", "{address}"), ("stun", "Blocked")))
-def test_stock_client_gets_its_address_by_stun(module, told):
+@pytest.mark.parametrize("module", STUN_CLIENTS)
+def test_stock_client_gets_its_address_by_stun(module):
     pytest.importorskip(module)
     with Stage() as stage:
         site = stage.site("client", nat="port-restricted")
         for host in stage.server.addresses:
             done = site.machine().run([sys.executable, "-c", STUN_CLIENTS[module].format(host=host, port=PORT)])
-            assert told.format(address=site.public_address) in done.stdout, done.stderr
+            assert site.public_address in done.stdout, done.stderr
