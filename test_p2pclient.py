@@ -1287,6 +1287,26 @@ def test_early_checks_are_kept_for_two_seconds_and_are_few():
     assert kept.take("session", 1000.0) == []
 
 
+def test_a_copy_of_an_early_check_is_a_replay_also_if_its_sender_has_checked_again_meanwhile(endpoint):
+    host = endpoint()
+    guest, stranger = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+    with guest, stranger:
+        for sock, transaction in ((guest, b"1"), (stranger, b"1"), (guest, b"2")):
+            sock.sendto(foreign_check(12 * transaction), loopback_of(host))
+        wait_until(lambda: any(message.transaction == 12 * b"2" for message, *_ in list(host._early._kept.values())))
+        host.expect(p2pclient.Guest("session", "key", []))
+        stranger.sendto(foreign_check(12 * b"2"), loopback_of(host))
+        guest.sendto(foreign_check(12 * b"3"), loopback_of(host))
+        answered = set()
+        guest.settimeout(5)
+        while 12 * b"3" not in answered:
+            answered.add(stun.decode(guest.recv(2048)).transaction)
+        assert {12 * each for each in (b"1", b"2", b"3")} <= answered
+        stranger.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            stranger.recv(2048)
+
+
 class Relay:
     """Another way to an endpoint: a router that passes on what comes to its outer port, from another port."""
 

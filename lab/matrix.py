@@ -4,7 +4,8 @@
 usage: matrix.py [--rounds N]       (the Python that runs it needs requests, and aioice: see requirements.txt)
 
 The time is that of the slower peer, from when both have the other's addresses to a datagram received from it. Both kinds
-of peers use our server for STUN. Prints the matrix of medians, and puts it into README.md.
+of peers use our server for STUN. Prints the matrix, what delay and loss cost, and whether our targets hold, and puts the
+former two into README.md.
 """
 import argparse
 import concurrent.futures
@@ -25,67 +26,98 @@ README = os.path.join(HERE, "README.md")
 BEGIN, END = "<!-- matrix.py writes from here -->\n", "<!-- to here -->\n"
 AGENTS = ("ours", "aioice")
 PAIRS = list(itertools.combinations_with_replacement(natlab.KINDS, 2))
+PLAIN, FAR, LOSSY = LINKS = "without delay", "50 ms each way", "10% loss on each uplink"
+UPLINKS = {PLAIN: {}, FAR: {"delay_ms": 25}, LOSSY: {"loss": 10}}     # a way goes over two of them
+PREPARATION = 60    # seconds, for peers to start and gather while others do
+AT_ONCE = 4         # attempts of which only the outcome counts
 
 
-def attempt(agent, pair):
+def attempt(agent, pair, links=PLAIN):
     """Seconds until both were connected, or the errors of both peers as a text."""
     with Stage() as stage:
-        machines = [stage.site(name, nat=kind).machine() for name, kind in zip(("host", "guest"), pair)]
+        machines = [stage.site(name, nat=kind, **UPLINKS[links]).machine() for name, kind in zip(("host", "guest"), pair)]
         peers = [Program(machine, os.path.join(HERE, "peer.py"), agent, role, stage.server.address, PORT)
                  for machine, role in zip(machines, ("controlled", "controlling"))]
         for mine, other in (peers, peers[::-1]):
-            other.say(mine.expect(".+", 10).string)
+            other.say(mine.expect(".+", PREPARATION).string)
         for peer in peers:
-            peer.expect("null")
+            peer.expect("null", PREPARATION)
         for peer in peers:
             peer.say("null")
-        for peer in peers:
-            peer.wait()
-        results = [json.loads(peer.lines[-1]) for peer in peers]
+        results = [json.loads(peer.expect(r'^(\[|")', PREPARATION, after=2).string) for peer in peers]
     if all(isinstance(result, list) for result in results):
         return max(seconds for seconds, _ in results)
     return " / ".join(str(result) for result in results)
 
 
 def measure(rounds):
-    """The list of seconds by agent and pair; it is empty where no connection came about."""
+    """The list of seconds by links, pair and agent, infinite where a try failed; only of pairs that connect at all."""
     cells = list(itertools.product(PAIRS, AGENTS))
-    # What does not connect takes long to give up, so find these out first, many at once, and measure the others one by one.
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    # What does not connect takes long to give up, so find these out first, several at once, and measure the others one by one.
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         first = dict(zip(cells, pool.map(lambda cell: attempt(cell[1], cell[0]), cells)))
-    times = {cell: [] for cell in cells}
     for (pair, agent), result in first.items():
         if isinstance(result, str):
             print(f"{agent:6} does not connect {' with '.join(pair)}: {result}", flush=True)
-    for number in range(rounds):
-        for pair, agent in cells:
-            if not isinstance(first[pair, agent], str):
-                result = attempt(agent, pair)
-                print(f"round {number + 1}: {agent:6} {' with '.join(pair)}: {result if isinstance(result, str) else f'{result:.3f} s'}", flush=True)
-                times[pair, agent].append(float("inf") if isinstance(result, str) else result)
+    times = {}
+    for number, links, (pair, agent) in itertools.product(range(rounds), LINKS, cells):
+        if not isinstance(first[pair, agent], str):
+            result = attempt(agent, pair, links)
+            said = result if isinstance(result, str) else f"{result:.3f} s"
+            print(f"round {number + 1}: {agent:6} {' with '.join(pair)}, {links}: {said}", flush=True)
+            times.setdefault((links, pair, agent), []).append(float("inf") if isinstance(result, str) else result)
     return times
 
 
-def table(times):
-    """The medians in Markdown."""
-    rows = [["ours / aioice = ratio", *natlab.KINDS], ["---"] * (1 + len(natlab.KINDS))]
+def text_of(seconds):
+    """The median of some seconds, and the worst; a dash for none."""
+    return f"{statistics.median(seconds):.3f} ({max(seconds):.3f})" if seconds else "–"
+
+
+def matrix(times):
+    """Medians and worst of each pair, over links without delay, in Markdown."""
+    rows = [["ours / aioice", *natlab.KINDS], ["---"] * (1 + len(natlab.KINDS))]
     for row in natlab.KINDS:
-        cells = []
-        for column in natlab.KINDS:
-            pair = (row, column)
-            medians = [statistics.median(times[pair, agent]) if times.get((pair, agent)) else None for agent in AGENTS]
-            texts = ["–" if median is None else f"{median:.3f}" for median in medians]
-            ratio = f" = {medians[0] / medians[1]:.2f}" if None not in medians else ""
-            cells.append(" / ".join(texts) + ratio if pair in PAIRS else "")
+        cells = [" / ".join(text_of(times.get((PLAIN, (row, column), agent))) for agent in AGENTS) if (row, column) in PAIRS else ""
+                 for column in natlab.KINDS]
         rows.append([f"**{row}**", *cells])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def over_all_pairs(times, links, agent):
+    """The seconds of all pairs together."""
+    return [each for key, seconds in times.items() if (key[0], key[2]) == (links, agent) for each in seconds]
+
+
+def summary(times):
+    """What delay and loss cost, over all pairs that connect, in Markdown."""
+    rows = [["links", *(f"{agent} {what}" for agent in AGENTS for what in ("connected", "median (worst)"))], ["---"] * (1 + 2 * len(AGENTS))]
+    for links in LINKS:
+        cells = [links]
+        for agent in AGENTS:
+            seconds = over_all_pairs(times, links, agent)
+            connected = [each for each in seconds if each != float("inf")]
+            cells += [f"{len(connected)} of {len(seconds)}", text_of(connected)]
+        rows.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def targets(times):
+    """Each of our targets, and whether it holds."""
+    pairs = {links: [seconds for key, seconds in times.items() if (key[0], key[2]) == (links, "ours")] for links in LINKS}
+    yield "each pair connects within 20 ms at the median", max(map(statistics.median, pairs[PLAIN])) < 0.020
+    yield "and within 60 ms at worst", max(map(max, pairs[PLAIN])) < 0.060
+    yield "each pair connects within 170 ms at the median over 50 ms each way", max(map(statistics.median, pairs[FAR])) < 0.170
+    yield "all pairs together connect within 150 ms at the median over 10% loss", statistics.median(over_all_pairs(times, LOSSY, "ours")) < 0.150
+    yield "and always", max(over_all_pairs(times, LOSSY, "ours")) < float("inf")
 
 
 def conditions(rounds):
     """Where and with what it was measured."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("aioice", "requests"))
-    return (f"Seconds, medians of {rounds} rounds in which the two took turns, {datetime.date.today()}; Linux {platform.release()}, {os.cpu_count()} CPUs, "
-            f"Python {platform.python_version()}, {versions}; links without loss or delay. A dash: no connection.\n")
+    load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
+    return (f"Seconds, medians (and the worst) of {rounds} rounds in which the two took turns, {datetime.date.today()}; Linux {platform.release()}, "
+            f"{os.cpu_count()} CPUs, load {load}, Python {platform.python_version()}, {versions}. A dash: no connection.\n")
 
 
 def main():
@@ -96,8 +128,10 @@ def main():
     if reason:
         sys.exit(f"the lab cannot run here: {reason}")
     times = measure(options.rounds)
-    result = conditions(options.rounds) + "\n" + table(times)
+    result = "\n".join((conditions(options.rounds), matrix(times), summary(times)))
     print("\n" + result)
+    for target, holds in targets(times):
+        print(f"{'holds' if holds else 'FAILS'}: {target}")
     with open(README, encoding="utf-8") as file:
         before, _, rest = file.read().partition(BEGIN)
     with open(README, "w", encoding="utf-8") as file:

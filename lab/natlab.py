@@ -8,7 +8,8 @@
         print(host.run(["python3", "client.py", lab.server.address]).stdout)
 
 The network is a star.  In the middle stands the `core` router, the public Internet of the lab.  Attached to it are
-one server with two public addresses and any number of sites.  A site is a router and the machines in its LAN:
+one server with two public addresses and any number of sites.  A site is a router and the machines in its LAN, each of
+which may be in other LANs as well, and may move:
 
     server ---- core ---- (uplink: loss, delay) ---- router ---- LAN switch ---- machine, machine ...
 
@@ -27,9 +28,12 @@ endpoint-independent, so the EIM kinds keep their mappings in nftables maps, fro
 new internal endpoint gets a new external port, never its own one (no port preservation), and keeps it for every
 destination.  Every datagram forwarded either way refreshes the mapping.
 
-What the lab does not have: IPv6 (it is switched off), port preservation, and hairpinning in the symmetric kind.
-Public addresses are of the documentation ranges 203.0.113.0/24 (server) and 198.51.100.0/24 (sites), which Python's
-`ipaddress` reports as private.
+A site may have IPv6 beside, whatever its kind: a /64, behind a firewall that lets in only what answers something from
+inside (RFC 6092).
+
+What the lab does not have: a server with IPv6, port preservation, and hairpinning in the symmetric kind.
+Public addresses are of the documentation ranges 203.0.113.0/24 (server), 198.51.100.0/24 and 2001:db8::/32 (sites),
+which Python's `ipaddress` reports as private.
 
 Nothing is visible outside the lab's own namespaces.  Their names are natlab-PID-START-NUMBER-..., with the process
 id and start time of the owner.  A guard process removes them, and kills all that runs in them, as soon as the owner
@@ -74,6 +78,13 @@ _ARRIVALS = """table ip arrivals {
     meta l4proto udp update @seen { ip saddr . udp dport }
   }
 }"""
+# RFC 6092: what answers something from inside comes in, and all goes out.
+_FIREWALL = """table ip6 firewall {
+  chain forwarding { type filter hook forward priority filter; policy drop;
+    ct state established,related accept
+    iifname "lan" accept
+  }
+}"""
 _MASQUERADE = 'iifname "lan" masquerade random,fully-random'
 # What miniupnpd fills with rules, under its own names.
 _MINIUPNPD_CHAINS = """table inet filter {
@@ -94,29 +105,28 @@ class LabError(Exception):
 class Machine:
     """A network namespace in which commands run and sockets are opened.
 
-    address: its IPv4 address, as text (private behind a NAT); addresses: all of them;
-    public_address: the address under which others see it; netns: the name of its namespace.
+    address: its IPv4 address, as text (private behind a NAT); addresses: all of them; ipv6: its IPv6 address, or None;
+    public_address: the address under which others see it.  All are those of the network through which its way to the
+    world leads.  netns: the name of its namespace.
     """
 
-    def __init__(self, lab, name, addresses, public_address):
+    def __init__(self, lab, name):
         self._lab = lab
         self.name = name
         self.netns = lab._namespace(name)
-        self.addresses = tuple(addresses)
-        self.address = self.addresses[0]
-        self.public_address = public_address
+        self.interface_count = 0  # so far: eth0, eth1 ...
+        lab._sh(self.netns, f"nft -f - <<'END'\n{_ARRIVALS}\nEND")
 
-    def _connect(self, gateway, prefix_length):
-        """Configures eth0, which exists, with all addresses and the default gateway (an address)."""
-        addresses = "".join(f"ip addr add {address}/{prefix_length} dev eth0\n" for address in self.addresses)
-        self._lab._sh(self.netns, f"""
-{addresses}
-ip link set eth0 up
-ip route add default via {gateway} dev eth0 onlink
-nft -f - <<'END'
-{_ARRIVALS}
-END
-""")
+    def _is_at(self, addresses, public_address, ipv6=None):
+        self.addresses, self.public_address, self.ipv6 = tuple(addresses), public_address, ipv6
+        self.address = self.addresses[0]
+
+    def _connect(self, interface, addresses, prefix_length, gateway):
+        """Configures an interface, which exists, with IPv4 addresses and the default gateway (an address, or None)."""
+        added = "".join(f"ip addr add {address}/{prefix_length} dev {interface}\n" for address in addresses)
+        default = f"ip route replace default via {gateway} dev {interface} onlink" if gateway else ""
+        self._lab._sh(self.netns, f"{added}ip link set {interface} up\n{default}")
+        self.interface_count += 1
 
     def popen(self, command, **kw):
         """Starts the command (a list) here and returns its subprocess.Popen; its pid is the command's own.
@@ -136,8 +146,8 @@ END
         return subprocess.run(["ip", "netns", "exec", self.netns, *map(str, command)], timeout=timeout, **kw)
 
     def socket(self, kind=socket.SOCK_DGRAM, port=0, address="0.0.0.0"):
-        """Returns an IPv4 socket of the calling process which is bound to the address and port in this namespace."""
-        opened = _socket(self.netns, socket.AF_INET, kind)
+        """Returns a socket of the calling process which is bound to the address and port in this namespace."""
+        opened = _socket(self.netns, socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
         opened.bind((address, port))
         return opened
 
@@ -176,23 +186,24 @@ class Router:
         self._maps_ports = False
         self.netns = lab._namespace(name)
 
-    def forget(self):
+    def forget(self, same_ports=False):
         """Restarts the router: every mapping, filter state and TCP translation is lost, and counters are zero again.
 
         Whatever arrives during the few milliseconds that this takes is dropped.  All kinds of NAT give new external
-        ports afterwards.
+        ports afterwards, unless same_ports (EIM kinds only): then a machine gets the one that it had before.
         """
+        anew = "flush set ip router contacted" if same_ports else self._rules()
         # Without the pause, a datagram of an old flow could put its old mapping back between the two flushes.
         self._lab._sh(self.netns, f"""
 nft -f - <<'END'
-table ip pause {{
+table inet pause {{
   chain everything {{ type filter hook prerouting priority raw; policy drop; }}
 }}
 END
 conntrack -F 2>&1
 nft -f - <<'END'
-{self._rules()}
-delete table ip pause
+{anew}
+delete table inet pause
 END
 """)
 
@@ -327,17 +338,20 @@ table ip router {{
 class Site:
     """A router and the machines in its LAN.
 
-    router: its Router; public_address: the router's, as text, or that of the first machine in the kind "none".
+    router: its Router; public_address: the router's, as text, or that of the first machine in the kind "none";
+    ipv6: its /64, an IPv6Network, or None.
     """
 
-    def __init__(self, lab, name, nat, loss, delay_ms, udp_timeout, hairpin, lan, public_address):
+    def __init__(self, lab, name, nat, loss, delay_ms, udp_timeout, hairpin, lan, public_address, ipv6):
         self._lab = lab
         self.name = name
         self.public_address = public_address or next(lab._public_addresses)
         self._unused_public_address = self.public_address
         self._lan = ipaddress.ip_network(lan)
         self._hosts = itertools.islice(self._lan.hosts(), 9, None)
-        self._machine_count = 0
+        self._numbers = itertools.count(1)
+        self._ports = {}  # of the LAN's switch, by machine
+        self.ipv6 = next(lab._ipv6_networks) if ipv6 else None
         self._core_end = next(lab._uplink_names)
         self.router = Router(lab, name + "-router", nat, self.public_address, udp_timeout, hairpin)
         lab._link(self._core_end, self.router.netns, "wan", delay_ms)
@@ -362,13 +376,41 @@ for kind in udp_timeout udp_timeout_stream; do
   echo {udp_timeout} > /proc/sys/net/netfilter/nf_conntrack_$kind
 done
 """)
+        if ipv6:
+            self._connect_ipv6()
         self.set_loss(loss)
+
+    def _connect_ipv6(self):
+        """Leads the /64 to the LAN, through a firewall in the router."""
+        self._lab._sh(self._lab._core, f"""
+{_ipv6_on(self._core_end)}
+ip addr add fe80::1/64 dev {self._core_end}
+ip route add {self.ipv6} via fe80::2 dev {self._core_end} onlink
+""")
+        self._lab._sh(self.router.netns, f"""
+{_ipv6_on("wan")}
+{_ipv6_on("lan")}
+ip addr add fe80::2/64 dev wan
+ip addr add {self.ipv6[1]}/64 dev lan
+ip route add default via fe80::1 dev wan onlink
+nft -f - <<'END'
+{_FIREWALL}
+END
+""")
 
     def machine(self, name=None):
         """Adds a machine to the LAN and returns it.  All machines of a site see each other directly."""
-        self._machine_count += 1
-        number = self._machine_count
-        name = name or f"{self.name}-{number}"
+        machine = Machine(self._lab, name or f"{self.name}-{len(self._ports) + 1}")
+        self.connect(machine)
+        return machine
+
+    def connect(self, machine, default=True):
+        """Plugs a machine into this LAN too; default: whether its way to the world leads through here from now on.
+
+        Returns its IPv4 address here.
+        """
+        number = next(self._numbers)
+        self._ports[machine], interface = f"m{number}", f"eth{machine.interface_count}"
         if self.router.nat == "none":
             address = public_address = self._unused_public_address or next(self._lab._public_addresses)
             self._unused_public_address = None
@@ -376,26 +418,52 @@ done
         else:
             address, public_address = str(next(self._hosts)), self.public_address
             gateway, prefix_length = self._gateway, self._lan.prefixlen
-        machine = Machine(self._lab, name, [address], public_address)
-        self._lab._sh(self.router.netns, f"ip link add m{number} type veth peer name eth0 netns {machine.netns}\n"
+        self._lab._sh(self.router.netns, f"ip link add m{number} type veth peer name {interface} netns {machine.netns}\n"
                                          f"ip link set m{number} master lan up")
         if self.router.nat == "none":
             self._lab._sh(self.router.netns, f"ip route add {address}/32 dev lan")
             self._lab._route(address, f"via {_PLAIN_GATEWAY} dev {self._core_end} onlink")
         self.router._pin()
-        machine._connect(gateway, prefix_length)
-        return machine
+        machine._connect(interface, [address], prefix_length, gateway if default else None)
+        ipv6 = str(self.ipv6[9 + number]) if self.ipv6 else None
+        if ipv6:
+            route = f"ip route replace default via {self.ipv6[1]} dev {interface}" if default else ""
+            self._lab._sh(machine.netns, f"{_ipv6_on(interface)}\nip addr add {ipv6}/64 dev {interface}\n{route}")
+        if default:
+            machine._is_at([address], public_address, ipv6)
+        return address
+
+    def disconnect(self, machine):
+        """Unplugs a machine for good: it loses what it had here, address and routes."""
+        self._lab._sh(self.router.netns, f"ip link del {self._ports.pop(machine)}")
+
+    def set_carrier(self, machine, present):
+        """Pulls the cable between a machine and the switch, or puts it back.  The machine keeps its address and routes."""
+        self._lab._sh(self.router.netns, f"ip link set {self._ports[machine]} {'up' if present else 'down'}")
+
+    def renumber(self):
+        """Gives the router another public address (not in the kind "none"), and has it forget all, as after a new dial-in."""
+        before, self.public_address = self.public_address, next(self._lab._public_addresses)
+        self.router.public_address = self.public_address
+        for machine in self._ports:
+            machine.public_address = self.public_address
+        self._lab._sh(self.router.netns, f"ip addr del {before}/32 dev wan\nip addr add {self.public_address}/32 dev wan")
+        self._lab._sh(self._lab._core, f"ip route del {before}/32")
+        self._lab._route(self.public_address, f"dev {self._core_end}")
+        self._lab._sh(self.router.netns, f"ip route replace default via {_CORE_ADDRESS} dev wan onlink")
+        self.router.forget()
 
     def set_loss(self, percent):
         """Lets the uplink lose this percentage of all packets, in each direction, from now on."""
         # The loss is on the core's side of the uplink: a lost outbound datagram has opened its mapping all the same.
-        lose = f"numgen random mod 10000 < {round(percent * 100)} drop" if percent else "continue"
+        some = f"numgen random mod 10000 < {round(percent * 100)} drop"
+        lose = {0: "continue", 100: "drop"}.get(percent, some)
         self._lab._sh(self._lab._core, f"""nft -f - <<'END'
-add table ip loss
-add chain ip loss {self._core_end} {{ type filter hook forward priority filter; }}
-flush chain ip loss {self._core_end}
-add rule ip loss {self._core_end} iifname "{self._core_end}" {lose}
-add rule ip loss {self._core_end} oifname "{self._core_end}" {lose}
+add table inet loss
+add chain inet loss {self._core_end} {{ type filter hook forward priority filter; }}
+flush chain inet loss {self._core_end}
+add rule inet loss {self._core_end} iifname "{self._core_end}" {lose}
+add rule inet loss {self._core_end} oifname "{self._core_end}" {lose}
 END""")
 
 
@@ -408,16 +476,18 @@ class Lab:
         self._children = []
         self._uplink_names = (f"uplink{number}" for number in itertools.count())
         self._public_addresses = map(str, ipaddress.ip_network("198.51.100.0/24").hosts())
+        self._ipv6_networks = ipaddress.ip_network("2001:db8::/48").subnets(new_prefix=64)
         self._lans = map(str, ipaddress.ip_network("192.168.0.0/16").subnets(new_prefix=24))
         # The guard's standard input ends with this process, even when that is killed.
         self._guard = subprocess.Popen([sys.executable, "-I", "-S", os.path.abspath(__file__), "guard", self._prefix],
                                        stdin=subprocess.PIPE, start_new_session=True)
         try:
             self._core = self._namespace("core")
-            self.server = Server(self, "server", ["203.0.113.10", "203.0.113.20"], "203.0.113.10")
+            self.server = Server(self, "server")
+            self.server._is_at(["203.0.113.10", "203.0.113.20"], "203.0.113.10")
             core_end = next(self._uplink_names)
             self._link(core_end, self.server.netns, "eth0", 0)
-            self.server._connect(_CORE_ADDRESS, 32)
+            self.server._connect("eth0", self.server.addresses, 32, _CORE_ADDRESS)
             for address in self.server.addresses:
                 self._route(address, f"dev {core_end}")
         except BaseException:
@@ -438,7 +508,8 @@ class Lab:
         for child in self._children:
             child.wait()
 
-    def site(self, name, nat="none", loss=0, delay_ms=0, udp_timeout=None, hairpin=False, lan=None, public_address=None):
+    def site(self, name, nat="none", loss=0, delay_ms=0, udp_timeout=None, hairpin=False, lan=None, public_address=None,
+             ipv6=False):
         """Adds a site and returns it.
 
         name: unique in the lab; nat: one of KINDS; loss: percentage of the packets lost on the uplink, in each
@@ -446,13 +517,14 @@ class Lab:
         which the router forgets an unused UDP mapping (None: UDP_TIMEOUT); hairpin: whether a machine reaches its
         neighbour by the neighbour's external address and port (EIM kinds only; such datagrams are not filtered);
         lan: the private network, such as "192.168.1.0/24" (several sites may have the same), by default one of its
-        own; public_address: the router's, by default one of 198.51.100.0/24.
+         own; public_address: the router's, by default one of 198.51.100.0/24; ipv6: whether it has a /64 too, behind a
+         firewall.
         """
         if nat not in KINDS:
             raise ValueError(f"unknown kind of NAT: {nat}")
         if hairpin and nat not in ("full-cone", "restricted", "port-restricted"):
             raise ValueError(f"no hairpinning in the kind {nat}")
-        return Site(self, name, nat, loss, delay_ms, udp_timeout or UDP_TIMEOUT, hairpin, lan or next(self._lans), public_address)
+        return Site(self, name, nat, loss, delay_ms, udp_timeout or UDP_TIMEOUT, hairpin, lan or next(self._lans), public_address, ipv6)
 
     def sniffer(self):
         """Returns a packet socket on the core, which gets whatever crosses the public network, beginning with the IP header.
@@ -470,9 +542,11 @@ class Lab:
 ip link set lo up
 cd /proc/sys/net
 echo 1 > ipv4/ip_forward
+echo 1 > ipv6/conf/all/forwarding
+echo 0 > ipv6/conf/default/accept_dad
 for redirects in ipv4/conf/*/send_redirects; do echo 0 > $redirects; done
 echo 1 > ipv6/conf/default/disable_ipv6
-if [ -e bridge/bridge-nf-call-iptables ]; then echo 0 > bridge/bridge-nf-call-iptables; fi
+for calls in bridge/bridge-nf-call-ip*tables; do if [ -e $calls ]; then echo 0 > $calls; fi; done
 """)
         return netns
 
@@ -569,6 +643,11 @@ def _command(command, script=""):
     if result.returncode:
         raise LabError(f"{' '.join(command)}: {result.stderr.strip() or result.stdout.strip()}")
     return result.stdout
+
+
+def _ipv6_on(interface):
+    """Returns the command which switches IPv6 on for an interface."""
+    return f"echo 0 > /proc/sys/net/ipv6/conf/{interface}/disable_ipv6"
 
 
 def _enter(netns):

@@ -4,17 +4,20 @@
 usage: peer.py ours|aioice controlling|controlled STUN_HOST STUN_PORT
 
 What it says and hears is a line of JSON each. It says how it can be reached, hears the same of its peer, says null when it
-is ready, hears null as the signal to start, connects, sends one datagram, waits for one, and says the seconds from the
-signal to that datagram and the address of its peer; or the text of the error.
+is ready, hears null as the signal to start, connects, sends a datagram again and again, for some are lost, waits for one,
+and says the seconds from the signal to that datagram and the address of its peer; or the text of the error. It goes on
+sending until it is killed, for its peer may still wait.
 """
 import asyncio
 import json
 import os
 import sys
+import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 HELLO = b"hello"
+INTERVAL = 0.01     # seconds between two datagrams
 PATIENCE = 15   # seconds; what p2pclient has
 
 
@@ -40,9 +43,15 @@ def ours(controlling, stun_server):
     else:
         endpoint.expect(p2pclient.Guest(**session))
         connection = endpoint.accept(PATIENCE)
-    connection.send(HELLO)
-    connection.recv(5)
-    return time.monotonic() - start, connection.remote_address
+    threading.Thread(target=greet, args=(connection,), daemon=True).start()
+    connection.recv(PATIENCE)
+    say((time.monotonic() - start, connection.remote_address))
+
+
+def greet(connection):
+    while True:
+        connection.send(HELLO)
+        time.sleep(INTERVAL)
 
 
 async def aioice(controlling, stun_server):
@@ -59,21 +68,26 @@ async def aioice(controlling, stun_server):
     hear()
     start = time.monotonic()
     await asyncio.wait_for(connection.connect(), PATIENCE)
-    await connection.send(HELLO)
-    await asyncio.wait_for(connection.recv(), 5)
+    greeting = asyncio.create_task(aioice_greet(connection))
+    await asyncio.wait_for(connection.recv(), PATIENCE)
     remote = connection._nominated[1].remote_candidate
-    return time.monotonic() - start, f"{remote.host}:{remote.port}"
+    say((time.monotonic() - start, f"{remote.host}:{remote.port}"))
+    await greeting
+
+
+async def aioice_greet(connection):
+    while True:
+        await connection.send(HELLO)
+        await asyncio.sleep(INTERVAL)
 
 
 def main(agent, role, host, port):
     arguments = role == "controlling", (host, int(port))
     try:
-        say(ours(*arguments) if agent == "ours" else asyncio.run(aioice(*arguments)))
+        asyncio.run(aioice(*arguments)) if agent == "aioice" else ours(*arguments)
     except Exception as error:
         say(f"{type(error).__name__}: {error}")
-    # The peer may still wait for our datagram, and closing would end the connection.
-    time.sleep(0.2)
-    os._exit(0)
+    threading.Event().wait()
 
 
 if __name__ == "__main__":

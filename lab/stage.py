@@ -46,7 +46,7 @@ class Program:
                     found = re.search(pattern, line)
                     if found:
                         return found
-                position = len(self.lines)
+                position = max(position, len(self.lines))
                 left = end - time.monotonic()
                 assert left > 0 and self._reader.is_alive(), f"{self.script} did not say {pattern!r} but:\n{self.text}"
                 self._said.wait(min(left, 0.5))
@@ -60,6 +60,10 @@ class Program:
         """What Ctrl-C does."""
         self._process.send_signal(signal.SIGINT)
 
+    def signal(self, number):
+        """Send it a signal: SIGSTOP suspends it, SIGCONT has it go on."""
+        self._process.send_signal(number)
+
     def wait(self, seconds=60):
         """Its exit status, once it has ended."""
         self._process.wait(seconds)
@@ -68,13 +72,15 @@ class Program:
 
 
 class Stage(natlab.Lab):
-    """A lab in which the real server runs. Its two public addresses serve as two STUN servers."""
+    """A lab in which the real server runs. Its two public addresses serve as two STUN servers, unless it is to be without STUN."""
 
-    def __init__(self):
+    def __init__(self, stun=True):
         super().__init__()
         try:
             self.url = f"http://{self.server.address}:{PORT}"
-            self.rendezvous = Program(self.server, "p2pserver.py", "--host", "0.0.0.0", "--port", PORT, "--poll-after", "0.1")
+            self._stun_servers = [f"{address}:{PORT}" for address in self.server.addresses] if stun else []
+            self.rendezvous = Program(self.server, "p2pserver.py", "--host", "0.0.0.0", "--port", PORT, "--poll-after", "0.1",
+                                      *([] if stun else ["--no-stun"]))
             self.rendezvous.expect("listens")
         except BaseException:
             self.close()
@@ -82,7 +88,7 @@ class Stage(natlab.Lab):
 
     @property
     def _options(self):
-        return ["--server", self.url, *(word for address in self.server.addresses for word in ("--stun", f"{address}:{PORT}"))]
+        return ["--server", self.url, *(word for server in self._stun_servers for word in ("--stun", server))]
 
     def host(self, machine, *options):
         """Offer "game 1" on a machine, and wait until it is registered."""

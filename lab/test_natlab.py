@@ -269,6 +269,8 @@ def test_loss(lab):
         return 100 * (1 - (last - before) / sent)
     assert 16 < lost(mine, remote.getsockname(), lambda: lab.server.count_udp(port)) < 24  # five standard deviations
     assert 16 < lost(remote, outside, machine.count_udp) < 24
+    site.set_loss(100)
+    assert pass_on(mine, remote, seconds=0.1) is None
     site.set_loss(0)
     assert lost(mine, remote.getsockname(), lambda: lab.server.count_udp(port)) == 0
     assert lost(remote, outside, machine.count_udp) == 0
@@ -333,6 +335,93 @@ def test_forget(lab, sites, machines, kind):
     assert after != before
     assert pass_on(remote, mine, after)
     assert pass_on(remote, mine, before, seconds=0.1) is None
+
+
+@pytest.mark.parametrize("kind", CONES)
+def test_forget_but_the_ports(lab, sites, machines, kind):
+    mine, remote = machines[kind].socket(), public_sockets(lab)[0]
+    before = pass_on(mine, remote)
+    sites[kind].router.forget(same_ports=True)
+    let_in = pass_on(remote, mine, before, seconds=2 if kind == "full-cone" else 0.1)
+    assert (let_in is not None) == (kind == "full-cone")
+    assert pass_on(mine, remote) == before
+    assert pass_on(remote, mine, before)
+
+
+@pytest.mark.parametrize("kind", NATS)
+def test_renumber(lab, kind):
+    site = lab.site("renumbered-" + kind, nat=kind)
+    machine = site.machine()
+    mine, remote = machine.socket(), public_sockets(lab)[0]
+    before = pass_on(mine, remote)
+    site.renumber()
+    after = pass_on(mine, remote)
+    assert after[0] == site.public_address == machine.public_address != before[0]
+    assert pass_on(remote, mine, after)
+    assert pass_on(remote, mine, before, seconds=0.1) is None
+
+
+def test_a_machine_in_two_networks_and_its_way_to_the_world(lab):
+    home, other = lab.site("home", nat="port-restricted"), lab.site("other", nat="port-restricted")
+    machine, neighbour = home.machine(), other.machine()
+    remote = public_sockets(lab)[0]
+    here = machine.address
+    there = other.connect(machine, default=False)
+    assert (machine.address, there) == (here, machine.socket(address=there).getsockname()[0])
+    assert pass_on(machine.socket(), remote)[0] == home.public_address
+    assert pass_on(neighbour.socket(), machine.socket(address=there))[0] == neighbour.address
+    third = lab.site("third", nat="port-restricted")
+    assert third.connect(machine) == machine.address
+    assert pass_on(machine.socket(), remote)[0] == third.public_address == machine.public_address
+    assert pass_on(neighbour.socket(), machine.socket(address=there))
+
+
+def test_a_machine_moves(lab):
+    home, mobile = lab.site("before", nat="port-restricted"), lab.site("after", nat="port-restricted")
+    machine, remote = home.machine(), public_sockets(lab)[0]
+    mine = machine.socket()
+    before = pass_on(mine, remote)
+    home.disconnect(machine)
+    with pytest.raises(OSError):
+        mine.sendto(b"nowhere", remote.getsockname())
+    mobile.connect(machine)
+    after = pass_on(mine, remote)
+    assert after[0] == mobile.public_address
+    assert pass_on(remote, mine, after) and pass_on(remote, mine, before, seconds=0.1) is None
+
+
+def test_a_cable_is_pulled_and_put_back(lab):
+    site = lab.site("cabled", nat="port-restricted", ipv6=True)
+    machine, remote = site.machine(), public_sockets(lab)[0]
+    mine, neighbour = machine.socket(), site.machine()
+    assert pass_on(mine, remote)
+    site.set_carrier(machine, False)
+    assert pass_on(mine, remote, seconds=0.1) is None
+    site.set_carrier(machine, True)
+    assert pass_on(mine, remote)
+    assert pass_on(machine.socket(address=machine.ipv6), neighbour.socket(address=neighbour.ipv6))
+
+
+@pytest.mark.parametrize("delay_ms", (0, 10))
+def test_ipv6_goes_out_and_only_what_answers_comes_in(lab, delay_ms):
+    near, far = (lab.site(f"ipv6-{side}-{delay_ms}", nat=nat, delay_ms=delay_ms, ipv6=True) for side, nat in (("near", "symmetric"), ("far", "blocked")))
+    mine, other = (machine.socket(address=machine.ipv6) for machine in (near.machine(), far.machine()))
+    assert pass_on(mine, other, seconds=0.2) is None
+    assert pass_on(other, mine)[:2] == other.getsockname()[:2]
+    assert pass_on(mine, other)
+    far.router.forget()
+    assert pass_on(mine, other, seconds=0.2) is None
+
+
+def test_neighbours_reach_each_other_over_ipv6(lab):
+    site = lab.site("neighbours", nat="blocked", ipv6=True)
+    mine, other = (machine.socket(address=machine.ipv6) for machine in (site.machine(), site.machine()))
+    assert pass_on(mine, other) and pass_on(other, mine)
+
+
+def test_who_was_not_given_ipv6_has_none(machines):
+    assert machines["none"].ipv6 is None
+    assert "inet6" not in machines["none"].run(["ip", "addr", "show", "eth0"]).stdout
 
 
 def test_a_process_has_its_own_pid_and_ends_with_the_lab():

@@ -15,18 +15,17 @@ EARLY_SIZE = 512        # bytes of a check that is kept, before its MESSAGE-INTE
 
 
 class EarlyChecks:
-    """Unauthenticated yet, so there are few, and the latest of each session and source."""
+    """Unauthenticated yet, so there are few. All of a session are kept, for each is good from where it came first: its copies are replays."""
 
     def __init__(self) -> None:
-        self._kept: collections.OrderedDict[Tuple[str, Address], Tuple[Message, float]] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[Tuple[str, bytes], Tuple[Message, Address, float]] = collections.OrderedDict()
 
     def keep(self, session_id: str, message: Message, source: Address, now: float) -> None:
         if len(message.signed) <= EARLY_SIZE:
-            self._kept.pop((session_id, source), None)
-            self._kept[session_id, source] = message, now
+            self._kept.setdefault((session_id, message.transaction), (message, source, now))
             trim(self._kept, EARLY_CHECKS)
 
     def take(self, session_id: str, now: float) -> List[Tuple[Message, Address]]:
         """What has come for a session lately, earliest first. It is kept no longer."""
         mine = {key: self._kept.pop(key) for key in list(self._kept) if key[0] == session_id}
-        return [(message, key[1]) for key, (message, came_at) in mine.items() if now - came_at <= EARLY_TIME]
+        return [(message, source) for message, source, came_at in mine.values() if now - came_at <= EARLY_TIME]
