@@ -6,6 +6,7 @@
 """List the games of a rendezvous server, join one, exchange messages with its host, and say what worked."""
 
 import argparse
+import contextlib
 import json
 import random
 import signal
@@ -15,7 +16,9 @@ import time
 
 try:
     import p2pclient
-    from p2pclient.commandline import add_peer_id_file, kept_peer_id, parse_server, seconds
+    from p2pclient.commandline import SLOW, OutputLost, add_peer_id_file, complain, explain, kept_peer_id, parse_server, say, seconds
+    from p2pclient.deadline import told_if_slow
+    from p2pclient.diagnosis import without_stun
     from p2pclient.texts import printable
 except ModuleNotFoundError as error:
     sys.exit(f"the module {error.name} is missing; python3 -m pip install {error.name} installs it")
@@ -48,7 +51,7 @@ def show(games):
               printable(json.dumps(game.info, ensure_ascii=False))) for game in games]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]), flush=True)
+        say("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]))
 
 
 def choose(options, client):
@@ -57,7 +60,7 @@ def choose(options, client):
         return [options.game]
     games = client.list_games()
     if not games:
-        print(f"there are no games at {client.base_url}", flush=True)
+        say(f"there are no games at {client.base_url}")
         return []
     show(games)
     ready = [game.name for game in games if game.ready] or [game.name for game in games]
@@ -72,15 +75,15 @@ def talk(connection, began, options):
         try:
             passed = echo(connection, message.encode())
         except p2pclient.PeerLost as end:
-            print(f"  the connection is lost: {end}", flush=True)
+            say(f"  the connection is lost: {end}")
             break
         if passed is None:
-            print(f"  {message}: no echo within {ECHO:g} s", flush=True)
+            say(f"  {message}: no echo within {ECHO:g} s")
             continue
         if not times:
-            print(f"  first datagram both ways {1000 * (time.monotonic() - began):.0f} ms after the start", flush=True)
+            say(f"  first datagram both ways {1000 * (time.monotonic() - began):.0f} ms after the start")
         times.append(passed)
-        print(f"  {message}: round trip {1000 * passed:.2f} ms", flush=True)
+        say(f"  {message}: round trip {1000 * passed:.2f} ms")
         if i + 1 < options.messages:
             time.sleep(options.interval)
     return times
@@ -98,21 +101,45 @@ def echo(connection, message):
     return time.monotonic() - sent
 
 
-def join(name, options, peer_id):
+def open_endpoint(options):
+    """The socket for all games that are joined in turn: STUN is asked once."""
+    client = p2pclient.RendezvousClient(options.server)
+    with told_if_slow(SLOW, say, f"no STUN server has answered for {SLOW:g} seconds; still waiting"):
+        endpoint = p2pclient.Endpoint(client.stun_servers if options.stun is None else options.stun, client.on_loopback)
+    if without_stun(endpoint.candidates):
+        say(f"warning: {without_stun(endpoint.candidates)}")
+    return endpoint
+
+
+def join(name, endpoint, options, peer_id):
     """Join a game and talk. The round-trip times; None if no connection came about."""
+    say(f"joining {printable(name)}; {p2pclient.describe(endpoint.candidates)}")
     client = p2pclient.RendezvousClient(options.server, patience=PATIENCE)
-    endpoint = p2pclient.Endpoint(client.stun_servers if options.stun is None else options.stun, client.on_loopback)
-    print(f"joining {printable(name)}; {p2pclient.describe(endpoint.candidates)}", flush=True)
     began = time.monotonic()
     try:
-        with p2pclient.join_game(client, name, endpoint=endpoint, peer_id=peer_id, report=lambda line: print("  " + line, flush=True)) as connection:
-            print(f"  connected: {connection.local_address} to {connection.remote_address} in {1000 * connection.connect_time:.0f} ms", flush=True)
+        with p2pclient.join_game(client, name, endpoint=endpoint, peer_id=peer_id, report=lambda line: say("  " + line)) as connection:
+            say(f"  connected: {connection.local_address} to {connection.remote_address} in {1000 * connection.connect_time:.0f} ms")
             return talk(connection, began, options)
     except (p2pclient.RendezvousError, p2pclient.ConnectFailed) as failure:
-        print(f"  not connected: {printable(str(failure))}", flush=True)
+        reason = explain(failure, options.server) if isinstance(failure, p2pclient.RendezvousError) else str(failure)
+        say(f"  not connected: {printable(reason)}")
         return None
-    finally:
-        endpoint.close()
+
+
+def run(options):
+    """List, choose and join. The exit status."""
+    peer_id = kept_peer_id(options)
+    with told_if_slow(SLOW, say, f"no answer for {SLOW:g} seconds from {printable(options.server)}; still waiting"):
+        chosen = choose(options, p2pclient.RendezvousClient(options.server, patience=PATIENCE))
+    if not chosen:
+        return 1
+    with contextlib.closing(open_endpoint(options)) as endpoint:
+        results = [join(name, endpoint, options, peer_id) for name in chosen]
+    connected = [times for times in results if times is not None]
+    times = [each for result in connected for each in result]
+    middle = f", median round trip {1000 * statistics.median(times):.2f} ms" if times else ""
+    say(f"connected to {len(connected)} of {len(chosen)} games, {len(times)} of {len(chosen) * options.messages} messages came back{middle}")
+    return 0 if len(connected) == len(chosen) else 1
 
 
 def main():
@@ -120,25 +147,18 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell starts what runs in its background with SIGINT ignored
     try:
-        peer_id = kept_peer_id(options)
-        chosen = choose(options, p2pclient.RendezvousClient(options.server, patience=PATIENCE))
-        results = [join(name, options, peer_id) for name in chosen]
+        return run(options)
     except ValueError as error:
-        print(f"simulate_guest: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     except p2pclient.RendezvousError as error:
-        print(f"simulate_guest: {printable(str(error))}", file=sys.stderr)
-        return 1
+        complain(explain(error, options.server))
     except KeyboardInterrupt:
-        print("interrupted", flush=True)
-        return 1
-    if not chosen:
-        return 1
-    connected = [times for times in results if times is not None]
-    times = [each for result in connected for each in result]
-    middle = f", median round trip {1000 * statistics.median(times):.2f} ms" if times else ""
-    print(f"connected to {len(connected)} of {len(chosen)} games, {len(times)} of {len(chosen) * options.messages} messages came back{middle}", flush=True)
-    return 0 if len(connected) == len(chosen) else 1
+        with contextlib.suppress(OutputLost):
+            say("interrupted")
+    except OutputLost:
+        pass
+    return 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@
 """Offer games at a rendezvous server, and echo what each guest says, until Ctrl-C."""
 
 import argparse
+import concurrent.futures
+import contextlib
+import itertools
 import json
 import random
 import signal
@@ -15,7 +18,9 @@ import time
 
 try:
     import p2pclient
-    from p2pclient.commandline import add_peer_id_file, kept_peer_id, parse_server, seconds
+    from p2pclient.commandline import SLOW, OutputLost, add_peer_id_file, complain, explain, kept_peer_id, output_lost, parse_server, say, seconds
+    from p2pclient.deadline import told_if_slow
+    from p2pclient.diagnosis import without_stun
     from p2pclient.texts import printable
 except ModuleNotFoundError as error:
     sys.exit(f"the module {error.name} is missing; python3 -m pip install {error.name} installs it")
@@ -24,6 +29,8 @@ WHOSE = ("Ada", "Bruno", "Chidi", "Dagny", "Emeka", "Freya", "Goro", "Hana", "In
 WHAT = ("castle", "dungeon", "island", "arena", "railway", "harbour", "orchard", "labyrinth", "lighthouse", "canyon", "glacier", "bazaar")
 
 PATIENCE = 3.0      # seconds for a server to answer
+STUN_TIME = 1.0     # seconds for a STUN server of which the rendezvous server has just told
+AT_ONCE = 16        # hosts that gather candidates
 
 
 def json_object(text):
@@ -39,7 +46,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server", default="http://localhost:8000", metavar="URL", help="the rendezvous server (default: %(default)s)")
     parser.add_argument("--hosts", type=int, default=3, metavar="N", help="games to offer (default: %(default)s)")
-    parser.add_argument("--name", metavar="PREFIX", help="name the games PREFIX 1, PREFIX 2 ... (default: names of people and places)")
+    parser.add_argument("--name", metavar="PREFIX", help="name the games PREFIX 1, PREFIX 2 ..., a single one PREFIX (default: names of people and places)")
     parser.add_argument("--info", type=json_object, metavar="JSON", help="what lobbies show of each game, an object")
     parser.add_argument("--stun", type=parse_server, action="append", metavar="HOST:PORT",
                         help="a STUN server, repeatable; two tell the kind of the NAT (default: the rendezvous server)")
@@ -57,19 +64,21 @@ def parse_arguments():
     return options
 
 
-def names(prefix):
-    """Distinct names without end: the second round of each is numbered."""
+def names(prefix, hosts):
+    """Distinct names without end: the second round of each is numbered, and with a prefix for several hosts the first as well."""
     firsts = [prefix] if prefix else [f"{who}'s {what}" for who in WHOSE for what in WHAT]
     random.shuffle(firsts)
-    number = 1
-    while True:
+    for number in itertools.count(1):
         for first in firsts:
-            yield f"{first} {number}" if prefix or number > 1 else first
-        number += 1
+            yield f"{first} {number}" if number > 1 or prefix and hosts > 1 else first
 
 
-def say(name, text):
-    print(f"[{printable(name)}] {printable(text)}", flush=True)
+def tell(name, text):
+    say(f"[{printable(name)}] {printable(text)}")
+
+
+def in_words(games):
+    return "1 game is" if len(games) == 1 else f"{len(games)} games are"
 
 
 def offer(options, name, peer_id):
@@ -77,20 +86,42 @@ def offer(options, name, peer_id):
     client = p2pclient.RendezvousClient(options.server, patience=PATIENCE)
     try:
         game = p2pclient.HostedGame(client, name, options.info, stun_servers=options.stun, keepalive=options.keepalive,
-                                    report=lambda line: say(name, line), peer_id=peer_id, port_mapping=options.port_mapping)
+                                    report=lambda line: tell(name, line), peer_id=peer_id, port_mapping=options.port_mapping)
     except p2pclient.RendezvousError as error:
         if error.status == 409:
-            say(name, "this name is taken, trying another")
+            tell(name, "this name is taken, trying another")
             return None
         raise
-    say(name, f"registered; {p2pclient.describe(game.endpoint.candidates)}")
+    tell(name, f"registered; {p2pclient.describe(game.endpoint.candidates)}")
     return game
+
+
+def offer_all(options, peer_id, games):
+    """Offer as many games as are asked for, several at a time, and add each to games. RendezvousError: the server wants no more, or is not there."""
+    def offer_one(name):
+        if not failures and not output_lost.is_set():
+            try:
+                games.extend(filter(None, [offer(options, name, peer_id)]))
+            except p2pclient.RendezvousError as error:
+                failures.append(error)
+
+    failures, candidates = [], names(options.name, options.hosts)
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool, \
+            told_if_slow(SLOW, say, f"no answer for {SLOW:g} seconds from {printable(options.server)}, or from STUN; still waiting"):
+        try:
+            while len(games) < options.hosts and not failures and not output_lost.is_set():
+                list(pool.map(offer_one, itertools.islice(candidates, options.hosts - len(games))))
+        except KeyboardInterrupt:
+            failures.append(None)       # those that have not begun do not begin
+            raise
+    if failures:
+        raise failures[0]
 
 
 def echo(name, connection):
     """Send back what a guest says until it leaves."""
     guest = f"guest {connection.session_id[:8]}"
-    say(name, f"{guest} connected: {connection.local_address} to {connection.remote_address}, {1000 * connection.connect_time:.0f} ms after it was known, "
+    tell(name, f"{guest} connected: {connection.local_address} to {connection.remote_address}, {1000 * connection.connect_time:.0f} ms after it was known, "
               f"round trip {1000 * connection.rtt:.1f} ms")
     echoed = 0
     try:
@@ -98,7 +129,7 @@ def echo(name, connection):
             connection.send(connection.recv())
             echoed += 1
     except p2pclient.PeerLost as end:
-        say(name, f"{guest}: {end}; {echoed} messages echoed, round trip {1000 * connection.rtt:.1f} ms")
+        tell(name, f"{guest}: {end}; {echoed} messages echoed, round trip {1000 * connection.rtt:.1f} ms")
     connection.close()
 
 
@@ -120,41 +151,65 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def main():
-    options = parse_arguments()
-    sys.stdout.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):      # a shell starts what runs in its background with SIGINT ignored
-        signal.signal(number, interrupt)
-    games, candidates = [], names(options.name)
+def run(options, games):
+    """Offer games, which are added to games, and serve their guests until it is time to end. The exit status."""
     status = 0
     try:
-        peer_id = kept_peer_id(options)
-        while len(games) < options.hosts:
-            game = offer(options, next(candidates), peer_id)
-            if game:
-                games.append(game)
-        threads = [threading.Thread(target=serve, args=(game, options.once), daemon=True) for game in games]
-        for thread in threads:
-            thread.start()
-        print(f"{len(games)} games are on offer at {options.server}; Ctrl-C ends them", flush=True)
-        end = p2pclient.Deadline(options.duration)
-        while end.left() and any(thread.is_alive() for thread in threads):
-            time.sleep(min(0.2, end.left()))
-    except KeyboardInterrupt:
-        pass
-    except (p2pclient.RendezvousError, ValueError) as error:
-        print(f"simulate_hosts: {printable(str(error))}", file=sys.stderr)
-        status = 2 if isinstance(error, ValueError) else 1
-    for number in (signal.SIGINT, signal.SIGTERM):      # the next one does not wait for the server to hear of it
-        signal.signal(number, signal.SIG_DFL)
+        offer_all(options, kept_peer_id(options), games)
+    except p2pclient.RendezvousError as error:
+        complain((f"{in_words(games)} on offer, not {options.hosts}: " if games else "") + explain(error, options.server))
+        status = 1
+    if not games:
+        return status
+    warn_without_stun(games[0].endpoint)
+    threads = [threading.Thread(target=serve, args=(game, options.once), daemon=True) for game in games]
+    for thread in threads:
+        thread.start()
+    say(f"{in_words(games)} on offer at {options.server}; Ctrl-C ends {'it' if len(games) == 1 else 'them'}")
+    end = p2pclient.Deadline(options.duration)
+    while end.left() and not output_lost.is_set() and any(thread.is_alive() for thread in threads):
+        time.sleep(min(0.2, end.left()))
+    return status
+
+
+def warn_without_stun(endpoint):
+    """Say once what it means if no STUN server answers. One at another port than was guessed has a second."""
+    end = p2pclient.Deadline(STUN_TIME)
+    while end.left() and without_stun(endpoint.candidates):
+        time.sleep(0.05)
+    if without_stun(endpoint.candidates):
+        say(f"warning: {without_stun(endpoint.candidates)}")
+
+
+def close_all(games):
+    """Delete all games at once."""
     closing = [threading.Thread(target=game.close) for game in games]
     for thread in closing:
         thread.start()
     for thread in closing:
         thread.join()
     if games:
-        print(f"{len(games)} games are no longer on offer", flush=True)
-    return status
+        say(f"{in_words(games)} no longer on offer")
+
+
+def main():
+    options = parse_arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")
+    for number in (signal.SIGINT, signal.SIGTERM):      # a shell starts what runs in its background with SIGINT ignored
+        signal.signal(number, interrupt)
+    games, status = [], 0
+    try:
+        status = run(options, games)
+    except (KeyboardInterrupt, OutputLost):
+        pass
+    except ValueError as error:
+        complain(str(error))
+        status = 2
+    for number in (signal.SIGINT, signal.SIGTERM):      # the next one does not wait for the server to hear of it
+        signal.signal(number, signal.SIG_DFL)
+    with contextlib.suppress(OutputLost):
+        close_all(games)
+    return 1 if output_lost.is_set() else status
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import hmac
 import ipaddress
 import itertools
 import json
+import pathlib
 import random
 import re
 import shutil
@@ -52,7 +53,7 @@ from p2pclient import (
     upnp,
     whereabouts,
 )
-from test_p2pserver import ROOT, WAIT, no_thread_stays, wait_until  # noqa: F401
+from test_p2pserver import ROOT, WAIT, certificate, no_thread_stays, wait_until  # noqa: F401
 
 
 @pytest.fixture
@@ -3052,16 +3053,134 @@ def test_hosts_end_after_their_time(start_server, program):
 
 def test_hosts_choose_another_name_where_one_is_taken(start_server, program):
     url = url_of(start_server())
-    p2pclient.RendezvousClient(url).register_game("castle 1", "ada")
+    p2pclient.RendezvousClient(url).register_game("castle", "ada")
     _, text = program("simulate_hosts.py", "--server", url, "--hosts", "1", "--name", "castle", "--duration", "0.2").end()
-    assert "[castle 1] this name is taken" in text and "[castle 2] registered" in text
+    assert "[castle] this name is taken" in text and "[castle 2] registered" in text
+
+
+def test_a_single_host_has_the_very_name_that_it_is_given(start_server, program):
+    url = url_of(start_server())
+    hosts = program("simulate_hosts.py", "--server", url, "--hosts", "1", "--name", "castle")
+    hosts.has("1 game is on offer at .*; Ctrl-C ends it")
+    assert [game.name for game in p2pclient.RendezvousClient(url).list_games()] == ["castle"]
+    assert "1 game is no longer on offer" in hosts.end(signal.SIGINT)[1]
+
+
+def test_hosts_gather_candidates_at_once_and_a_missing_stun_server_is_one_warning_with_its_consequence(start_server, program):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.settimeout(WAIT)
+        stun_server = f"127.0.0.1:{silent.getsockname()[1]}"
+        hosts = program("simulate_hosts.py", "--server", url_of(start_server()), "--stun", stun_server)
+        first = {silent.recvfrom(2048)[1] for _ in range(3)}
+        assert len(first) == 3 and not hosts.lines, "all have asked before the first has given up"
+        hosts.has("3 games are on offer")
+        text = hosts.end(signal.SIGINT)[1]
+    assert text.count("warning") == 1 and "warning: no STUN server answers, so players outside of this network may not get through" in text
+
+
+def test_a_guest_asks_stun_once_for_all_games(start_server, program):
+    url = url_of(start_server())
+    program("simulate_hosts.py", "--server", url).has("3 games are on offer")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        status, text = program("simulate_guest.py", "--server", url, "--all", "--messages", "1", "--stun", f"127.0.0.1:{silent.getsockname()[1]}").end()
+    assert status == 0 and text.count("warning: no STUN server answers") == text.count("no STUN server has answered for 3 seconds") == 1
+
+
+def test_stun_at_another_port_is_no_warning(start_server, program):
+    status, text = program("simulate_hosts.py", "--server", url_of(start_server(stun_port=free_port())), "--duration", "0.1").end()
+    assert status == 0 and "warning" not in text
+
+
+@pytest.mark.parametrize("arguments", [("simulate_guest.py",), ("simulate_hosts.py", "--hosts", "1")], ids=["guest", "host"])
+def test_after_three_seconds_of_a_silent_server_a_line_says_so(program, arguments):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        waiting = program(*arguments, "--server", url)
+        waiting.has(f"no answer for 3 seconds from {url}.*; still waiting")
+        waiting.end(signal.SIGKILL)
+
+
+def test_who_joins_a_host_without_addresses_is_told_what_the_waiting_is_for(start_server, monkeypatch):
+    monkeypatch.setattr(games, "UNHEARD_TIME", 0.2)
+    host, lines = p2pclient.RendezvousClient(url_of(start_server())), []
+    host.register_game("castle", "ada")
+    with pytest.raises(p2pclient.ConnectFailed, match="published no address"):
+        p2pclient.join_game(p2pclient.RendezvousClient(host.base_url), "castle", timeout=1, report=lines.append)
+    assert lines == ["no address of the host for 0.2 seconds: the host or the server is silent; still waiting"]
+
+
+def test_hosts_keep_the_games_that_the_server_allows_and_say_which_limit_stopped_them(start_server, program):
+    url = url_of(start_server(max_games_per_client=2))
+    hosts = program("simulate_hosts.py", "--server", url, "--hosts", "4")
+    hosts.has("2 games are on offer, not 4: your address has 2 games, which is all that one may have")
+    hosts.has("2 games are on offer at")
+    assert program("simulate_guest.py", "--server", url, "--all", "--messages", "1").end()[0] == 0
+    assert hosts.end(signal.SIGINT)[0] == 0 and p2pclient.RendezvousClient(url).list_games() == []
+
+
+@pytest.mark.parametrize("lines", [0, 1, 4])
+@pytest.mark.parametrize("script", ["simulate_hosts.py", "simulate_guest.py"])
+def test_a_program_whose_reader_is_gone_ends_quietly_and_leaves_nothing(start_server, script, lines, tmp_path):
+    server = start_server()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle"), subprocess.Popen(
+            [sys.executable, script, "--server", url_of(server)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={"PATH": "", "XDG_STATE_HOME": str(tmp_path)}) as program:
+        for _ in range(lines):
+            assert program.stdout.readline()
+        program.stdout.close()
+        if script == "simulate_hosts.py" and lines == 4:        # it is silent until a guest comes
+            for game in p2pclient.RendezvousClient(url_of(server)).list_games()[1:]:
+                p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), game.name).close()
+        assert program.wait(WAIT) == 1 and program.stderr.read() == ""
+        assert [game.name for game in p2pclient.RendezvousClient(url_of(server)).list_games()] == ["castle"]
+        wait_until(lambda: server.registry.counts()["guests"] == 0)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("script", ["simulate_hosts.py", "simulate_guest.py"])
+def test_a_program_whose_disk_is_full_ends_with_one_line_and_leaves_nothing(start_server, script, tmp_path):
+    url = url_of(start_server())
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle"), open("/dev/full", "w") as full:
+        found = subprocess.run([sys.executable, script, "--server", url], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=WAIT,
+                               env={"PATH": "", "XDG_STATE_HOME": str(tmp_path)})
+        assert (found.returncode, found.stderr) == (1, f"{script[:-3]}: the output is lost: No space left on device\n")
+        assert [game.name for game in p2pclient.RendezvousClient(url).list_games()] == ["castle"]
+
+
+@pytest.mark.parametrize("arguments", [("simulate_guest.py",), ("simulate_guest.py", "--game", "castle"), ("simulate_hosts.py",), ("-m", "p2pclient", "check")],
+                         ids=["guest", "game", "host", "doctor"])
+@pytest.mark.parametrize("typed", ["https://{}", "http://{}/games", "http://{}/a/b/", "{}/games"])
+def test_a_url_of_the_other_scheme_or_with_a_path_is_recognised(start_server, program, arguments, typed):
+    place = url_of(start_server()).partition("://")[2]
+    status, text = program(*arguments, "--server", typed.format(place)).end()
+    assert status == 1 and f"a p2pserver answers at http://{place}: use that as --server" in text
+
+
+def test_http_on_https_is_recognised(start_server, program, certificate):  # noqa: F811
+    server = start_server(tls_cert=str(certificate))
+    for script in ("simulate_guest.py", "simulate_hosts.py"):
+        status, text = program(script, "--server", url_of(server)).end()
+        assert status == 1 and "this port speaks TLS: use https://" in text
+
+
+def test_a_game_that_is_not_there_is_not_looked_for_at_another_url(start_server, program):
+    assert "a p2pserver answers" not in program("simulate_guest.py", "--server", url_of(start_server()), "--game", "castle").end()[1]
+
+
+def test_what_is_a_program_may_be_executed_and_nothing_else():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines() or ["simulate_hosts.py", "simulate_guest.py"]
+    for path in map(ROOT.joinpath, listed):
+        if path.is_file():
+            assert path.read_bytes().startswith(b"#!") == bool(path.stat().st_mode & 0o100), path
 
 
 def test_hosts_and_a_guest_that_were_killed_come_back_as_who_they_were(start_server, program, tmp_path):
     server = start_server()
     for _ in range(2):
         hosts = program("simulate_hosts.py", "--server", url_of(server), "--hosts", "1", "--name", "castle")
-        hosts.has("castle 1. registered")
+        hosts.has("castle. registered")
         guest = program("simulate_guest.py", "--server", url_of(server), "--messages", "1000")
         guest.has("message 1 of 1000: round trip")
         for each in (hosts, guest):
@@ -3076,9 +3195,9 @@ def test_hosts_and_a_guest_that_were_killed_come_back_as_who_they_were(start_ser
 def test_of_two_programs_with_one_file_of_a_peer_id_one_has_another(start_server, program):
     server = start_server()
     first = program("simulate_hosts.py", "--server", url_of(server), "--hosts", "1", "--name", "castle")
-    first.has("castle 1. registered")
+    first.has("castle. registered")
     _, text = program("simulate_hosts.py", "--server", url_of(server), "--hosts", "1", "--name", "castle", "--duration", "0.2").end()
-    assert "[castle 1] this name is taken" in text and "[castle 2] registered" in text
+    assert "[castle] this name is taken" in text and "[castle 2] registered" in text
 
 
 def test_a_file_with_a_peer_id_that_others_may_read_is_closed_to_them(tmp_path):

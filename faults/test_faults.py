@@ -591,9 +591,9 @@ def test_the_simulators_print_hostile_names_harmlessly():
                                       "--info", json.dumps({"map": "\x1b[2J\n\u202e"})) as hosts:
         hosts.says("on offer")
         with Program(ROOT / "simulate_guest.py", "--server", server.url) as guest:
-            assert guest.process.wait(60) == 0 and "annexe\\ue000txt.exe 1" in guest.out
+            assert guest.process.wait(60) == 0 and "annexe\\ue000txt.exe" in guest.out
         hosts.stop()
-        assert is_harmless(guest.out + guest.err + hosts.out + hosts.err) and "annexe\\ue000txt.exe 1" in hosts.out
+        assert is_harmless(guest.out + guest.err + hosts.out + hosts.err) and "annexe\\ue000txt.exe" in hosts.out
 
 
 ROGUE = """

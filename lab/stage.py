@@ -92,7 +92,7 @@ class Stage(natlab.Lab):
 
     def host(self, machine, *options):
         """Offer "game 1" on a machine, and wait until it is registered."""
-        host = Program(machine, "simulate_hosts.py", "--hosts", "1", "--name", "game", *self._options, *options)
+        host = Program(machine, "simulate_hosts.py", "--hosts", "1", "--name", "game 1", *self._options, *options)
         host.expect("registered")
         return host
 

@@ -28,7 +28,7 @@ socket: it finds the socket's candidate addresses, punches holes, and carries th
 
 The files, from leaf to root; none needs one below it:
 
-    deadline.py     what is left of a budget of time
+    deadline.py     what is left of a budget of time, and what takes long
     addresses.py    addresses, and which of a peer's are usable
     stun.py         the codec of STUN
     sockets.py      UDP sockets, and what the operating system knows of ways

@@ -10,8 +10,8 @@ from typing import Callable, List, Optional, Sequence
 
 from .addresses import Address, text_of
 from .answers import RendezvousError
-from .commandline import parse_server
-from .diagnosis import ConnectFailed, describe
+from .commandline import explain, parse_server
+from .diagnosis import ConnectFailed, describe_nat
 from .endpoint import Endpoint
 from .forwarding import try_forwarding
 from .games import HostedGame, default_stun, join_game
@@ -35,7 +35,7 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
         say(True, f"HTTP: p2pserver {health['version']} at {client.base_url} answers in {1000 * (time.monotonic() - began):.0f} ms")
         client.register_game(name, peer_id, listed=False)       # which tells where it answers STUN
     except RendezvousError as error:
-        return say(False, f"HTTP: {error}. Is the server started, the port open (TCP), the URL right?")
+        return say(False, f"HTTP: {explain(error, base_url)}. Is the server started, the port open (TCP), the URL right?")
     servers = default_stun(client, stun_servers)
     endpoint = Endpoint(servers, client.on_loopback)
     found = endpoint.candidates
@@ -45,7 +45,7 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
         say(False, f"STUN: no answer from {', '.join(map(text_of, servers))}. Is that port open for UDP, UDP not blocked here?")
     else:
         say(False, "STUN: this server answers none, so nobody behind a router can be found. Name a STUN server (--stun).")
-    say(found.nat not in ("symmetric", "no answer", "not asked"), f"NAT: {describe(found)}")
+    say(found.nat not in ("symmetric", "no answer", "not asked"), f"NAT: {describe_nat(found)}")
     if not client.on_loopback:
         say(True, f"PORTS: {try_forwarding(endpoint.socket.getsockname()[1]) or NO_PORT}")
     try:

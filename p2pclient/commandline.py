@@ -1,24 +1,96 @@
-"""What the programs share: arguments, and the peerId that a player keeps."""
+"""What the programs share: arguments, the peerId that a player keeps, lines of output, and which URL was meant."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import socket
+import sys
+import threading
 import urllib.parse
+import warnings
 from typing import IO, List, Optional
 
+import requests
+
 from .addresses import Address
+from .answers import RendezvousError
 from .rendezvous import new_peer_id
+from .texts import printable
 
 try:
     import fcntl
 except ImportError:     # on Windows two programs must be given two files
     fcntl = None        # type: ignore[assignment]
 
+SLOW = 3.0              # seconds of silence after which a program says what it waits for
+PROBE_TIME = 2.0        # seconds for a server to show itself at another URL
+
 _in_use: List[IO[str]] = []     # files of peerIds, which stay locked until the program ends
+output_lost = threading.Event()     # nobody reads the output any more, or its disk is full
+
+
+class OutputLost(Exception):
+    """To go on makes no sense: nobody would know."""
+
+
+def say(line: str) -> None:
+    """Print a line at once. OutputLost in the main thread; other threads leave it to that one."""
+    if not output_lost.is_set():
+        try:
+            print(line, flush=True)
+        except OSError as error:
+            give_up_output(error)
+    if output_lost.is_set() and threading.current_thread() is threading.main_thread():
+        raise OutputLost
+
+
+def give_up_output(error: OSError) -> None:
+    """Nothing is printed any more, nor what is still in the buffer: Python would complain of that at its end."""
+    output_lost.set()
+    if error.errno != errno.EPIPE:      # who has closed a pipe wants to know no more
+        complain(f"the output is lost: {error.strerror}")
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def complain(line: str) -> None:
+    """Print a line of trouble on the standard error, as far as that works."""
+    with contextlib.suppress(OSError):
+        print(f"{os.path.basename(sys.argv[0]).partition('.')[0]}: {printable(line)}", file=sys.stderr, flush=True)
+
+
+def explain(error: RendezvousError, url: str) -> str:
+    """The failure of a first call, with the URL that may have been meant."""
+    url = url if "://" in url else "http://" + url
+    has_path = urllib.parse.urlsplit(url).path.strip("/") != ""
+    meant = better_url(url) if error.status == 0 or error.status in (404, 405) and has_path else ""
+    return f"{error}; a p2pserver answers at {meant}: use that as --server" if meant else str(error)
+
+
+def better_url(url: str) -> str:
+    """The URL at which a p2pserver answers: without the path of this one, or with the other scheme; "" if there is none."""
+    parts = urllib.parse.urlsplit(url)
+    other = "http" if parts.scheme == "https" else "https"
+    for scheme in (parts.scheme, other):
+        candidate = f"{scheme}://{parts.netloc}"
+        if candidate != url.rstrip("/") and is_server(candidate):
+            return candidate
+    return ""
+
+
+def is_server(url: str) -> bool:
+    """Whether a p2pserver answers there. Nothing is told it, so its certificate does not matter."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            health = requests.get(url + "/healthz", timeout=PROBE_TIME, verify=False, allow_redirects=False).json()
+    except (requests.RequestException, ValueError):
+        return False
+    return isinstance(health, dict) and {"status", "version", "games", "guests"} <= health.keys()
 
 
 def seconds(text: str) -> float:

@@ -10,7 +10,7 @@ from .checks import NO_WAY, Session
 
 RELAY = "What would help: a port forwarded on the router of one of you, IPv6 on both sides, or a relay (TURN)."
 NAT_KINDS = {
-    "none": "there is no NAT",
+    "none": "there is no NAT between here and this server",
     "endpoint-independent": "the NAT keeps one port for all destinations: good",
     "symmetric": "the NAT gives each destination another port (symmetric): only hosts and guests with an easier one can connect with you",
     "unknown": "there is a NAT; with a second --stun server its kind can be told",
@@ -28,10 +28,23 @@ class ConnectFailed(Exception):
 
 
 def describe(candidates: Candidates) -> str:
-    """Candidates and NAT kind in a line."""
-    is_inside = candidates.mapped is not None and private_network(candidates.mapped[0])
-    kind = "the STUN server is behind the same router, so the kind of NAT is unknown; use one outside (--stun)" if is_inside else NAT_KINDS[candidates.nat]
-    return f"candidates {', '.join(candidates.addresses) or 'none'}; {kind}"
+    """Candidates in a line, and the kind of NAT as far as STUN has told it."""
+    addresses = f"candidates {', '.join(candidates.addresses) or 'none'}"
+    return f"{addresses}; {describe_nat(candidates)}" if candidates.mapped else addresses
+
+
+def describe_nat(candidates: Candidates) -> str:
+    if candidates.mapped and private_network(candidates.mapped[0]):
+        return "the STUN server is behind the same router, so the kind of NAT is unknown; use one outside (--stun)"
+    return NAT_KINDS[candidates.nat]
+
+
+def without_stun(candidates: Candidates) -> str:
+    """What follows for a player if no STUN server has answered; "" if one has."""
+    if candidates.mapped:
+        return ""
+    return f"{NAT_KINDS[candidates.nat]}, so players outside of this network may not get through to this one; " \
+           "open the server's port for UDP, or name another STUN server (--stun)"
 
 
 def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> ConnectFailed:

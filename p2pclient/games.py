@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Optional, Sequence
 from .addresses import Address
 from .answers import RendezvousError
 from .connection import Connection
-from .deadline import Deadline
+from .deadline import Deadline, told_if_slow
 from .diagnosis import ConnectFailed
 from .endpoint import KEEPALIVE, Endpoint, log
 from .forwarding import Forwarding
@@ -21,7 +21,7 @@ from .repeater import Repeater
 from .texts import line_of
 
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
-UNHEARD_TIME = 3.0      # seconds after which a guest is told that its host has not answered
+UNHEARD_TIME = 3.0      # seconds after which a guest is told what it waits for
 REFUSED = (400, 403, 404, 409)      # the name is somebody else's now, or we are not understood
 
 
@@ -147,7 +147,7 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
     the checks then have 15.
 
     endpoint: one's own, which stays open when the connection is closed; peer_id: who comes back with the one of before has the same session;
-    report: takes a line when the host is slow to answer.
+    report: takes a line when the host or the server is slow to answer.
     RendezvousError: no such game, or so; ConnectFailed says why there is no way.
     """
     deadline, peer_id = Deadline(timeout), peer_id or new_peer_id()
@@ -157,7 +157,8 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
         client.connect(deadline.left())
         own = gathered(gathering, deadline) if gathering else endpoint
         assert own
-        start = start_with_addresses(client, name, own, peer_id, deadline)
+        with told_if_slow(UNHEARD_TIME, report, f"no address of the host for {UNHEARD_TIME:g} seconds: the host or the server is silent; still waiting"):
+            start = start_with_addresses(client, name, own, peer_id, deadline)
         use_told_stun(client, own)
         presence = Presence(client, own, start, peer_id)
         presence.begin()
@@ -239,18 +240,14 @@ def refused_for_loopback(error: RendezvousError, endpoint: Endpoint) -> bool:
 def connect_or_explain(client: RendezvousClient, endpoint: Endpoint, start: Start, report: Callable[[str], None]) -> Connection:
     """Connect with the host. ConnectFailed: its game is gone, or what the endpoint saw."""
     line = f"the host has not answered for {UNHEARD_TIME:g} seconds: it may be gone, or hard to reach; still trying"
-    unheard = threading.Timer(UNHEARD_TIME, report, [line])
-    unheard.daemon = True
-    unheard.start()
     try:
-        return endpoint.connect(start)
+        with told_if_slow(UNHEARD_TIME, report, line):
+            return endpoint.connect(start)
     except ConnectFailed as failure:
         with contextlib.suppress(RendezvousError):
             client.get_game(start.name, within=CLOSE_TIME)
             raise
         raise ConnectFailed("the host is gone: its game is no longer offered") from failure
-    finally:
-        unheard.cancel()
 
 
 def default_stun(client: RendezvousClient, stun_servers: Optional[Sequence[Address]]) -> Sequence[Address]:
