@@ -3277,6 +3277,66 @@ def test_the_simulators_ask_for_requests_alone():
         assert json.loads(re.search("dependencies = (.*)", metadata)[1]) == ["requests"]
 
 
+# ---- docs/WIRE.md ---------------------------------------------------------------------------------------------------
+
+WIRE = {title: bytes.fromhex(re.sub("#.*", "", lines)) for title, lines in
+        re.findall(r"^# (.*)\n((?:[0-9a-f].*\n)+)", (ROOT / "docs" / "WIRE.md").read_text(encoding="utf-8"), re.MULTILINE)}
+WIRE_ID, WIRE_KEY = "2ff0a04bb2347b1bbb174a2b0ef88c7a", "e0d7cbfa2cd6f0da3a04bc7ad7a8b8a8"
+WIRE_GUEST, WIRE_HOST = ("198.51.100.9", 5000), ("203.0.113.7", 4000)
+
+
+def test_two_sessions_send_each_other_what_the_page_shows(monkeypatch):
+    """With its nonces, tie-breakers and transactions as random numbers."""
+    numbers = iter(map(bytes.fromhex, ["a0a1a2a3a4a5a6a7", 8 * "11", "b0b1b2b3b4b5b6b7", 8 * "22", "000102030405060708090a0b",
+                                       "101112131415161718191a1b", "202122232425262728292a2b"]))
+    monkeypatch.setattr(checks.secrets, "token_bytes", lambda size: next(numbers))
+    guest, host = (checks.Session(WIRE_ID, WIRE_KEY, controlling, 0.0) for controlling in (True, False))
+    guest.add([WIRE_HOST], 0.0)
+    assert guest.tick(0.0) == [(WIRE["Check of a guest with P2P, which nominates"], WIRE_HOST)]
+    answers = host.receive(stun.decode(WIRE["Check of a guest with P2P, which nominates"]), WIRE_GUEST, 0.01)
+    assert answers == [(WIRE["Answer of the host"], WIRE_GUEST), (WIRE["Check of the host"], WIRE_GUEST)]
+    assert guest.receive(stun.decode(WIRE["Answer of the host"]), WIRE_HOST, 0.02) == []
+    assert guest.receive(stun.decode(WIRE["Check of the host"]), WIRE_HOST, 0.02) == [(WIRE["Answer of the guest"], WIRE_HOST)]
+    assert host.receive(stun.decode(WIRE["Answer of the guest"]), WIRE_GUEST, 0.03) == []
+    assert (guest.selected, host.selected) == (WIRE_HOST, WIRE_GUEST)
+    assert guest.channel.seal(b"hello") == WIRE["Datagram of the guest, of its hello"]
+    assert host.channel.seal(b"hello") == WIRE["Datagram of the host, of its hello"]
+    assert host.open(WIRE["Datagram of the guest, of its hello"], 0.04) == guest.open(WIRE["Datagram of the host, of its hello"], 0.04) == b"hello"
+    assert guest.goodbye() == [(WIRE["Good-bye of the guest"], WIRE_HOST)]
+    host.receive(stun.decode(WIRE["Good-bye of the guest"]), WIRE_GUEST, 0.05)
+    assert host.over == checks.LEFT
+
+
+def test_a_plain_check_is_answered_as_the_page_shows():
+    check = WIRE["Check of a plain guest, which nominates"]
+    host = checks.Session(WIRE_ID, WIRE_KEY, False, 0.0)
+    assert host.receive(stun.decode(check), WIRE_GUEST, 0.0)[0] == (WIRE["Answer of the host to a plain check"], WIRE_GUEST)
+    assert check == stun.encode(stun.REQUEST, check[8:20], [
+        (stun.USERNAME, f"{WIRE_ID}:{WIRE_ID}".encode()), (stun.ICE_CONTROLLING, 8 * b"\x33"), (stun.PRIORITY, checks.PEER_REFLEXIVE),
+        (stun.USE_CANDIDATE, b"")], WIRE_KEY)
+
+
+def test_a_conflict_of_roles_is_answered_as_the_page_shows(monkeypatch):
+    monkeypatch.setattr(checks.secrets, "token_bytes", lambda size: size * b"\x44")      # more than the peer's tie-breaker
+    controls = checks.Session(WIRE_ID, WIRE_KEY, True, 0.0)
+    answers = controls.receive(stun.decode(WIRE["Check of a plain guest, which nominates"]), WIRE_GUEST, 0.0)
+    assert answers == [(WIRE["Answer of the host to a plain check, if it controls as well"], WIRE_GUEST)]
+
+
+def test_our_question_to_a_stun_server_and_the_answer_of_ours_are_those_of_the_page():
+    question = WIRE["Question to a STUN server"]
+    assert stun.encode(stun.REQUEST, question[8:20]) == question
+    assert p2pserver.stun_answer(question, WIRE_GUEST) == WIRE["Answer of the STUN server"]
+    assert stun.mapped_address(stun.decode(WIRE["Answer of the STUN server"])) == WIRE_GUEST
+
+
+def test_each_line_of_a_vector_is_the_header_or_the_attribute_that_it_says():
+    page = (ROOT / "docs" / "WIRE.md").read_text(encoding="utf-8")
+    told = re.findall(r"^([0-9a-f]{4}) [0-9a-f]{4}\b.*# ([A-Z0-9-]+)$", page, re.MULTILINE)
+    assert len(told) == 41 and all(int(number, 16) == getattr(stun, name.replace("-", "_")) for number, name in told)
+    assert len(WIRE) == 12
+
+
 # ---- README ---------------------------------------------------------------------------------------------------------
 
 def test_the_example_of_a_game_works(start_server, program):

@@ -1,0 +1,94 @@
+"""The tests of the examples in other languages: each meets the simulators, as guest and as host, with the real server on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import requests
+from browsers import HERE, WAIT, run_server, wait_until
+
+LANGUAGES = {"node": ["node", "peer.mjs"], "lua": ["lua5.1", "peer.lua"]}       # the program, and what it runs
+
+
+@pytest.fixture(params=list(LANGUAGES))
+def example(request):
+    """The command that starts the example; role, name and server are to follow."""
+    program, script = LANGUAGES[request.param]
+    if not shutil.which(program):
+        pytest.skip(f"there is no {program}")
+    return [program, HERE / request.param / script]
+
+
+@pytest.fixture
+def server():
+    with run_server() as url:
+        yield url
+
+
+def simulator(name, server, folder):
+    """The command of a simulator that keeps its peerId in a folder."""
+    return [sys.executable, HERE.parent / f"simulate_{name}.py", "--server", server, "--peer-id-file", folder / name]
+
+
+def offered(server):
+    """The names of the games to which a guest can go."""
+    return [game["name"] for game in requests.get(f"{server}/games", timeout=WAIT).json()["games"] if game["ready"]]
+
+
+@contextlib.contextmanager
+def run_host(command, server):
+    """The name of its game, and the file with what it says; it ends with the block as by Ctrl-C, and takes its game along."""
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            [name] = wait_until(lambda: offered(server))
+            yield name, process.stdout
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(WAIT)
+            finally:
+                process.kill()
+    assert offered(server) == []
+
+
+def run_guest(command):
+    """What a guest says until it ends, which is well."""
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=2 * WAIT, check=False)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_an_example_has_at_most_200_lines_of_code_beside_what_its_language_lacks(language):
+    texts = {path.name: path.read_text(encoding="utf-8").splitlines() for path in (HERE / language).iterdir()}
+    assert max(len(line) for lines in texts.values() for line in lines) <= 150
+    assert len([line for name, lines in texts.items() for line in lines if name != "bytes.lua" and not re.fullmatch(r"\s*((--|//).*)?", line)]) <= 200
+
+
+def test_an_example_joins_a_host_in_python(example, server, tmp_path):
+    with run_host([*simulator("hosts", server, tmp_path), "--hosts", "1", "--name", "castle"], server) as (name, said):
+        text = run_guest([*example, "join", name, server])
+        assert re.findall(r"back came (.*)", text) == [f"hello {number}" for number in range(1, 6)]
+        wait_until(lambda: "connected: 127.0.0.1:" in said.readline())
+
+
+def test_a_guest_in_python_joins_an_example(example, server, tmp_path):
+    with run_host([*example, "host", "castle", server], server):
+        text = run_guest([*simulator("guest", server, tmp_path), "--game", "castle"])
+        assert "connected to 1 of 1 games, 5 of 5 messages came back" in text
+
+
+def test_two_of_an_example_meet(example, server):
+    with run_host([*example, "host", "castle", server], server):
+        assert run_guest([*example, "join", "castle", server]).count("back came hello") == 5
+
+
+def test_an_example_says_that_there_is_no_such_game(example, server):
+    done = subprocess.run([*map(str, example), "join", "castle", server], capture_output=True, text=True, timeout=WAIT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "there is no game 'castle'\n")
