@@ -2788,7 +2788,7 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 @pytest.mark.parametrize("about", ("description", "GetExternalIPAddress", "AddPortMapping"))
 def test_a_router_that_lies_by_upnp_costs_seconds_at_the_most_and_gives_no_port(lie, about, quick_router):
-    if about == "AddPortMapping" and lie in ("no XML", "entities of entities", "endless", "deep", "services without end", "spaces"):
+    if about == "AddPortMapping" and lie in ("cut", "no XML", "entities of entities", "endless", "deep", "services without end", "spaces"):
         return      # a success is a success, whatever it says
     with Router(upnp=lambda action, request: LIES[lie]() if action == about else igd()(action, request)) as router:
         began = time.monotonic()
