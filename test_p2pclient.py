@@ -2766,6 +2766,13 @@ def test_no_service_is_called_that_is_not_at_the_router(quick_router):
         assert len(router.calls) == 1 and not elsewhere.requests
 
 
+@pytest.mark.parametrize("length, is_read", ((upnp.MAX_ANSWER - 1000, True), (upnp.MAX_ANSWER, False)))
+def test_of_a_description_64_kilobytes_are_read(length, is_read):
+    padded = ok(" " * length + description((IGD_KIND, "/control")))
+    with Router(upnp=lambda action, request: padded if action == "description" else igd()(action, request)) as router:
+        assert bool(upnp.Upnp(router.place, 5000).ask(5000)) == is_read
+
+
 def endless(text):
     yield "HTTP/1.1 200 OK\r\n\r\n"
     while True:
@@ -2802,7 +2809,7 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 @pytest.mark.parametrize("about", ("description", "GetExternalIPAddress", "AddPortMapping"))
 def test_a_router_that_lies_by_upnp_costs_seconds_at_the_most_and_gives_no_port(lie, about, quick_router):
-    if about == "AddPortMapping" and lie in ("no XML", "entities of entities", "endless", "deep", "services without end", "spaces"):
+    if about == "AddPortMapping" and lie in ("cut", "no XML", "entities of entities", "endless", "deep", "services without end", "spaces"):
         return      # a success is a success, whatever it says
     with Router(upnp=lambda action, request: LIES[lie]() if action == about else igd()(action, request)) as router:
         began = time.monotonic()
@@ -2840,7 +2847,7 @@ def test_a_forwarded_port_is_published_once_renewed_at_half_its_life_and_given_b
         wait_until(lambda: len(times) == 3)
         it.end()
         it.join(WAIT)
-        assert lifetimes(router) == [portmap.LIFETIME] * 3 + [0] and min(gaps(times[:3])) >= 0.99 and published == ["198.51.100.7:5000"]
+        assert lifetimes(router) == [portmap.LIFETIME] * 3 + [0] and all(0.99 <= gap < 2 for gap in gaps(times[:3])) and published == ["198.51.100.7:5000"]
         assert lines == ["the router forwards 198.51.100.7:5000 to this game (PCP)"]
 
 
@@ -2913,15 +2920,16 @@ def test_a_forwarded_address_is_a_candidate_where_stun_tells_of_no_public_ipv4_a
     assert watch.it.forward("198.51.100.1:5000") and "198.51.100.1:5000" in watch.it.candidates.addresses
 
 
-def test_a_host_publishes_the_port_that_its_router_forwards_and_gives_it_back_when_it_closes(start_server, quick_router, monkeypatch):
+def test_a_host_publishes_the_port_that_its_router_forwards_and_gives_it_back_when_it_closes(start_server, monkeypatch):
+    """The router hears only the second time that it has the port back: closing waits for that."""
     monkeypatch.setattr(p2pclient.RendezvousClient, "on_loopback", False)
     client = p2pclient.RendezvousClient(url_of(start_server()))
-    with Router(granting) as router:
+    with Router(lambda request, _: granting(request) if lifetimes(router)[-1] or lifetimes(router)[-2:] == [0, 0] else []) as router:
         monkeypatch.setattr(forwarding, "find_place", lambda: router.place)
         with p2pclient.HostedGame(client, "castle") as game:
             mapped = f"198.51.100.7:{game.endpoint.socket.getsockname()[1]}"
             wait_until(lambda: mapped in client.start_game("castle", "a guest", []).addresses)
-        assert lifetimes(router)[-1] == 0
+        assert lifetimes(router)[-2:] == [0, 0]
 
 
 @pytest.mark.parametrize("on_loopback, port_mapping", ((True, True), (False, False)))
