@@ -220,7 +220,7 @@ end
 function ops.poll_game(name, owner, addresses, after, token, replies, dismiss)
   local g = owned(name, owner)
   keep_alive(g.gid, '')
-  local since, sessions, guests, left, gone = since_of(after), {}, {}, {}, {}
+  local since, told, sessions, guests, left, gone = since_of(after), g.told, {}, {}, {}, {}
   for who, guest in pairs(g.guests) do sessions[guest.id] = who end
   local is_again, answers = addresses == '', given(replies) and cjson.decode(replies)
   addresses = given(addresses) or g.addresses
@@ -234,11 +234,11 @@ function ops.poll_game(name, owner, addresses, after, token, replies, dismiss)
       remove_guest(g, who, 'dismiss_guest')
     end
   end
-  save(g)
+  if g.told ~= told then save(g) end
   if g.news > since then
     for _, each in ipairs(after ~= '' and g.left or {}) do if each[1] > since then left[#left + 1] = each[2] end end
     for _, guest in pairs(g.guests) do
-      if guest.changed > since then guests[#guests + 1] = {guest.born, guest.id, guest.key, guest.addresses, guest.seen_at} end
+      if guest.changed > since then guests[#guests + 1] = {guest.born, guest.id, guest.sessionKey, guest.addresses, guest.seen_at} end
     end
   end
   local is_busy = is_same and #(answers or {}) == 0 and dismiss == ''
@@ -253,7 +253,7 @@ function ops.start_game(name, who, addresses, after, token, client, seen_at, id,
     if addresses == '' then error({'no_session', g.name}) end
     local all, own = guests_of(g, client)
     check_room('"guests"', all, max_guests, own, max_guests_per_client)
-    guest = {id = id, key = key, client = client, born = version, addresses = '', changed = 0, reply = '', replied = 0, seen_at = ''}
+    guest = {id = id, sessionKey = key, client = client, born = version, addresses = '', changed = 0, reply = '', replied = 0, seen_at = ''}
     g.guests[who] = guest
   end
   local has_moved = addresses ~= '' and addresses ~= guest.addresses
@@ -265,7 +265,7 @@ function ops.start_game(name, who, addresses, after, token, client, seen_at, id,
   if is_new then event(op, g.name, 'guests: ' .. guests_of(g), client) end
   local text, its_version = offer(g, guest)
   local waits = wait(g.gid, who, token, text ~= '[]' and its_version > since_of(after), addresses == '', not has_moved)
-  return {g.gid, g.name, its_version, guest.id, guest.key, text, waits}
+  return {g.gid, g.name, its_version, guest.id, guest.sessionKey, text, waits}
 end
 function ops.leave_game(name, who)
   local g = found(name)
@@ -323,7 +323,7 @@ return reply(result[1], {unpack(result, 2)})
 """
 
 LIMITS = ("game_ttl", "guest_ttl", "max_games", "max_guests", "max_games_per_client", "max_guests_per_client", "max_memory")     # that the script needs
-GAME_SIZE, GUEST_SIZE = 800, 900         # bytes that one takes in the store beside its texts (bench/store.py measures it)
+GAME_SIZE, GUEST_SIZE = 1000, 350        # bytes that one takes in the store beside its texts (bench/store.py measures it)
 TIMEOUT = 2.0           # seconds for the store to answer
 TICK, SILENCE = 0.25, 1.0       # seconds between two signs of life, and without any, after which the subscription counts as cut
 SPREAD = 1.0            # seconds over which all are asked again who may have missed something

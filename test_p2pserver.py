@@ -1473,6 +1473,18 @@ def test_operations_at_random_have_the_same_outcomes_in_memory_and_in_a_store(se
     assert {key.decode().rpartition("}:")[2].partition(":")[0] for key in store.redis.scan_iter()} <= {"cursor", "secret", "list", "stored", "alive"}
 
 
+def test_a_request_under_a_condition_has_the_outcome_of_both_operations_where_the_registry_answers_later(store):
+    store.redis.flushall()
+    with serving(store=store.url) as api, contextlib.closing(api.server.registry):
+        assert api.call("PATCH", "/games/castle", {"peerId": HOST}, headers={"If-Match": "*"}).status_code == 404
+        assert api.call("POST", "/games/register", {"name": "castle", "peerId": HOST}).status_code == 201
+        tag = api.call("GET", "/games").headers["ETag"]
+        assert [api.call("GET", "/games", headers={name: tag}).status_code for name in ("If-None-Match", "If-Match")] == [304, 200]
+        assert api.call("PATCH", "/games/castle", {"peerId": HOST, "info": {"map": 1}}, headers={"If-Match": '"no"'}).status_code == 412
+        assert api.call("PATCH", "/games/castle", {"peerId": HOST, "info": {"map": 2}}, headers={"If-Match": "*"}).json()["info"] == {"map": 2}
+        assert api.call("DELETE", "/games/castle", {"peerId": HOST}, headers={"If-Match": "*"}).status_code == 204
+
+
 def compare(clock, chance, twins):
     """Do 600 operations with both, and at the end have all expire."""
     for number in range(600):
