@@ -29,6 +29,7 @@ import math
 import os
 import pathlib
 import queue
+import re
 import threading
 import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -427,7 +428,7 @@ class RedisRegistry:
             path = os.environ.get("P2P_STORE_SECRET_FILE")
             given = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get("P2P_STORE_SECRET", "")
             self._is_given, self._secret = bool(given), hashlib.blake2b(given.encode("utf-8")).digest() if given else os.urandom(32)
-            self._redis = redis.Redis.from_url(settings.store.replace("valkey", "redis", 1), retry=Retry(NoBackoff(), 0), protocol=2,
+            self._redis = redis.Redis.from_url(re.sub("^valkey", "redis", settings.store), retry=Retry(NoBackoff(), 0), protocol=2,
                                                socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
             self._greet()
         except (redis.RedisError, ValueError, OSError) as error:
