@@ -1407,7 +1407,7 @@ class Twin:
     def do(self, operation, game, number, wakes=False, after=None, sessions=(), replied=None, **values):
         """A call in terms of numbers: of cursors and sessions that earlier calls gave."""
         if after is not None:
-            values["after"] = self.cursors.get((game, after), 7)
+            values["after"] = self.cursors.get((game, after), 0)
         if replied is not None:
             values["replies"] = {self.sessions[i % len(self.sessions)]: text for i, text in replied.items()} if self.sessions else {}
         if sessions:
@@ -1423,7 +1423,7 @@ class Twin:
         self.cursors[game, number] = news.cursor
         if news.waiter:
             self.waiters[number] = news.waiter
-        known = {cursor: i for i, cursor in enumerate(sorted(set(self.cursors.values())))}
+        known = {cursor: i for i, cursor in enumerate(sorted({cursor for (name, _), cursor in self.cursors.items() if name == game}))}
         return (news.name, [(self.sessions.index(peer.session_id), peer.addresses, peer.seen_at) for peer in news.peers], bool(news.waiter),
                 sorted(map(self.sessions.index, news.left)), list(map(self.sessions.index, news.gone)), news.cursor == 0 or known[news.cursor])
 
