@@ -175,7 +175,7 @@ ACCEPTED_AT_ONCE = 64           # new clients
 REQUEST_TIME = 10.0             # seconds for a request to arrive, from its first byte to its last, and for a TLS handshake
 SEND_TIME = 10.0                # seconds in which a client must read some of an answer
 LINGER_TIME = 2.0               # seconds that a refused request may go on arriving before its connection is closed
-RETRY_AFTER = 10                # seconds, where a full server or game may have room again
+RETRY_AFTER, RESTARTED_AFTER = 10, 1     # seconds, where a full server or game may have room again, and where another server takes over
 POLL_FACTOR = 4                 # times --max-body may be in a poll, whose replies can be many
 BUSY_FACTOR = 5                 # times as long between two polls is advised to a client for which no place to wait is left
 GAME_SIZE, GUEST_SIZE = 1200, 1000      # bytes that one takes beside its texts (bench/memory.py measures it)
@@ -1791,7 +1791,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.usual_fields = now, (f"Server: {self.server_version}\r\nDate: {self.date_time_string(now)}\r\n"
                                         f"X-Content-Type-Options: nosniff\r\n{server.cors_fields}")
         text = f"HTTP/1.1 {answer.status} {self.responses[answer.status][0]}\r\n{server.usual_fields[1]}"
-        retry = {"Retry-After": RETRY_AFTER} if answer.status in (429, 503) else {}
+        retry = {"Retry-After": RESTARTED_AFTER if server.stopping else RETRY_AFTER} if answer.status in (429, 503) else {}
         fields: Dict[str, Any] = {"Cache-Control": "no-store", **retry, **answer.headers}
         if answer.body is not None:
             fields.update({"Content-Type": answer.media_type, "Content-Length": length})

@@ -8,12 +8,8 @@ thread sends the calls, as many in one round trip as there are; another hears wh
     names, lines            hashes: name, as JSON -> gid; gid of a listed game -> what anybody may know of it, as JSON
     list, stored            the version of the list; bytes that games and guests take
     games, guests           sorted sets: gid, and gid:digest -> when it expires, in milliseconds
-    clients                 hash: client, and gid:client -> how many games, and guests of that game, it has
-    game:<gid>              hash: name owner client info listed ready addresses changed news told size
-    guests:<gid>            sorted set: digest -> version of the guest's addresses
-    guest:<gid>:<digest>    hash: id key client born addresses changed reply replied seen_at size
-    sessions:<gid>          hash: sessionId -> digest
-    left:<gid>, dismissed:<gid>    sorted sets: sessionId, and digest -> version
+    clients                 hash: client -> how many games it has
+    game:<gid>              a game with its guests by digest, as MessagePack; register_game() and start_game() below show what they have
     held:<gid>              hash: digest of a guest, or "" for the host -> "<process>/<token>", who waits for news
     alive:<process>         is there while that server is: how many tokens have been published for it
     wake:<process>          a channel: tokens that are to be woken; four times a second "#" and how many there were
@@ -33,6 +29,7 @@ import math
 import os
 import pathlib
 import queue
+import re
 import threading
 import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -49,24 +46,80 @@ local P, op, process, secret, deadline, clock = KEYS[1], ARGV[1], ARGV[2], ARGV[
 local call, time = redis.call, redis.call('TIME')
 local real = time[1] * 1000 + math.floor(time[2] / 1000)
 local now = tonumber(clock) or real         -- milliseconds
+local cursor = tonumber(call('GET', P .. 'cursor') or 0)
+-- Of what this call changes. Never behind the clock, so that it grows also over the loss of the store.
+local version = math.max(cursor + 1, time[1] * 10000 + math.floor(time[2] / 100))
 local woken, events = {}, {}                -- tokens of this server; what has happened to games
+local texts = {}                            -- games by gid, as they are in the store
 
-local function cursor() return tonumber(call('GET', P .. 'cursor') or 0) end
-local function version()                    -- never behind the clock, so that it grows also over the loss of the store
-  local v = math.max(cursor() + 1, time[1] * 10000 + math.floor(time[2] / 100))
-  call('SET', P .. 'cursor', v)
-  return v
-end
-local function game(gid) return P .. 'game:' .. gid end
-local function guest(gid, who) return P .. 'guest:' .. gid .. ':' .. who end
 local function event(operation, name, detail, client) events[#events + 1] = {operation, name, detail, client} end
+local function given(text) if text ~= '' then return text end end
+local function append(list, member)
+  list[#list + 1] = member
+  if #list > max_remembered then table.remove(list, 1) end
+end
 local function count(client, by)
   if call('HINCRBY', P .. 'clients', client, by) <= 0 then call('HDEL', P .. 'clients', client) end
+end
+local function guests_of(g, client)         -- how many there are, and of that client
+  local all, own = 0, 0
+  for _, guest in pairs(g.guests) do
+    all, own = all + 1, own + (guest.client == client and 1 or 0)
+  end
+  return all, own
+end
+local function check_room(what, there, most, of_client, most_of_client)
+  if there >= most then error({'full', tostring(there), what}) end
+  if of_client >= most_of_client then error({'too_many', tostring(of_client), what}) end
 end
 local function keep_alive(gid, who)
   if who == '' then call('ZADD', P .. 'games', now + game_ttl * 1000, gid)
   else call('ZADD', P .. 'guests', now + guest_ttl * 1000, gid .. ':' .. who) end
 end
+
+local function load(gid)
+  texts[gid] = call('GET', P .. 'game:' .. gid)
+  return texts[gid] and cmsgpack.unpack(texts[gid])
+end
+local function line(g)
+  return string.format('{"name":%s,"info":%s,"guests":%d,"ready":%s}', g.name, g.info, guests_of(g), tostring(g.ready))
+end
+local function save(g, is_new)              -- with what follows from it: bytes, cursor, list
+  local size = game_size + #g.name + #g.info + #g.addresses + member_size * (#g.left + #g.dismissed)
+  for _, guest in pairs(g.guests) do size = size + guest_size + #guest.addresses + #guest.reply end
+  local growth, room = size - g.size, max_memory * (is_new and 900000 or 1000000) - (call('GET', P .. 'stored') or 0)
+  if growth > 0 and growth > room then error({'memory'}) end
+  g.size = size
+  local text, shown = cmsgpack.pack(g), g.listed and line(g)
+  if text == texts[g.gid] then return end
+  texts[g.gid] = text
+  call('SET', P .. 'game:' .. g.gid, text)
+  call('INCRBY', P .. 'stored', growth)
+  call('SET', P .. 'cursor', version)
+  if shown ~= call('HGET', P .. 'lines', g.gid) then
+    if shown then call('HSET', P .. 'lines', g.gid, shown) else call('HDEL', P .. 'lines', g.gid) end
+    call('SET', P .. 'list', version)
+  end
+end
+local function found(name)                  -- name: as JSON, or of one that is asked again /gid/name
+  local gid, rest = string.match(name, '^/(%d+)/(.*)$')
+  gid, name = gid or call('HGET', P .. 'names', name), rest or name
+  return gid and load(gid) or rest and load(call('HGET', P .. 'names', name) or '') or error({'no_game', name})
+end
+local function owned(name, owner)
+  local g = found(name)
+  if g.owner ~= owner then error({'not_owner'}) end
+  return g
+end
+local function since_of(after)
+  local since = tonumber(after)
+  return since and since <= cursor and since or -1
+end
+local function offer(g, guest)              -- the addresses that a guest gets, and their version
+  if guest.reply ~= '' then return guest.reply, guest.replied end
+  return g.addresses, g.changed
+end
+
 local function wake(gid, who, mark)         -- mark: "!": it is to be answered now; "!!": another took its place
   local holder = call('HGET', P .. 'held:' .. gid, who)
   if not holder then return end
@@ -79,119 +132,6 @@ local function wake(gid, who, mark)         -- mark: "!": it is to be answered n
     call('PUBLISH', P .. 'wake:' .. its_process, token .. mark)
   end
 end
-local function line(gid)
-  local g = call('HMGET', game(gid), 'name', 'info', 'ready', 'listed')
-  return string.format('{"name":%s,"info":%s,"guests":%d,"ready":%s}', g[1], g[2], call('ZCARD', P .. 'guests:' .. gid), g[3] == '1' and 'true' or 'false'),
-    g[4] == '1'
-end
-local function show(gid)
-  local text, listed = line(gid)
-  if listed then call('HSET', P .. 'lines', gid, text) else call('HDEL', P .. 'lines', gid) end
-  call('SET', P .. 'list', version())
-end
-local function grow(key, bytes)
-  call('HINCRBY', key, 'size', bytes)
-  call('INCRBY', P .. 'stored', bytes)
-end
-local VERSIONS = {addresses = 'changed', reply = 'replied'}
-local function change(changes, is_new)      -- sets fields where they differ: the version of that, and whether the list shows it
-  local growth, v, is_shown = 0, nil, false
-  for _, each in ipairs(changes) do
-    each.size = each.size or 0
-    for field, value in pairs(each.fields) do
-      local old = call('HGET', each.key, field) or ''
-      if value == old then each.fields[field] = nil else each.size = each.size + #value - #old end
-    end
-    growth = growth + each.size
-  end
-  local room = max_memory * (is_new and 900000 or 1000000) - (call('GET', P .. 'stored') or 0)
-  if growth > 0 and growth > room then error({'memory'}) end
-  for _, each in ipairs(changes) do
-    for field, value in pairs(each.fields) do
-      v, is_shown = v or version(), is_shown or not VERSIONS[field]
-      call('HSET', each.key, field, value)
-      if VERSIONS[field] then call('HSET', each.key, VERSIONS[field], v) end
-    end
-    grow(each.key, each.size)
-  end
-  return v, is_shown
-end
-local function check_room(what, there, most, of_client, most_of_client)
-  if there >= most then error({'full', tostring(there), what}) end
-  if tonumber(of_client or 0) >= most_of_client then error({'too_many', of_client, what}) end
-end
-
-local function remember(gid, what, version_of, member)      -- a session that ended, or a guest that was dismissed
-  local key = P .. what .. ':' .. gid
-  local before = call('ZCARD', key)
-  if what == 'left' then call('ZREMRANGEBYSCORE', key, '-inf', call('HGET', game(gid), 'told')) end
-  call('ZADD', key, version_of, member)
-  call('ZREMRANGEBYRANK', key, 0, -1 - max_remembered)
-  grow(game(gid), (call('ZCARD', key) - before) * member_size)
-end
-local function free_guest(gid, who)
-  local g = call('HMGET', guest(gid, who), 'id', 'client', 'size')
-  wake(gid, who, '')
-  call('ZREM', P .. 'guests', gid .. ':' .. who)
-  call('ZREM', P .. 'guests:' .. gid, who)
-  call('HDEL', P .. 'sessions:' .. gid, g[1])
-  call('DEL', guest(gid, who))
-  call('INCRBY', P .. 'stored', -g[3])
-  count(gid .. ':' .. g[2], -1)
-  return g[1]
-end
-local function remove_guest(gid, who, operation)
-  local client = call('HGET', guest(gid, who), 'client')
-  local session, v = free_guest(gid, who), version()
-  remember(gid, 'left', v, session)
-  call('HSET', game(gid), 'news', v)
-  wake(gid, '', '')
-  show(gid)
-  event(operation, call('HGET', game(gid), 'name'), 'guests: ' .. call('ZCARD', P .. 'guests:' .. gid), client)
-end
-local function remove_game(gid, operation)
-  for _, who in ipairs(call('ZRANGE', P .. 'guests:' .. gid, 0, -1)) do free_guest(gid, who) end
-  wake(gid, '', '')
-  local g = call('HMGET', game(gid), 'name', 'client', 'size')
-  call('ZREM', P .. 'games', gid)
-  call('HDEL', P .. 'names', g[1])
-  call('HDEL', P .. 'lines', gid)
-  call('INCRBY', P .. 'stored', -g[3])
-  count(g[2], -1)
-  for _, kind in ipairs({'game:', 'guests:', 'sessions:', 'left:', 'dismissed:', 'held:'}) do call('DEL', P .. kind .. gid) end
-  call('SET', P .. 'list', version())
-  event(operation, g[1], '', g[2])
-end
-local function expire(set, operation)       -- who waits at a server that is there is alive, unless an operator has set its time to -1
-  for _, member in ipairs(call('ZRANGEBYSCORE', P .. set, '-inf', now, 'LIMIT', 0, 500)) do
-    local gid, who = string.match(member, '^(%d+):?(.*)$')
-    local holder = call('HGET', P .. 'held:' .. gid, who)
-    if holder and tonumber(call('ZSCORE', P .. set, member)) >= 0 and call('EXISTS', P .. 'alive:' .. string.match(holder, '^(.-)/')) == 1 then
-      keep_alive(gid, who)
-    elseif who == '' then remove_game(gid, operation)
-    else remove_guest(gid, who, operation) end
-  end
-end
-local function found(name)                  -- name: as JSON, or of one that is asked again /gid/name
-  local gid, rest = string.match(name, '^/(%d+)/(.*)$')
-  if gid and call('EXISTS', game(gid)) == 0 then gid = nil end
-  return gid or call('HGET', P .. 'names', rest or name) or error({'no_game', rest or name})
-end
-local function owned(name, owner)
-  local gid = found(name)
-  if call('HGET', game(gid), 'owner') ~= owner then error({'not_owner'}) end
-  return gid
-end
-local function since_of(after)
-  local since = tonumber(after)
-  return since and since <= cursor() and since or -1
-end
-local function given(text) if text ~= '' then return text end end
-local function offer(gid, who)              -- the addresses that a guest gets, and their version
-  local g = call('HMGET', guest(gid, who), 'reply', 'replied')
-  if not g[1] or g[1] == '' then g = call('HMGET', game(gid), 'addresses', 'changed') end
-  return g[1], tonumber(g[2])
-end
 local function wait(gid, who, token, has_news, is_again, is_busy)       -- 1: it waits, in place of an earlier one
   if call('HEXISTS', P .. 'held:' .. gid, who) == 1 then
     if is_again then return 0 end
@@ -201,107 +141,137 @@ local function wait(gid, who, token, has_news, is_again, is_busy)       -- 1: it
   call('HSET', P .. 'held:' .. gid, who, process .. '/' .. token)
   return 1
 end
-local function publish(gid, g, addresses, replies, known)       -- the sessions of replies that are gone
-  local is_ready = addresses ~= '[]' or replies or g.ready == '1' and g.addresses == '[]'
-  local changes, gone = {{key = game(gid), fields = {addresses = addresses, ready = is_ready and '1' or '0'}}}, {}
-  for i = 1, #(replies or {}), 2 do
-    local who = call('HGET', P .. 'sessions:' .. gid, replies[i])
-    if not who then gone[#gone + 1] = replies[i]
-    elseif tonumber(call('HGET', guest(gid, who), 'changed')) <= known then
-      changes[#changes + 1] = {key = guest(gid, who), fields = {reply = replies[i + 1]}}
-    end
+
+local function remove_guest(g, who, operation)
+  local guest, untold = g.guests[who], {}
+  version = version + 1
+  wake(g.gid, who, '')
+  call('ZREM', P .. 'guests', g.gid .. ':' .. who)
+  for _, each in ipairs(g.left) do if each[1] > g.told then append(untold, each) end end
+  append(untold, {version, guest.id})
+  g.guests[who], g.left, g.news = nil, untold, version
+  save(g)
+  wake(g.gid, '', '')
+  event(operation, g.name, 'guests: ' .. guests_of(g), guest.client)
+end
+local function remove_game(g, operation)
+  for who in pairs(g.guests) do
+    wake(g.gid, who, '')
+    call('ZREM', P .. 'guests', g.gid .. ':' .. who)
   end
-  local v, is_shown = change(changes)
-  if is_shown then show(gid) end
-  local h = call('HMGET', game(gid), 'changed', 'client')
-  if v and g.changed == '0' and h[1] ~= '0' then event('poll_game', g.name, 'first addresses', h[2]) end
-  for _, who in ipairs(v and call('HKEYS', P .. 'held:' .. gid) or {}) do
-    local text, its_version = offer(gid, who)
-    if who ~= '' and its_version == v and text ~= '[]' then wake(gid, who, '') end
+  wake(g.gid, '', '')
+  call('ZREM', P .. 'games', g.gid)
+  call('HDEL', P .. 'names', g.name)
+  call('HDEL', P .. 'lines', g.gid)
+  call('INCRBY', P .. 'stored', -g.size)
+  count(g.client, -1)
+  call('DEL', P .. 'game:' .. g.gid, P .. 'held:' .. g.gid)
+  call('MSET', P .. 'list', version, P .. 'cursor', version)
+  event(operation, g.name, '', g.client)
+end
+local function expire(set, operation)       -- who waits at a server that is there is alive, unless an operator has set its time to -1
+  for _, member in ipairs(call('ZRANGEBYSCORE', P .. set, '-inf', now, 'LIMIT', 0, 500)) do
+    local gid, who = string.match(member, '^(%d+):?(.*)$')
+    local g, holder = load(gid), call('HGET', P .. 'held:' .. gid, who)
+    if not g or who ~= '' and not g.guests[who] then call('ZREM', P .. set, member)
+    elseif holder and tonumber(call('ZSCORE', P .. set, member)) >= 0 and call('EXISTS', P .. 'alive:' .. string.match(holder, '^(.-)/')) == 1 then
+      keep_alive(gid, who)
+    elseif who == '' then remove_game(g, operation)
+    else remove_guest(g, who, operation) end
   end
-  return gone
 end
 
 local ops = {}
 function ops.register_game(name, owner, client, info, listed)
   local gid = call('HGET', P .. 'names', name)
-  local is_new, fields = not gid, {info = given(info), listed = given(listed)}
+  local is_new, g = not gid, gid and load(gid)
   if is_new then
-    check_room('"games"', call('ZCARD', P .. 'games'), max_games, call('HGET', P .. 'clients', client), max_games_per_client)
-    gid = string.format('%.0f', version())
-    fields = {name = name, info = given(info) or '{}', listed = given(listed) or '1', addresses = '[]', ready = '0'}
-  elseif call('HGET', game(gid), 'owner') ~= owner then error({'taken', name}) end
-  local _, is_shown = change({{key = game(gid), fields = fields, size = is_new and game_size or 0}}, is_new)
+    check_room('"games"', call('ZCARD', P .. 'games'), max_games, tonumber(call('HGET', P .. 'clients', client) or 0), max_games_per_client)
+    g = {gid = string.format('%.0f', version), name = name, owner = owner, client = client, info = '{}', listed = true, addresses = '[]', ready = false,
+      changed = 0, news = version, told = -1, left = {}, dismissed = {}, guests = {}, size = 0}
+  elseif g.owner ~= owner then error({'taken', name}) end
+  g.info = given(info) or g.info
+  if listed ~= '' then g.listed = listed == '1' end
+  save(g, is_new)
+  keep_alive(g.gid, '')
   if is_new then
-    call('HSET', game(gid), 'owner', owner, 'client', client, 'changed', 0, 'news', gid, 'told', -1)
-    call('HSET', P .. 'names', name, gid)
+    call('HSET', P .. 'names', name, g.gid)
     count(client, 1)
     event(op, name, '', client)
   end
-  keep_alive(gid, '')
-  if is_shown then show(gid) end
   return {is_new and 1 or 0}
 end
+local function publish(g, addresses, replies, sessions)         -- the sessions of replies that are gone
+  local gone, is_first = {}, g.changed == 0
+  g.ready = addresses ~= '[]' or replies ~= nil
+  if addresses ~= g.addresses then g.addresses, g.changed = addresses, version end
+  for i = 1, #(replies or {}), 2 do
+    local guest = g.guests[sessions[replies[i]]]
+    if not guest then gone[#gone + 1] = replies[i]
+    elseif guest.changed <= g.told and guest.reply ~= replies[i + 1] then guest.reply, guest.replied = replies[i + 1], version end
+  end
+  save(g)
+  if is_first and g.changed > 0 then event('poll_game', g.name, 'first addresses', g.client) end
+  for who, guest in pairs(g.guests) do
+    local _, its_version = offer(g, guest)
+    if its_version == version then wake(g.gid, who, '') end
+  end
+  return gone
+end
 function ops.poll_game(name, owner, addresses, after, token, replies, dismiss)
-  local gid = owned(name, owner)
-  keep_alive(gid, '')
-  local g, since, guests, left, gone = {}, since_of(after), {}, {}, {}
-  g.addresses, g.ready, g.changed, g.name = unpack(call('HMGET', game(gid), 'addresses', 'ready', 'changed', 'name'))
-  local known, addressed = after == '' and cursor() or since, given(addresses) or g.addresses
-  local is_busy = addressed == g.addresses and #replies <= 2 and dismiss == ''
-  if replies ~= '' or addressed ~= g.addresses then gone = publish(gid, g, addressed, given(replies) and cjson.decode(replies), known) end
+  local g = owned(name, owner)
+  keep_alive(g.gid, '')
+  local since, told, sessions, guests, left, gone = since_of(after), g.told, {}, {}, {}, {}
+  for who, guest in pairs(g.guests) do sessions[guest.id] = who end
+  local is_again, answers = addresses == '', given(replies) and cjson.decode(replies)
+  addresses = given(addresses) or g.addresses
+  local is_same = addresses == g.addresses
+  g.told = after == '' and cursor or since
+  if answers or not is_same then gone = publish(g, addresses, answers, sessions) end
   for _, session in ipairs(given(dismiss) and cjson.decode(dismiss) or {}) do
-    local who = call('HGET', P .. 'sessions:' .. gid, session)
-    if who then
-      remove_guest(gid, who, 'dismiss_guest')
-      remember(gid, 'dismissed', version(), who)
+    local who = sessions[session]
+    if g.guests[who] then
+      append(g.dismissed, who)
+      remove_guest(g, who, 'dismiss_guest')
     end
   end
-  local news = tonumber(call('HGET', game(gid), 'news'))
-  if news > since then
-    if after ~= '' then left = call('ZRANGEBYSCORE', P .. 'left:' .. gid, '(' .. since, '+inf') end
-    for _, who in ipairs(call('ZRANGEBYSCORE', P .. 'guests:' .. gid, '(' .. since, '+inf')) do
-      guests[#guests + 1] = call('HMGET', guest(gid, who), 'born', 'id', 'key', 'addresses', 'seen_at')
+  if g.told ~= told then save(g) end
+  if g.news > since then
+    for _, each in ipairs(after ~= '' and g.left or {}) do if each[1] > since then left[#left + 1] = each[2] end end
+    for _, guest in pairs(g.guests) do
+      if guest.changed > since then guests[#guests + 1] = {guest.born, guest.id, guest.sessionKey, guest.addresses, guest.seen_at} end
     end
   end
-  call('HSET', game(gid), 'told', known)
-  return {gid, g.name, news, guests, left, gone, wait(gid, '', token, #guests + #left + #gone > 0, addresses == '', is_busy)}
+  local is_busy = is_same and #(answers or {}) == 0 and dismiss == ''
+  return {g.gid, g.name, g.news, guests, left, gone, wait(g.gid, '', token, #guests + #left + #gone > 0, is_again, is_busy)}
 end
 function ops.start_game(name, who, addresses, after, token, client, seen_at, id, key)
-  local gid = found(name)
-  local g, peer = call('HMGET', game(gid), 'owner', 'name'), guest(gid, who)
-  if g[1] == who then error({'own_game'}) end
-  if call('ZSCORE', P .. 'dismissed:' .. gid, who) then error({'dismissed', g[2]}) end
-  local is_new = call('EXISTS', peer) == 0
+  local g = found(name)
+  if g.owner == who then error({'own_game'}) end
+  for _, each in ipairs(g.dismissed) do if each == who then error({'dismissed', g.name}) end end
+  local is_new, guest = not g.guests[who], g.guests[who]
   if is_new then
-    if addresses == '' then error({'no_session', g[2]}) end
-    check_room('"guests"', call('ZCARD', P .. 'guests:' .. gid), max_guests, call('HGET', P .. 'clients', gid .. ':' .. client), max_guests_per_client)
+    if addresses == '' then error({'no_session', g.name}) end
+    local all, own = guests_of(g, client)
+    check_room('"guests"', all, max_guests, own, max_guests_per_client)
+    guest = {id = id, sessionKey = key, client = client, born = version, addresses = '', changed = 0, reply = '', replied = 0, seen_at = ''}
+    g.guests[who] = guest
   end
-  local has_moved = addresses ~= '' and addresses ~= call('HGET', peer, 'addresses')
-  if has_moved then
-    local v = change({{key = peer, fields = {addresses = addresses, reply = ''}, size = is_new and guest_size or 0}}, is_new)
-    if is_new then call('HSET', peer, 'id', id, 'key', key, 'client', client, 'born', v, 'seen_at', '') end
-    call('HSET', game(gid), 'news', v)
-    call('ZADD', P .. 'guests:' .. gid, v, who)
-    wake(gid, '', '')
-  end
-  keep_alive(gid, who)
-  if seen_at ~= '' then call('HSET', peer, 'seen_at', seen_at) end
-  if is_new then
-    call('HSET', P .. 'sessions:' .. gid, id, who)
-    count(gid .. ':' .. client, 1)
-    show(gid)
-    event(op, g[2], 'guests: ' .. call('ZCARD', P .. 'guests:' .. gid), client)
-  end
-  local text, its_version = offer(gid, who)
-  local waits = wait(gid, who, token, text ~= '[]' and its_version > since_of(after), addresses == '', not has_moved)
-  local session = call('HMGET', peer, 'id', 'key')
-  return {gid, g[2], its_version, session[1], session[2], text, waits}
+  local has_moved = addresses ~= '' and addresses ~= guest.addresses
+  if has_moved then guest.addresses, guest.reply, guest.changed, g.news = addresses, '', version, version end
+  guest.seen_at = given(seen_at) or guest.seen_at
+  save(g, is_new)
+  if has_moved then wake(g.gid, '', '') end
+  keep_alive(g.gid, who)
+  if is_new then event(op, g.name, 'guests: ' .. guests_of(g), client) end
+  local text, its_version = offer(g, guest)
+  local waits = wait(g.gid, who, token, text ~= '[]' and its_version > since_of(after), addresses == '', not has_moved)
+  return {g.gid, g.name, its_version, guest.id, guest.sessionKey, text, waits}
 end
 function ops.leave_game(name, who)
-  local gid = found(name)
-  if call('EXISTS', guest(gid, who)) == 0 then error({'no_guest', name}) end
-  remove_guest(gid, who, op)
+  local g = found(name)
+  if not g.guests[who] then error({'no_guest', name}) end
+  remove_guest(g, who, op)
   return {}
 end
 function ops.forget_waiter(gid, who, token)
@@ -315,19 +285,20 @@ function ops.list_games(known)
   local v = call('GET', P .. 'list') or '0'
   return {v, v ~= known and call('HGETALL', P .. 'lines')}
 end
-function ops.get_game(name) return {(line(found(name)))} end
+function ops.get_game(name) return {line(found(name))} end
 function ops.update_game(name, owner, new_name, info, listed)
-  local gid, other = owned(name, owner), call('HGET', P .. 'names', new_name)
-  if other and other ~= gid then error({'taken', new_name}) end
-  local _, is_shown = change({{key = game(gid), fields = {name = new_name, info = given(info), listed = given(listed)}}})
-  if is_shown then show(gid) end
+  local g, other = owned(name, owner), call('HGET', P .. 'names', new_name)
+  if other and other ~= g.gid then error({'taken', new_name}) end
+  g.name, g.info = new_name, given(info) or g.info
+  if listed ~= '' then g.listed = listed == '1' end
+  save(g)
   if not other then
     call('HDEL', P .. 'names', name)
-    call('HSET', P .. 'names', new_name, gid)
-    for _, who in ipairs(call('HKEYS', P .. 'held:' .. gid)) do wake(gid, who, '!') end
-    event(op, name, new_name, call('HGET', game(gid), 'client'))
+    call('HSET', P .. 'names', new_name, g.gid)
+    for _, who in ipairs(call('HKEYS', P .. 'held:' .. g.gid)) do wake(g.gid, who, '!') end
+    event(op, name, new_name, g.client)
   end
-  return {(line(gid))}
+  return {line(g)}
 end
 function ops.delete_game(name, owner)
   remove_game(owned(name, owner), op)
@@ -353,7 +324,7 @@ return reply(result[1], {unpack(result, 2)})
 """
 
 LIMITS = ("game_ttl", "guest_ttl", "max_games", "max_guests", "max_games_per_client", "max_guests_per_client", "max_memory")     # that the script needs
-GAME_SIZE, GUEST_SIZE = 800, 900         # bytes that one takes in the store beside its texts (bench/store.py measures it)
+GAME_SIZE, GUEST_SIZE = 1000, 350        # bytes that one takes in the store beside its texts (bench/store.py measures it)
 TIMEOUT = 2.0           # seconds for the store to answer
 TICK, SILENCE = 0.25, 1.0       # seconds between two signs of life, and without any, after which the subscription counts as cut
 SPREAD = 1.0            # seconds over which all are asked again who may have missed something
@@ -457,7 +428,7 @@ class RedisRegistry:
             path = os.environ.get("P2P_STORE_SECRET_FILE")
             given = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get("P2P_STORE_SECRET", "")
             self._is_given, self._secret = bool(given), hashlib.blake2b(given.encode("utf-8")).digest() if given else os.urandom(32)
-            self._redis = redis.Redis.from_url(settings.store.replace("valkey", "redis", 1), retry=Retry(NoBackoff(), 0), protocol=2,
+            self._redis = redis.Redis.from_url(re.sub("^valkey", "redis", settings.store), retry=Retry(NoBackoff(), 0), protocol=2,
                                                socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
             self._greet()
         except (redis.RedisError, ValueError, OSError) as error:

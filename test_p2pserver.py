@@ -1407,7 +1407,7 @@ class Twin:
     def do(self, operation, game, number, wakes=False, after=None, sessions=(), replied=None, **values):
         """A call in terms of numbers: of cursors and sessions that earlier calls gave."""
         if after is not None:
-            values["after"] = self.cursors.get((game, after), 7)
+            values["after"] = self.cursors.get((game, after), 0)
         if replied is not None:
             values["replies"] = {self.sessions[i % len(self.sessions)]: text for i, text in replied.items()} if self.sessions else {}
         if sessions:
@@ -1423,7 +1423,7 @@ class Twin:
         self.cursors[game, number] = news.cursor
         if news.waiter:
             self.waiters[number] = news.waiter
-        known = {cursor: i for i, cursor in enumerate(sorted(set(self.cursors.values())))}
+        known = {cursor: i for i, cursor in enumerate(sorted({cursor for (name, _), cursor in self.cursors.items() if name == game}))}
         return (news.name, [(self.sessions.index(peer.session_id), peer.addresses, peer.seen_at) for peer in news.peers], bool(news.waiter),
                 sorted(map(self.sessions.index, news.left)), list(map(self.sessions.index, news.gone)), news.cursor == 0 or known[news.cursor])
 
@@ -1471,6 +1471,18 @@ def test_operations_at_random_have_the_same_outcomes_in_memory_and_in_a_store(se
     with contextlib.closing(redis_registry.RedisRegistry(Settings(**limits), clock)) as stored:
         compare(clock, random.Random(seed), [Twin(Registry(Settings(**limits), clock)), Twin(Direct(stored))])
     assert {key.decode().rpartition("}:")[2].partition(":")[0] for key in store.redis.scan_iter()} <= {"cursor", "secret", "list", "stored", "alive"}
+
+
+def test_a_request_under_a_condition_has_the_outcome_of_both_operations_where_the_registry_answers_later(store):
+    store.redis.flushall()
+    with serving(store=store.url) as api, contextlib.closing(api.server.registry):
+        assert api.call("PATCH", "/games/castle", {"peerId": HOST}, headers={"If-Match": "*"}).status_code == 404
+        assert api.call("POST", "/games/register", {"name": "castle", "peerId": HOST}).status_code == 201
+        tag = api.call("GET", "/games").headers["ETag"]
+        assert [api.call("GET", "/games", headers={name: tag}).status_code for name in ("If-None-Match", "If-Match")] == [304, 200]
+        assert api.call("PATCH", "/games/castle", {"peerId": HOST, "info": {"map": 1}}, headers={"If-Match": '"no"'}).status_code == 412
+        assert api.call("PATCH", "/games/castle", {"peerId": HOST, "info": {"map": 2}}, headers={"If-Match": "*"}).json()["info"] == {"map": 2}
+        assert api.call("DELETE", "/games/castle", {"peerId": HOST}, headers={"If-Match": "*"}).status_code == 204
 
 
 def compare(clock, chance, twins):
