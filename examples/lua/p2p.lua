@@ -78,8 +78,8 @@ function Endpoint:is_usable(text)
 end
 
 function Endpoint:learn(told, is_guest)     -- of a guest that a poll told of, or of the host in a start
-  local session = self.sessions[told.sessionId] or {id = told.sessionId, key = told.sessionKey, from = told.from, is_guest = is_guest,
-    began = socket.gettime(), due = 0, sent = 0, tie_breaker = random(8), remotes = {}, heard = {}, proven = {}, pending = {}, unheard = {}, waiting = {}}
+  local session = self.sessions[told.sessionId] or {id = told.sessionId, key = told.sessionKey, from = told.from, is_guest = is_guest, unheard = {},
+    began = socket.gettime(), due = 0, sent = 0, tie_breaker = random(8), remotes = {}, waiting = {}, heard = {}, proven = {}, pending = {}}
   self.sessions[session.id] = session
   for _, address in ipairs(told.addresses) do
     if self:is_usable(address) and not session.remotes[address] then
