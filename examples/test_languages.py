@@ -96,11 +96,25 @@ def test_a_guest_in_python_joins_an_example(example, server, tmp_path):
     with run_host([*example, "host", "castle", server], server):
         text = run_guest([*simulator("guest", server, tmp_path), "--game", "castle"])
         assert "connected to 1 of 1 games, 5 of 5 messages came back" in text
+        assert re.search(r"candidates (\S+),", text)[1] == re.search(r"connected: (\S+) to", text)[1]       # the answer tells where it sees us
 
 
 def test_two_of_an_example_meet(example, server):
     with run_host([*example, "host", "castle", server], server):
         assert run_guest([*example, "join", "castle", server]).count("back came hello") == 5
+
+
+def test_an_example_publishes_its_own_address_and_where_stun_sees_it(example, server):
+    """They are the same on this machine."""
+    owner = {"name": "castle", "peerId": "ada"}
+    requests.post(f"{server}/games/register", json=owner, timeout=WAIT)
+    with subprocess.Popen([*map(str, example), "join", "castle", server]) as guest:
+        try:
+            addresses = wait_until(lambda: [each["addresses"] for each in requests.post(f"{server}/games/poll", json={**owner, "addresses": []}, timeout=WAIT)
+                                            .json()["guests"] if len(each["addresses"]) == 2])
+        finally:
+            guest.kill()
+    assert len(set(addresses[0])) == 1
 
 
 def test_an_example_says_that_there_is_no_such_game(example, server):
