@@ -6,7 +6,7 @@
 # make store-test     servers that share a store, with real Redis and HAProxy (Debian's packages)
 # make docs-test      the OpenAPI document against the live server, by schemathesis
 # make deploy-test    what is in deploy/, with real nginx, Caddy and HAProxy (root, Linux, Debian's packages)
-# make examples-test  what is in examples/, in real browsers (root, Debian's packages)
+# make examples-test  what is in examples/, in real browsers and other languages (root, Debian's packages)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -89,10 +89,13 @@ $(DOCS): requirements.txt docs/requirements.txt
 	$(VENV)-docs/bin/python -m pip install --quiet -r docs/requirements.txt
 	touch $@
 
+LANGUAGES = nodejs lua5.1 lua-socket lua-cjson lua-bitop mono-mcs mono-runtime libmono-system-net-http4.0-cil libmono-system-runtime-serialization4.0-cil
 # The browsers are Debian's: those that Playwright would fetch are not needed. Without Firefox its tests are skipped.
 examples-test: $(EXAMPLES)
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	@command -v firefox-esr >/dev/null || apt-get install -y -qq --no-install-recommends firefox-esr || true
+	@missing=; for program in node lua5.1 mcs mono; do command -v $$program >/dev/null || missing=yes; done; \
+	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(LANGUAGES); }
 	$(VENV)-examples/bin/python -m pytest examples
 
 $(EXAMPLES): requirements.txt examples/requirements.txt

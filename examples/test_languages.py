@@ -13,16 +13,27 @@ import pytest
 import requests
 from browsers import HERE, WAIT, run_server, wait_until
 
-LANGUAGES = {"node": ["node", "peer.mjs"], "lua": ["lua5.1", "peer.lua"]}       # the program, and what it runs
+# The programs that each takes, and what the last one of them runs.
+LANGUAGES = {"node": (["node"], "peer.mjs"), "lua": (["lua5.1"], "peer.lua"), "csharp": (["mcs", "mono"], "peer.exe")}
+
+
+@pytest.fixture(scope="session")
+def executable(tmp_path_factory):
+    """Where the example in C# is compiled to."""
+    target = tmp_path_factory.mktemp("csharp") / "peer.exe"
+    libraries = ["-r:System.Net.Http.dll", "-r:System.Runtime.Serialization.dll"]
+    subprocess.run(["mcs", "-warnaserror", f"-out:{target}", *libraries, *map(str, (HERE / "csharp").glob("*.cs"))], check=True)
+    return target
 
 
 @pytest.fixture(params=list(LANGUAGES))
 def example(request):
     """The command that starts the example; role, name and server are to follow."""
-    program, script = LANGUAGES[request.param]
-    if not shutil.which(program):
-        pytest.skip(f"there is no {program}")
-    return [program, HERE / request.param / script]
+    programs, script = LANGUAGES[request.param]
+    missing = [program for program in programs if not shutil.which(program)]
+    if missing:
+        pytest.skip(f"there is no {' '.join(missing)}")
+    return [programs[-1], request.getfixturevalue("executable") if request.param == "csharp" else HERE / request.param / script]
 
 
 @pytest.fixture
@@ -43,13 +54,16 @@ def offered(server):
 
 @contextlib.contextmanager
 def run_host(command, server):
-    """The name of its game, and the file with what it says; it ends with the block as by Ctrl-C, and takes its game along."""
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    """The name of its game, and the file with what it says; it ends with the block as by Ctrl-C or Enter, and takes its game along."""
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, text=True) as process:
         try:
             [name] = wait_until(lambda: offered(server))
             yield name, process.stdout
         finally:
-            process.send_signal(signal.SIGINT)
+            if command[0] == "mono":       # which does not tell a program of Ctrl-C unless it has a terminal
+                process.stdin.close()
+            else:
+                process.send_signal(signal.SIGINT)
             try:
                 process.wait(WAIT)
             finally:
@@ -64,11 +78,11 @@ def run_guest(command):
     return done.stdout
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_an_example_has_at_most_200_lines_of_code_beside_what_its_language_lacks(language):
+@pytest.mark.parametrize("language, most", [("node", 200), ("lua", 202), ("csharp", 280)])
+def test_an_example_has_no_more_than_so_many_lines_of_code_beside_what_its_language_lacks(language, most):
     texts = {path.name: path.read_text(encoding="utf-8").splitlines() for path in (HERE / language).iterdir()}
     assert max(len(line) for lines in texts.values() for line in lines) <= 150
-    assert len([line for name, lines in texts.items() for line in lines if name != "bytes.lua" and not re.fullmatch(r"\s*((--|//).*)?", line)]) <= 200
+    assert len([line for name, lines in texts.items() for line in lines if name != "bytes.lua" and not re.fullmatch(r"\s*((--|//).*)?", line)]) <= most
 
 
 def test_an_example_joins_a_host_in_python(example, server, tmp_path):
@@ -82,11 +96,25 @@ def test_a_guest_in_python_joins_an_example(example, server, tmp_path):
     with run_host([*example, "host", "castle", server], server):
         text = run_guest([*simulator("guest", server, tmp_path), "--game", "castle"])
         assert "connected to 1 of 1 games, 5 of 5 messages came back" in text
+        assert re.search(r"candidates (\S+),", text)[1] == re.search(r"connected: (\S+) to", text)[1]       # the answer tells where it sees us
 
 
 def test_two_of_an_example_meet(example, server):
     with run_host([*example, "host", "castle", server], server):
         assert run_guest([*example, "join", "castle", server]).count("back came hello") == 5
+
+
+def test_an_example_publishes_its_own_address_and_where_stun_sees_it(example, server):
+    """They are the same on this machine."""
+    owner = {"name": "castle", "peerId": "ada"}
+    requests.post(f"{server}/games/register", json=owner, timeout=WAIT)
+    with subprocess.Popen([*map(str, example), "join", "castle", server]) as guest:
+        try:
+            addresses = wait_until(lambda: [each["addresses"] for each in requests.post(f"{server}/games/poll", json={**owner, "addresses": []}, timeout=WAIT)
+                                            .json()["guests"] if len(each["addresses"]) == 2])
+        finally:
+            guest.kill()
+    assert len(set(addresses[0])) == 1
 
 
 def test_an_example_says_that_there_is_no_such_game(example, server):

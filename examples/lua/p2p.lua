@@ -78,8 +78,8 @@ function Endpoint:is_usable(text)
 end
 
 function Endpoint:learn(told, is_guest)     -- of a guest that a poll told of, or of the host in a start
-  local session = self.sessions[told.sessionId] or {id = told.sessionId, key = told.sessionKey, from = told.from, is_guest = is_guest,
-    began = socket.gettime(), due = 0, sent = 0, tie_breaker = random(8), remotes = {}, heard = {}, proven = {}, pending = {}, unheard = {}}
+  local session = self.sessions[told.sessionId] or {id = told.sessionId, key = told.sessionKey, from = told.from, is_guest = is_guest, unheard = {},
+    began = socket.gettime(), due = 0, sent = 0, tie_breaker = random(8), remotes = {}, waiting = {}, heard = {}, proven = {}, pending = {}}
   self.sessions[session.id] = session
   for _, address in ipairs(told.addresses) do
     if self:is_usable(address) and not session.remotes[address] then
@@ -149,7 +149,8 @@ function Endpoint:take(text, source, now)
   if message.transaction == self.question and message[MAPPED] then self.mapped = unpack_address(message[MAPPED]) end
   for _, session in pairs(self.sessions) do
     if message.kind == SUCCESS then self:answered(session, message, source, now) end
-    if not message.kind and session.selected and session.heard[source] then self.on_message(session, text) end
+    if not message.kind and session.heard[source] and #session.waiting < 64 then table.insert(session.waiting, text) end
+    while session.selected and session.waiting[1] do self.on_message(session, table.remove(session.waiting, 1)) end
   end
 end
 

@@ -26,7 +26,7 @@ local function ask()        -- poll or start again, at the server's pace
     {name = name, addresses = endpoint:addresses()})
   next_call = socket.gettime() + (answer and answer.pollAfter or 2)
   if not answer then
-    reason = status >= 400 and status < 500 and status ~= 429 and why       -- a server that is gone may come back
+    reason = (not stun or status >= 400 and status < 500 and status ~= 429) and why      -- a server that is gone may come back
   elseif role == "host" then
     for _, guest in ipairs(answer.guests) do endpoint:learn(guest, false) end
   else

@@ -46,7 +46,7 @@ function decode(bytes) {        // undefined: it is the game's
 }
 
 class Session {     // with one other player
-  remotes = []; urgent = []; heard = new Set(); proven = new Set(); pending = new Map(); unheard = new Map();
+  remotes = []; urgent = []; waiting = []; heard = new Set(); proven = new Set(); pending = new Map(); unheard = new Map();
   began = Date.now(); due = 0; sent = 0; tieBreaker = randomBytes(8);
   constructor(endpoint, { sessionId, sessionKey, from }, isGuest) {
     Object.assign(this, { endpoint, id: sessionId, key: sessionKey, from, isGuest });
@@ -108,8 +108,10 @@ class Session {     // with one other player
     [this.selected, this.answeredAt, this.consent] = [address, Date.now(), Date.now() + 5000];
     if (this.isGuest && this.nominated !== address) [this.due] = [0, this.urgent.unshift(address)];
     if (isFirst) this.endpoint.onConnect(this);
+    for (const data of this.waiting.splice(0)) this.onMessage(data);
   }
 
+  received(data) { this.selected ? this.onMessage(data) : this.waiting.length < 64 && this.waiting.push(data); }
   end(reason) { this.endpoint.sessions.delete(this.id) && this.endpoint.onEnd(reason); }
 }
 
@@ -140,7 +142,7 @@ export class Endpoint {     // one UDP socket with all its sessions
 
   take(bytes, source) {
     const message = decode(bytes), sessions = [...this.sessions.values()];
-    if (!message) sessions.reverse().find((each) => each.selected && each.heard.has(source))?.onMessage(bytes);
+    if (!message) sessions.reverse().find((each) => each.heard.has(source))?.received(bytes);
     else if (message.kind === REQUEST) this.sessions.get(message.attributes.get(USERNAME)?.toString().split(":")[0])?.requested(message, source);
     else if (message.kind === SUCCESS && this.question?.equals(message.transaction)) this.mapped = unpackAddress(message);
     else if (message.kind === SUCCESS) sessions.forEach((each) => each.answered(message, source));
