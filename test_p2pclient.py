@@ -773,6 +773,16 @@ def test_a_kept_nomination_or_good_bye_does_not_count_in_a_later_connection_not_
     assert GUEST_AT in later.host._list.proven and later.host.selected is None and not later.host.over
 
 
+def test_where_the_peer_sees_us_is_told_of_the_address_that_is_used_not_of_one_that_answers_too():
+    wire, elsewhere = connected(), ("2001:db8::9", 9999)
+    wire.guest.remotes.append(elsewhere)
+    [(check, _)] = wire.guest._check(elsewhere, wire.now)
+    answers = [stun.decode(datagram) for datagram, _ in wire.host.receive(stun.decode(check), ("2001:db8::1", 1111), wire.now)]
+    wire.guest.receive(next(each for each in answers if each.kind == stun.SUCCESS), elsewhere, wire.now + 1)
+    assert elsewhere in wire.guest.heard and wire.guest.selected == HOST_AT
+    assert wire.guest.local == GUEST_AT and wire.guest.rtt < 1
+
+
 def test_of_two_nominations_the_later_one_counts_also_when_they_come_in_the_other_order():
     moved = ("198.51.100.1", 5555)
     wire = Wire(way=lambda source, destination: None, host_knows=())

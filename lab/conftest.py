@@ -6,7 +6,7 @@ import concurrent.futures
 
 import pytest
 
-AT_ONCE = 12    # threads: two CPUs still have time to spare, and all is over in two minutes
+AT_ONCE = 16    # threads: two CPUs still have time to spare, and all is over in three minutes
 _running = pytest.StashKey()
 
 

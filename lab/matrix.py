@@ -103,13 +103,19 @@ def summary(times):
 
 
 def targets(times):
-    """Each of our targets, and whether it holds."""
-    pairs = {links: [seconds for key, seconds in times.items() if (key[0], key[2]) == (links, "ours")] for links in LINKS}
-    yield "each pair connects within 20 ms at the median", max(map(statistics.median, pairs[PLAIN])) < 0.020
-    yield "and within 60 ms at worst", max(map(max, pairs[PLAIN])) < 0.060
-    yield "each pair connects within 170 ms at the median over 50 ms each way", max(map(statistics.median, pairs[FAR])) < 0.170
-    yield "all pairs together connect within 150 ms at the median over 10% loss", statistics.median(over_all_pairs(times, LOSSY, "ours")) < 0.150
-    yield "and always", max(over_all_pairs(times, LOSSY, "ours")) < float("inf")
+    """Each of our targets, and whether it holds. Nobody can be told a symmetric router's port, so its peer must hear from it and ask who is there
+    before it sends: two round trips instead of one and a half."""
+    ours = {(links, pair): seconds for (links, pair, agent), seconds in times.items() if agent == "ours"}
+    far = {kind: [statistics.median(seconds) for (links, pair), seconds in ours.items() if links == FAR and ("symmetric" in pair) == kind]
+           for kind in (False, True)}
+    plain = [seconds for (links, _), seconds in ours.items() if links == PLAIN]
+    lossy = over_all_pairs(times, LOSSY, "ours")
+    yield "each pair connects within 20 ms at the median", max(map(statistics.median, plain)) < 0.020
+    yield "and within 60 ms at worst", max(map(max, plain)) < 0.060
+    yield "over 50 ms each way each pair connects within 170 ms at the median", max(far[False]) < 0.170
+    yield "and within 220 ms if one of its routers is symmetric", max(far[True]) < 0.220
+    yield "over 10% loss all pairs together connect within 150 ms at the median", statistics.median(lossy) < 0.150
+    yield "and always", max(lossy) < float("inf")
 
 
 def conditions(rounds):

@@ -121,7 +121,7 @@ def test_pair_connects_over_slow_and_lossy_links(host, guest):
 @pytest.mark.at_once(seconds=50)
 def test_connection_idle_for_longer_than_the_routers_remember_lives_on():
     with Stage() as stage:
-        stage.host(stage.site("host", nat="port-restricted", udp_timeout=10).machine(), "--keepalive", "4")
+        stage.host(stage.site("host", nat="port-restricted", udp_timeout=10).machine())
         joining = stage.guest(stage.site("guest", nat="port-restricted", udp_timeout=10).machine(), "--messages", "3", "--interval", "13")
         assert joining.wait() == 0, joining.text
         joining.expect("3 of 3 messages came back")

@@ -231,7 +231,6 @@ class Session:
             return []
         if nonce != NO_NONCE:
             self.channel.confirm(nonce)
-        self.rtt, self.local = now - check.sent_at, stun.mapped_address(message)
         self.heard.add(source)
         self._last_heard = now
         is_newly_proven = source not in self._list.proven
@@ -249,6 +248,8 @@ class Session:
                 self._list.urgent.appendleft(source)
         else:
             self._follow(now)
+        if self.selected in (None, source):
+            self.rtt, self.local = now - check.sent_at, stun.mapped_address(message)
         return self.tick(now)
 
     def _refused(self, message: stun.Message, check: Check, now: float) -> List[Sending]:
