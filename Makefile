@@ -2,7 +2,8 @@
 # make check   the linters                  make lab     hole punching through real NATs (root, Linux)
 # make bench   beside the frameworks        make memory  what games and guests weigh
 # make faults  what the server survives     make soak    ten minutes of everything at once
-# make docs-test      the OpenAPI document against the live server, by schemathesis
+# make pictures       docs/*.svg, of the figures that make bench and the laboratory have left
+# make docs-test      README and docs/ against the programs; the OpenAPI document against the live server, by schemathesis (root, Linux)
 # make deploy-test    what is in deploy/, with real nginx, Caddy and HAProxy (root, Linux, Debian's packages)
 # make examples-test  what is in examples/, in real browsers (root, Debian's packages)
 PYTHON ?= python3
@@ -13,10 +14,11 @@ LINTERS = $(VENV)/.linters
 LAB = $(VENV)-lab/.ready
 DEPLOY = $(VENV)-deploy/.ready
 DOCS = $(VENV)-docs/.ready
+PICTURES = $(VENV)-pictures/.ready
 EXAMPLES = $(VENV)-examples/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check lab bench memory faults soak deploy-test docs-test examples-test clean
+.PHONY: test demo check lab bench memory faults soak pictures deploy-test docs-test examples-test clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -85,6 +87,15 @@ $(EXAMPLES): requirements.txt examples/requirements.txt
 
 bench:
 	$(PYTHON) bench/run.py
+	$(MAKE) pictures
+
+pictures: $(PICTURES)
+	$(VENV)-pictures/bin/python docs/pictures.py
+
+$(PICTURES): docs/pictures.txt
+	$(PYTHON) -m venv $(VENV)-pictures
+	$(VENV)-pictures/bin/python -m pip install --quiet -r docs/pictures.txt
+	touch $@
 
 memory: $(READY)
 	$(BIN)/python bench/memory.py
