@@ -4,7 +4,8 @@
 # make store-bench    what a store costs beside the registry in memory
 # make faults  what the server survives     make soak    ten minutes of everything at once
 # make store-test     servers that share a store, with real Redis and HAProxy (Debian's packages)
-# make docs-test      the OpenAPI document against the live server, by schemathesis
+# make pictures       docs/*.svg, of the figures that make bench and the laboratory have left
+# make docs-test      README and docs/ against the programs; the OpenAPI document against the live server, by schemathesis (root, Linux)
 # make deploy-test    what is in deploy/, with real nginx, Caddy and HAProxy (root, Linux, Debian's packages)
 # make examples-test  what is in examples/, in real browsers and other languages (root, Debian's packages)
 PYTHON ?= python3
@@ -16,10 +17,11 @@ LAB = $(VENV)-lab/.ready
 DEPLOY = $(VENV)-deploy/.ready
 STORE = $(VENV)-store/.ready
 DOCS = $(VENV)-docs/.ready
+PICTURES = $(VENV)-pictures/.ready
 EXAMPLES = $(VENV)-examples/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test demo check lab bench memory faults soak store-test store-bench deploy-test docs-test examples-test clean
+.PHONY: test demo check lab bench memory faults soak pictures store-test store-bench deploy-test docs-test examples-test clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -105,6 +107,15 @@ $(EXAMPLES): requirements.txt examples/requirements.txt
 
 bench:
 	$(PYTHON) bench/run.py
+	$(MAKE) pictures
+
+pictures: $(PICTURES)
+	$(VENV)-pictures/bin/python docs/pictures.py
+
+$(PICTURES): docs/pictures.txt
+	$(PYTHON) -m venv $(VENV)-pictures
+	$(VENV)-pictures/bin/python -m pip install --quiet -r docs/pictures.txt
+	touch $@
 
 memory: $(READY)
 	$(BIN)/python bench/memory.py

@@ -4,8 +4,8 @@
 usage: matrix.py [--rounds N]       (the Python that runs it needs requests, and aioice: see requirements.txt)
 
 The time is that of the slower peer, from when both have the other's addresses to a datagram received from it. Both kinds
-of peers use our server for STUN. Prints the matrix, what delay and loss cost, and whether our targets hold, and puts the
-former two into README.md.
+of peers use our server for STUN. Prints the matrix, what delay and loss cost, and whether our targets hold; puts the former two
+into README.md, and has the matrix drawn (make pictures).
 """
 import argparse
 import concurrent.futures
@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 
 import natlab
@@ -142,6 +143,7 @@ def main():
         before, _, rest = file.read().partition(BEGIN)
     with open(README, "w", encoding="utf-8") as file:
         file.write(before + BEGIN + result + END + rest.partition(END)[2])
+    subprocess.run(["make", "-C", os.path.dirname(HERE), "pictures"], check=True)
 
 
 if __name__ == "__main__":
