@@ -3149,7 +3149,8 @@ def test_a_program_whose_reader_is_gone_ends_quietly_and_leaves_nothing(start_se
             assert program.stdout.readline()
         program.stdout.close()
         if script == "simulate_hosts.py" and lines == 4:        # it is silent until a guest comes
-            for game in p2pclient.RendezvousClient(url_of(server)).list_games()[1:2]:
+            game = p2pclient.RendezvousClient(url_of(server)).list_games()[1]
+            with contextlib.suppress(p2pclient.ConnectFailed):      # the host may be gone first
                 p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), game.name).close()
         assert program.wait(WAIT) == 1 and program.stderr.read() == ""
         assert [game.name for game in p2pclient.RendezvousClient(url_of(server)).list_games()] == ["castle"]
@@ -3181,10 +3182,6 @@ def test_http_on_https_is_recognised(start_server, program, certificate):  # noq
     for script in ("simulate_guest.py", "simulate_hosts.py"):
         status, text = program(script, "--server", url_of(server)).end()
         assert status == 1 and "this port speaks TLS: use https://" in text
-
-
-def test_a_game_that_is_not_there_is_not_looked_for_at_another_url(start_server, program):
-    assert "a p2pserver answers" not in program("simulate_guest.py", "--server", url_of(start_server()), "--game", "castle").end()[1]
 
 
 def test_what_is_a_program_may_be_executed_and_nothing_else():

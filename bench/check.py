@@ -58,7 +58,7 @@ def check_api(server: Server, port: int) -> None:
     expect(404, "POST", "/games/start", {**GUEST, "name": "another", "addresses": []})
     polled = expect(200, "POST", "/games/poll", {**HOST, "addresses": HOST_ADDRESSES}, **lease)
     guest = {"sessionId": first["sessionId"], "sessionKey": first["sessionKey"], "addresses": GUEST_ADDRESSES}
-    if polled["guests"] != [guest]:
+    if [{name: value for name, value in each.items() if name in guest} for each in polled["guests"]] != [guest]:     # a server may tell more
         raise Failure(f"{server.label} tells a host of the guests {polled['guests']}, where {[guest]} is right")
     expect(200, "POST", "/games/poll", {**HOST, "addresses": HOST_ADDRESSES, "after": polled["cursor"]}, guests=[], cursor=polled["cursor"])
     expect(403, "POST", "/games/poll", {**HOST, "peerId": STRANGER, "addresses": []})

@@ -65,7 +65,8 @@ def connect_times():
         for kind, cell in zip(first[1:], row[1:]):
             values = cell.partition(" = ")[0].split(" / ") if cell else []
             for agent, value in zip(agents, values):
-                times[agent][f"{row[0]} – {kind}"] = float(value) if value[:1].isdigit() else None
+                median = value.partition(" ")[0]       # the worst follows in brackets
+                times[agent][f"{row[0]} – {kind}"] = float(median) if median[:1].isdigit() else None
     return times
 
 

@@ -579,7 +579,7 @@ def test_hostile_names_are_refused_or_quoted_in_the_log():
             assert call(server, "POST", "/games/register", {"name": name, "peerId": "host"}).status == 400
             assert call(server, "PATCH", "/games/annexe%EE%80%80txt.exe", {"name": name, "peerId": "host"}).status == 400
         for target in ("/games/a%0AINFO%20b", "/games/%1B[2J", "/games/\\x1b[2J", "/games/%E2%80%AE"):
-            assert call(server, "GET", target).status == 404
+            assert call(server, "GET", target).status in (400, 404)
         assert LEGAL[0] in call(server, "GET", "/games").body.decode(), "so it is they who print it that must take care"
         requests = len(LEGAL) * 2 + len(ILLEGAL) * 2 + 4 + 1
         wait_until(lambda: server.err.count(" 127.0.0.1 ") >= requests)
