@@ -267,7 +267,8 @@ def check_name(value: Any, scope: Scope) -> str:
     name = unicodedata.normalize("NFC", value[:4 * MAX_NAME + 1]) if isinstance(value, str) else ""
     require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name) is not None,
             f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators and /, white space at its ends, or a reserved word")
-    unseen = [character for character in EMOJI_JOINER.sub("", name) if unicodedata.category(character) == "Cf" or character in NOT_DRAWN]
+    shown = "" if name.isascii() else EMOJI_JOINER.sub("", name)
+    unseen = [character for character in shown if unicodedata.category(character) == "Cf" or character in NOT_DRAWN]
     require(not unseen, "must not have characters that cannot be seen, beside joiners within emoji")
     return name
 
@@ -1412,6 +1413,9 @@ def read_head(head: bytes) -> Head:
     return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
 
 
+JSON_TYPE = re.compile(r"application/json|(?!application/json-patch).*\+json")
+
+
 def read_body(head: Head, body: bytes) -> Dict[str, Any]:
     """The JSON object that a request brings: its body, or what Authorization: Bearer stands for where there is none (RFC 6750 section 2.1).
 
@@ -1423,7 +1427,7 @@ def read_body(head: Head, body: bytes) -> Dict[str, Any]:
     if head.headers.get("content-encoding", "identity").lower() != "identity":
         raise Problem("the body must not be compressed; leave out Content-Encoding", 415, Accept_Encoding="identity")
     media_type, _, parameters = head.headers.get("content-type", "application/json").lower().partition(";")
-    is_json = re.fullmatch(r"application/json|(?!application/json-patch).*\+json", media_type.strip())
+    is_json = JSON_TYPE.fullmatch(media_type.strip())
     if not is_json or "charset" in parameters and not re.search(r'charset="?utf-?8"?[ \t]*(;|$)', parameters):
         accept = "Accept_Patch" if head.method == "PATCH" else "Accept"     # RFC 5789 section 2.2
         raise Problem("the body must be JSON in UTF-8: set Content-Type: application/json", 415, None, "", **{accept: "application/json"})
