@@ -336,7 +336,8 @@ def check_replies(value: Any, scope: Scope) -> Dict[str, bytes]:
 
 
 def check_dismiss(value: Any, scope: Scope) -> Any:
-    """The sessionIds of guests."""
+    """The sessionIds of guests, with an empty object for none as in check_addresses()."""
+    value = [] if value == {} else value
     is_good = isinstance(value, list) and len(value) <= scope.max_guests and all(isinstance(each, str) for each in value)
     require(is_good, f"must be an array of at most {scope.max_guests} sessionIds")
     return value
@@ -1294,7 +1295,7 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 # ---- HTTP: reading a request ----------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]\.[0-9])")      # RFC 9112 section 3
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "TRACE")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
 # The size and extension of a chunk (RFC 9112 section 7.1), as far as it has come.
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]{0,8}(?:;[\t -~\x80-\xff]{0,256}|\Z))?(?:\r\n|\r?\Z)")

@@ -506,7 +506,7 @@ FIELDS = {      # by name: the check, what passes, what does not
         ["x"] * 17, *NOT_STRINGS[:4], {"1": "x"}, "x:1")),
     "replies": (p2pserver.check_replies, ({}, {"s": []}, {"s": {}}, {"s": ["203.0.113.1:1", {}], "t": ["x"]}), (
         None, [], "x", {"s": "203.0.113.1:1"}, {"s": ["0.0.0.0:1"]}, {"s": ["x"] * 17}, {"s": ["127.0.0.1:1"]}, {"s": None}, {"s": [], "t": [1]})),
-    "dismiss": (p2pserver.check_dismiss, ([], ["s"], ["s"] * 64), (None, "s", {"s": []}, [1], [None], ["s"] * 65)),
+    "dismiss": (p2pserver.check_dismiss, ([], {}, ["s"], ["s"] * 64), (None, "s", {"s": []}, [1], [None], ["s"] * 65)),
     "info": (p2pserver.check_info, ({}, LARGEST, {"players": 1, "map": "é", "x": nested(15, 0)}), (
         None, [], "x", 1, {"k": LARGEST["k"] + "x"}, {"k": LARGEST["k"][:-1] + "é"}, {"k": "雪" * 400}, {"x": nested(16, 0)})),
     "listed": (p2pserver.check_flag, (True, False), (0, 1, "true", None, [], {})),
@@ -2079,6 +2079,7 @@ PROBLEMS = {
     "a name with a line break": ("GET", "/games/a%0D%0Ab", {}, 404, ()),
     "a method that is not for the path": ("DELETE", "/games", {}, 405, ()),
     "a method that is for no path": ("TRACE", "/games", {}, 405, ()),
+    "another of these (draft-ietf-httpbis-safe-method-w-body)": ("QUERY", "/games", {}, 405, ()),
     "a body that is too large": ("POST", "/games/register", {"data": b" " * 16385}, 413, ()),
     "a path that is too long": ("GET", "/games/" + "x" * 9000, {}, 414, ()),
     "a body of text": ("POST", "/games/register", {"data": b"{}", "headers": {"Content-Type": "text/plain"}}, 415, ()),

@@ -30,3 +30,9 @@ candidates = st.one_of(
 schemathesis.openapi.format("game-name", st.one_of(st.just("castle"), texts).filter(passes(p2pserver.check_name)))
 schemathesis.openapi.format("peer-id", st.one_of(st.just("ada"), texts).filter(passes(p2pserver.check_peer_id)))
 schemathesis.openapi.format("candidate", candidates.filter(lambda text: not p2pserver.address_fault(text, False)))
+
+
+@schemathesis.hook
+def filter_body(context, body):
+    """Whether the size of info is as its description has it."""
+    return not isinstance(body, dict) or not isinstance(body.get("info"), dict) or passes(p2pserver.check_info)(body["info"])
