@@ -2390,7 +2390,7 @@ def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_no
         hosts = game.accept(5)
         first.stop()
         second = start_server(port=port)
-        wait_until(lambda: second.answered["leave_game", 204])
+        wait_until(lambda: second.answered["leave_game", 204], 60)
         guest.send(b"hello")
         assert hosts.recv(5) == b"hello" and second.registry.counts() == {**second.registry.counts(), "games": 1, "guests": 0}
 
@@ -3138,6 +3138,14 @@ def test_hosts_keep_the_games_that_the_server_allows_and_say_which_limit_stopped
     assert hosts.end(signal.SIGINT)[0] == 0 and p2pclient.RendezvousClient(url).list_games() == []
 
 
+def guest_has_come(server):
+    """True. A guest has joined the second game, if there still is one and it is served."""
+    client = p2pclient.RendezvousClient(url_of(server))
+    with contextlib.suppress(p2pclient.ConnectFailed, p2pclient.RendezvousError, IndexError):
+        p2pclient.join_game(client, client.list_games()[1].name).close()
+    return True
+
+
 @pytest.mark.parametrize("lines", [0, 1, 4])
 @pytest.mark.parametrize("script", ["simulate_hosts.py", "simulate_guest.py"])
 def test_a_program_whose_reader_is_gone_ends_quietly_and_leaves_nothing(start_server, script, lines, tmp_path):
@@ -3149,9 +3157,7 @@ def test_a_program_whose_reader_is_gone_ends_quietly_and_leaves_nothing(start_se
             assert program.stdout.readline()
         program.stdout.close()
         if script == "simulate_hosts.py" and lines == 4:        # it is silent until a guest comes
-            game = p2pclient.RendezvousClient(url_of(server)).list_games()[1]
-            with contextlib.suppress(p2pclient.ConnectFailed):      # the host may be gone first
-                p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), game.name).close()
+            wait_until(lambda: guest_has_come(server) and program.poll() is not None, 60)
         assert program.wait(WAIT) == 1 and program.stderr.read() == ""
         assert [game.name for game in p2pclient.RendezvousClient(url_of(server)).list_games()] == ["castle"]
         wait_until(lambda: server.registry.counts()["guests"] == 0)

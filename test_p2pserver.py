@@ -336,9 +336,9 @@ def path_of(name):
     return "/games/" + urllib.parse.quote(name, safe="")
 
 
-def wait_until(condition):
+def wait_until(condition, seconds=WAIT):
     """What condition() gives once that is something."""
-    deadline = time.monotonic() + WAIT
+    deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.005)

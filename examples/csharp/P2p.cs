@@ -68,7 +68,7 @@ public class Message { // of STUN
       if (type == Integrity && message.Signed == null)
         message.Signed = Join(Head(message.Kind, at + 4, message.Transaction), bytes.Skip(20).Take(at - 20).ToArray());
     }
-    return null;
+    return message.Signed == null ? message : null; // the answer of a STUN server needs no FINGERPRINT
   }
 
   public bool IsAuthentic(string key) { return Signed != null && Sign(key, Signed).SequenceEqual(Attributes[Integrity]); }

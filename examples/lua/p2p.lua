@@ -28,6 +28,7 @@ local function decode(text)     -- nil: it is the game's
     if kind == INTEGRITY then message.signed = message.signed or head(message.kind, at + 3, message.transaction) .. text:sub(21, at - 1) end
     at = at + 4 + size + -size % 4
   end
+  return not message.signed and message or nil     -- the answer of a STUN server needs no FINGERPRINT
 end
 
 local function is_authentic(message, key) return message.signed and bytes.hmac(key, message.signed) == message[INTEGRITY] end

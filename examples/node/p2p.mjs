@@ -43,6 +43,7 @@ function decode(bytes) {        // undefined: it is the game's
     if (type === INTEGRITY) message.signed ??= [head(message.kind, at + 4, message.transaction), bytes.subarray(20, at)];
     at += 4 + size + (-size & 3);
   }
+  if (!message.signed) return message;      // the answer of a STUN server
 }
 
 class Session {     // with one other player
