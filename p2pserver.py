@@ -318,9 +318,14 @@ def address_fault(value: Any, is_local: bool) -> str:
     return "must not be a loopback address, as the client is on another machine" if is_loopback(address) and not is_local else ""
 
 
+def as_array(value: Any) -> Any:
+    """An array as it is meant: encoders of Lua and PHP write an empty one as an empty object."""
+    return [] if value == {} else value
+
+
 def check_addresses(value: Any, scope: Scope) -> bytes:
-    """Candidates, most wanted first, as JSON text. An empty object stands for none: encoders of Lua and PHP write that for an empty array."""
-    value = [] if value == {} else value
+    """Candidates, most wanted first, as JSON text."""
+    value = as_array(value)
     require(isinstance(value, list) and len(value) <= MAX_ADDRESSES, f"must be an array of at most {MAX_ADDRESSES} addresses")
     faults = [f"[{i}] {fault}" for i, fault in enumerate([address_fault(item, scope.is_local) for item in value]) if fault]
     require(not faults, "; ".join(faults[:MAX_FAULTS]))
@@ -336,8 +341,8 @@ def check_replies(value: Any, scope: Scope) -> Dict[str, bytes]:
 
 
 def check_dismiss(value: Any, scope: Scope) -> Any:
-    """The sessionIds of guests, with an empty object for none as in check_addresses()."""
-    value = [] if value == {} else value
+    """The sessionIds of guests."""
+    value = as_array(value)
     is_good = isinstance(value, list) and len(value) <= scope.max_guests and all(isinstance(each, str) for each in value)
     require(is_good, f"must be an array of at most {scope.max_guests} sessionIds")
     return value
@@ -609,6 +614,16 @@ def count_down(counter: collections.Counter[bytes], key: bytes) -> None:
         del counter[key]
 
 
+def keyed_digest(peer_id: str, secret: bytes) -> bytes:
+    """What is kept of a peerId: it reveals nothing, and to look it up takes no time that depends on the peerId."""
+    return hashlib.blake2b(peer_id.encode("utf-8"), key=secret, digest_size=16).digest()
+
+
+def list_text(lines: Iterable[bytes]) -> bytes:
+    """The list of games as JSON text, of what get_game() gives of each."""
+    return b'{"games":[' + b",".join(lines) + b"]}\n"
+
+
 def new_session_id() -> str:
     """128 random bits: a sessionId or a sessionKey."""
     return os.urandom(16).hex()
@@ -641,8 +656,7 @@ class Registry:
         self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
 
     def peer_digest(self, peer_id: str) -> bytes:
-        """A keyed digest: what is kept reveals nothing, and to look it up takes no time that depends on the secret."""
-        return hashlib.blake2b(peer_id.encode("utf-8"), key=self._secret, digest_size=16).digest()
+        return keyed_digest(peer_id, self._secret)
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
         with self._lock:
@@ -728,7 +742,7 @@ class Registry:
             self._expire()
             if self._list is None:
                 self._cursor += 1
-                self._list = self._cursor, b'{"games":[' + b",".join([self._line(game) for game in self._games.values() if game.listed]) + b"]}\n"
+                self._list = self._cursor, list_text([self._line(game) for game in self._games.values() if game.listed])
             return self._list
 
     def get_game(self, name: str) -> bytes:
@@ -784,14 +798,15 @@ class Registry:
         """
         news = {entry: {name: value for name, value in attributes.items() if value not in (None, getattr(entry, name))}
                 for entry, attributes in changes.items()}
-        growth = sum([entry.size_with(attributes) - entry.size for entry, attributes in news.items()])
+        sizes = {entry: entry.size_with(attributes) for entry, attributes in news.items()}
+        growth = sum([size - entry.size for entry, size in sizes.items()])
         share = 1_000_000 if all(entry.size for entry in news) else 900_000
         if growth > 0 and self._stored + growth > self._settings.max_memory * share:
             raise Full("the server's memory for games is full", limit="memory")
         self._stored += growth
         self._cursor += 1
         for entry, attributes in news.items():
-            entry.size = entry.size_with(attributes)
+            entry.size = sizes[entry]
             for name, value in attributes.items():
                 setattr(entry, name, value)
                 if name in VERSIONS:
@@ -862,7 +877,7 @@ class Registry:
                     self._remove(entry, "expire_game" if isinstance(entry, Game) else "expire_guest")
 
     def _remove(self, entry: Union[Game, Guest], operation: str = "") -> None:
-        """Remove a guest, or a game with its guests."""
+        """Remove a guest, or a game with its guests. operation: what the event says; nothing for a guest that goes with its game."""
         game = game_of(entry)
         for guest in list(game.guests.values()) if game is entry else ():
             self._remove(guest)
@@ -870,16 +885,17 @@ class Registry:
         del self._queues[type(entry)][entry]
         self._stored -= entry.size
         self._list = game.line = None
-        if isinstance(entry, Guest):
-            del game.guests[entry.digest]
+        if isinstance(entry, Game):
+            del self._games[game.name]
+            count_down(self._games_of, game.client)
+            self.events.append((operation, game.name, "", game.client))
+            return
+        del game.guests[entry.digest]
+        if operation:       # by itself and not with its game: its host is to know
             untold = [each for each in game.left if each[0] > game.told]
             self._change({game: {"left": (*untold, (self._cursor + 1, entry.session_id))[-MAX_REMEMBERED:]}})
             self._wake(game)
-        else:
-            del self._games[game.name]
-            count_down(self._games_of, game.client)
-        if operation:
-            self.events.append((operation, game.name, "" if game is entry else f"guests: {len(game.guests)}", entry.client))
+            self.events.append((operation, game.name, f"guests: {len(game.guests)}", entry.client))
 
 
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
@@ -1561,6 +1577,14 @@ class TlsConnection(Connection):
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
 
+def cors_fields(settings: Settings) -> str:
+    """What every answer tells browsers. Of a list of origins only the one that asks is told, in its own answer."""
+    if not settings.cors_origin:
+        return ""
+    origin = "Vary: Origin" if "," in settings.cors_origin else f"Access-Control-Allow-Origin: {settings.cors_origin}"
+    return f"{origin}\r\nAccess-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n"
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One burst of a connection: at most one answer, then it is the turn of others. It lives as the base class has it: setup(), handle(), finish().
 
@@ -1794,7 +1818,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, now = self.server, int(time.time())
         if server.usual_fields[0] != now:       # made once a second for the sake of Date (RFC 9110 section 5.6.7)
             server.usual_fields = now, (f"Server: {self.server_version}\r\nDate: {self.date_time_string(now)}\r\n"
-                                        f"X-Content-Type-Options: nosniff\r\n{server.cors_fields}")
+                                        f"X-Content-Type-Options: nosniff\r\n{cors_fields(server.settings)}")
         text = f"HTTP/1.1 {answer.status} {self.responses[answer.status][0]}\r\n{server.usual_fields[1]}"
         retry = {"Retry-After": RESTARTED_AFTER if server.stopping else RETRY_AFTER} if answer.status in (429, 503) else {}
         fields: Dict[str, Any] = {"Cache-Control": "no-store", **retry, **answer.headers}
@@ -1838,9 +1862,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.limiter = RateLimiter(settings.rate, settings.burst)
         self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how often a client without tokens is told so
         self.began = time.monotonic()
-        origin_field = "Vary: Origin" if "," in settings.cors_origin else f"Access-Control-Allow-Origin: {settings.cors_origin}"
-        self.cors_fields = (f"{origin_field}\r\nAccess-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n"
-                            if settings.cors_origin else "")
         self.usual_fields = (0, "")         # the second they were made in, and the fields
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.

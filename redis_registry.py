@@ -414,7 +414,7 @@ class RedisRegistry:
         self._script = "#!lua flags=allow-oom\n" + "".join([f"local {name} = {value:.15g}\n" for name, value in limits.items()]) + LUA
         self._sha = hashlib.sha1(self._script.encode()).hexdigest()
         self._offset = 0.0                          # milliseconds by which the store's clock is ahead of time.monotonic()
-        self._list = 0, b'{"games":[]}\n'
+        self._list = 0, p2pserver.list_text(())
         self._tokens = itertools.count(1)
         self.waiters: Dict[str, Waiter] = {}        # by token; also of calls that are on their way
         self.here = Here()
@@ -441,7 +441,7 @@ class RedisRegistry:
     # Operations.
 
     def peer_digest(self, peer_id: str) -> bytes:
-        return hashlib.blake2b(peer_id.encode("utf-8"), key=self._secret, digest_size=16).digest()
+        return p2pserver.keyed_digest(peer_id, self._secret)
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
         return bool(self._ask("register_game", quoted(name), digest.hex(), client.hex(), *shown_as_text(**shown))[0])
@@ -474,7 +474,7 @@ class RedisRegistry:
         version, lines = self._ask("list_games", self._list[0])
         if lines is not None:
             games = sorted(zip(map(int, lines[::2]), lines[1::2]))
-            self._list = int(version), b'{"games":[' + b",".join([line for _, line in games]) + b"]}\n"
+            self._list = int(version), p2pserver.list_text([line for _, line in games])
         return self._list
 
     def get_game(self, name: str) -> bytes:
