@@ -20,6 +20,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SERVER = pathlib.Path(os.environ.get("P2P_SERVER_FILE") or ROOT / "p2pserver.py").resolve()     # so that one server can be tested beside another
 WAIT = 20       # seconds after which a thing that must happen counts as one that does not
+OTHER = "127.0.0.2"     # another client than the tests' usual one
 FEW_THREADS = 48        # more than the server has in any case, and far fewer than it has clients here
 HERE, THERE = ["203.0.113.1:5000"], ["203.0.113.2:6000"]
 
@@ -340,6 +341,13 @@ class Connection:
 def call(server, method, path, body=None, **headers):
     with Connection(server) as connection:
         return connection.ask(method, path, body, Connection="close", **headers)
+
+
+def metric(server, name):
+    """A number of /metrics. Who asks is another client than those of the test."""
+    with Connection(server, source=OTHER) as connection:
+        found = re.search(rf"^p2pserver_{re.escape(name)} (\S+)$", connection.ask("GET", "/metrics").body.decode(), re.MULTILINE)
+    return float(found[1]) if found else 0
 
 
 def pipeline(server, requests, at_once=100):

@@ -29,6 +29,7 @@ from stage import (
     free_port,
     listening,
     many,
+    metric,
     open_files,
     poll,
     register,
@@ -81,7 +82,7 @@ def test_5000_silent_clients_slow_nobody_weigh_little_and_are_let_go():
     with serving("--idle-timeout", "15") as server:
         descriptors, memory, usual = server.descriptors, server.memory, server.seconds_to_answer()
         with many(server, 5000) as connections:
-            wait_until(lambda: server.descriptors >= descriptors + 4990)      # a few may have been open for a moment when they were counted first
+            wait_until(lambda: metric(server, "connections") > 5000)       # and the one that asks
             assert server.seconds_to_answer() < max(8 * usual, 0.05)
             assert server.threads <= FEW_THREADS and server.memory - memory < 5000 * 0.02      # MiB: 20 KiB each
             assert all(connection.is_closed() for connection in connections)
@@ -114,7 +115,7 @@ def test_clients_that_never_read_cost_neither_memory_nor_threads_and_are_cut():
         call(server, "GET", "/games")
         descriptors, memory = server.descriptors, server.memory
         with many(server, 50, LIST * 50, receive_buffer=4096):
-            wait_until(lambda: server.descriptors >= descriptors + 45)     # as above
+            wait_until(lambda: metric(server, "connections") > 50)
             # A list that is made anew shall not weigh once for each who does not read the old one, either: that many are not in use.
             for i in range(3):
                 register(server, 1, prefix=f"one more {i}")
@@ -441,12 +442,12 @@ def test_a_million_games_come_and_go_and_memory_is_back_where_it_was():
     """In pieces of 10,000, which is all that the server takes at once by default. Python's objects are as few in the end as before the
     first game. Resident memory is compared with the level of the first piece, because tables keep the size of their largest crowd and
     the allocator some of what it had. After that nothing may pile up, and three bytes a game would be seen. Of a crowd ten times as
-    large a good part goes back to the system."""
+    large the better part goes back to the system."""
     run = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, timeout=170)
     assert run.returncode == 0, run.stderr
     (_, empty, blocks), first, *_, last, (crowded, after, _) = [tuple(map(float, line.split())) for line in run.stdout.splitlines()]
     assert last[2] < 1.1 * blocks and last[1] < 1.1 * first[0], run.stdout
-    assert crowded > 2 * last[1] and after - empty < 0.7 * (crowded - empty), run.stdout
+    assert crowded > 2 * last[1] and after - empty < 0.5 * (crowded - empty), run.stdout
 
 
 # ---- clock, disk and log --------------------------------------------------------------------------------------------
@@ -561,8 +562,8 @@ def test_hostile_names_are_refused_or_quoted_in_the_log():
         for name in ILLEGAL:
             assert call(server, "POST", "/games/register", {"name": name, "peerId": "host"}).status == 400
             assert call(server, "PATCH", "/games/annexe%EE%80%80txt.exe", {"name": name, "peerId": "host"}).status == 400
-        for target in ("/games/a%0AINFO%20b", "/games/%1B[2J", "/games/\\x1b[2J", "/games/%E2%80%AE"):
-            assert call(server, "GET", target).status in (400, 404)
+        for target, status in (("/games/a%0AINFO%20b", 404), ("/games/%1B[2J", 404), ("/games/\\x1b[2J", 400), ("/games/%E2%80%AE", 404)):
+            assert call(server, "GET", target).status == status
         assert LEGAL[0] in call(server, "GET", "/games").body.decode(), "so it is they who print it that must take care"
         requests = len(LEGAL) * 2 + len(ILLEGAL) * 2 + 4 + 1
         wait_until(lambda: server.err.count(" 127.0.0.1 ") >= requests)

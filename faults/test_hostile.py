@@ -16,11 +16,27 @@ import threading
 import time
 
 import pytest
-from stage import HERE, THERE, WAIT, Connection, call, check_answer, listening, many, open_files, pipeline, request, serving, tls_status, wait_until
+from stage import (
+    HERE,
+    OTHER,
+    THERE,
+    WAIT,
+    Connection,
+    call,
+    check_answer,
+    listening,
+    many,
+    metric,
+    open_files,
+    pipeline,
+    request,
+    serving,
+    tls_status,
+    wait_until,
+)
 
 PROXY = ("--trusted-proxies", "127.0.0.1")
 HEALTH = request("GET", "/healthz")
-OTHER = "127.0.0.2"     # another client than the tests' usual one
 LITTLE = 8192           # bytes that an answer of an error has at the most
 
 
@@ -40,13 +56,6 @@ def ask_through(server, address, method, path, body=None, **headers):
 
 def start(name, peer, **headers):
     return request("POST", "/games/start", {"name": name, "peerId": peer, "addresses": THERE}, **headers)
-
-
-def metric(server, name):
-    """A number of /metrics. Who asks is another client than those of the test."""
-    with Connection(server, source=OTHER) as connection:
-        found = re.search(rf"^p2pserver_{re.escape(name)} (\S+)$", connection.ask("GET", "/metrics").body.decode(), re.MULTILINE)
-    return float(found[1]) if found else 0
 
 
 def cpu_of(server, work):

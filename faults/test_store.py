@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from stage import HERE, ROOT, THERE, Connection, call, free_port, poll, register, request, serving, wait_until
+from stage import HERE, ROOT, THERE, Connection, call, free_port, metric, poll, register, request, serving, wait_until
 
 from test_p2pserver import Store
 
@@ -93,7 +93,7 @@ def waiting(server, **fields):
     call(server, "POST", "/games/register", {"name": "castle", "peerId": "host"})
     cursor = call(server, "POST", "/games/poll", MEETING).json["cursor"]
     connection = Connection(server, request("POST", "/games/poll", {**MEETING, "after": cursor, "wait": 25, **fields}))
-    wait_until(lambda: b"p2pserver_waiting 1" in call(server, "GET", "/metrics").body)
+    wait_until(lambda: metric(server, "waiting") == 1)
     return connection
 
 
@@ -181,7 +181,7 @@ def test_who_may_have_missed_something_is_asked_again_spread_over_a_second(store
         with contextlib.ExitStack() as stack:
             for name in names:
                 stack.enter_context(Connection(server, poll(name, Prefer="wait=20")))
-            wait_until(lambda: b"p2pserver_waiting 300" in call(server, "GET", "/metrics").body)
+            wait_until(lambda: metric(server, "waiting") == 300)
             asked, began = [], time.monotonic()
             with store.redis.monitor() as monitor:
                 store.redis.client_kill_filter(_type="pubsub")
@@ -192,7 +192,7 @@ def test_who_may_have_missed_something_is_asked_again_spread_over_a_second(store
                         break
             assert len(asked) == 300 and asked[-1] - asked[0] > 0.5
             assert max(sum(asked[0] + i / 10 <= when < asked[0] + (i + 1) / 10 for when in asked) for i in range(20)) < 150
-            wait_until(lambda: b"p2pserver_waiting 300" in call(server, "GET", "/metrics").body)
+            wait_until(lambda: metric(server, "waiting") == 300)
 
 
 # ---- a store that fails ---------------------------------------------------------------------------------------------
