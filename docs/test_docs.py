@@ -17,8 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import p2pserver  # noqa: E402
 
-README, OPERATING, PERFORMANCE, NAT, CLIENT = [(ROOT / page).read_text(encoding="utf-8") for page in (
-    "README.md", "docs/OPERATING.md", "docs/PERFORMANCE.md", "docs/NAT.md", "docs/CLIENT.md")]
+README, OPERATING, PERFORMANCE, CLIENT = [(ROOT / page).read_text(encoding="utf-8") for page in (
+    "README.md", "docs/OPERATING.md", "docs/PERFORMANCE.md", "docs/CLIENT.md")]
 PAGES = sorted(path for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
 WAIT = 60       # seconds for a program to say something, or to end
 SETTINGS = p2pserver.Settings()

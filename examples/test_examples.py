@@ -62,6 +62,14 @@ def castle(open_page):
     return host
 
 
+def open_guest(open_page):
+    """A page that is connected with the host of castle."""
+    guest = open_page()
+    guest.join("castle")
+    guest.wait_for("connected with the host in .*")
+    return guest
+
+
 def call(server, method, path, **body):
     return requests.request(method, f"{server}{path}", json=body or None, timeout=browsers.WAIT).json()
 
@@ -151,9 +159,7 @@ def test_four_guests_of_one_host_hear_each_other(castle, open_page, server):
 
 
 def test_the_page_asks_the_stun_of_the_rendezvous_server(castle, open_page, server):
-    guest = open_page()
-    guest.join("castle")
-    guest.wait_for("connected with the host in .*")
+    guest = open_guest(open_page)
     metrics = requests.get(f"{server}/metrics", timeout=browsers.WAIT).text
     assert int(re.search(r'^p2pserver_stun_total{result="answer"} (\d+)$', metrics, re.MULTILINE)[1]) >= 2
 
@@ -185,9 +191,7 @@ def test_a_host_whose_page_is_closed_takes_its_game_along(origin, context, serve
 
 
 def test_a_guest_that_is_reloaded_keeps_its_peer_id_and_is_in_the_game_again(castle, open_page, server):
-    guest = open_page()
-    guest.join("castle")
-    guest.wait_for("connected with the host in .*")
+    guest = open_guest(open_page)
     before = guest.tab()
     guest.page.reload()
     guest.wait_for("connected with the host in .*")
@@ -199,9 +203,7 @@ def test_a_guest_that_is_reloaded_keeps_its_peer_id_and_is_in_the_game_again(cas
 
 
 def test_a_host_that_is_reloaded_keeps_its_peer_id_and_has_its_game_again(castle, open_page):
-    guest = open_page()
-    guest.join("castle")
-    guest.wait_for("connected with the host in .*")
+    guest = open_guest(open_page)
     before = castle.tab()
     castle.page.reload()
     castle.wait_for("hosting castle")
@@ -211,9 +213,7 @@ def test_a_host_that_is_reloaded_keeps_its_peer_id_and_has_its_game_again(castle
 
 
 def test_a_guest_that_could_not_say_good_bye_gets_its_session_back(castle, open_page, server):
-    guest = open_page()
-    guest.join("castle")
-    guest.wait_for("connected with the host in .*")
+    guest = open_guest(open_page)
     guest.page.evaluate(NO_GOOD_BYE)
     guest.page.reload()
     connected = functools.partial(re.findall, r"^connected with (guest \w+)", flags=re.MULTILINE)     # who is named by the session
@@ -223,9 +223,7 @@ def test_a_guest_that_could_not_say_good_bye_gets_its_session_back(castle, open_
 
 
 def test_a_host_that_could_not_say_good_bye_gets_its_game_back(castle, open_page, server):
-    guest = open_page()
-    guest.join("castle")
-    guest.wait_for("connected with the host in .*")
+    guest = open_guest(open_page)
     castle.page.evaluate(NO_GOOD_BYE)
     castle.page.reload()
     guest.wait_for("the host is gone")
@@ -257,9 +255,7 @@ def test_a_connection_outlives_a_restart_of_the_server(context):
 
 def test_a_page_joins_a_host_in_python(open_page, server):
     with run(sys.executable, HERE / "webrtc_peer.py", "host", "castle", "--server", server):
-        guest = open_page()
-        guest.join("castle")
-        guest.wait_for("connected with the host in .*")
+        guest = open_guest(open_page)
         guest.say("hello")
         guest.wait_for("echo of guest: hello")
 

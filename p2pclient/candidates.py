@@ -13,7 +13,7 @@ from .addresses import Address, Sending, is_loopback, parse_candidate, plain_ip,
 from .checklist import MAX_CHECKED
 from .deadline import Deadline
 from .pacing import DEFAULT_PACING, LEAST_PACING
-from .sockets import SOMEWHERE, Nat64, find_nat64, interface_addresses, is_readable, own_address_towards, plain_source, resolve, send_to
+from .sockets import SOMEWHERE, Nat64, interface_addresses, is_readable, own_address_towards, plain_source, send_to
 from .stun import REQUEST, Message, decode, encode, mapped_address
 
 MAX_CANDIDATES = 8          # of our own
@@ -90,16 +90,6 @@ def about_peer(published: Sequence[Any]) -> Tuple[float, str, str]:
     if not isinstance(pacing, (int, float)) or isinstance(pacing, bool) or not 0 < pacing <= 1000:
         pacing = 1000 * DEFAULT_PACING
     return pacing / 1000, nat if isinstance(nat, str) else "", attempt[:64] if isinstance(attempt, str) else ""
-
-
-def gather_candidates(sock: socket.socket, stun_servers: Sequence[Address] = (), loopback: bool = False) -> Candidates:
-    """All candidates of a bound UDP socket that nobody else reads: its own addresses, and where STUN servers see it.
-
-    It takes until every server has answered, 0.3 seconds more than the first, 3.5 seconds at the most. Two servers tell what kind the NAT is.
-    """
-    nat64 = find_nat64()
-    servers = resolve(stun_servers, sock.family == socket.AF_INET6, nat64)
-    return candidates_from(gather_addresses(sock, loopback, servers), ask_stun(sock, servers, nat64), bool(stun_servers))
 
 
 def gather_addresses(sock: socket.socket, loopback: bool = False, towards: Sequence[Address] = ()) -> List[str]:

@@ -17,7 +17,7 @@ from .endpoint import KEEPALIVE, Endpoint, log
 from .forwarding import Forwarding
 from .presence import CLOSE_TIME, FAILED_PAUSE, WAIT, Presence, pause_after
 from .rendezvous import Poll, RendezvousClient, Start, new_peer_id
-from .repeater import Repeater
+from .repeater import Repeater, pause_between
 from .texts import line_of
 
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
@@ -119,9 +119,7 @@ class HostedGame:
             self.name = poll.name
         for guest in poll.guests:
             self.endpoint.expect(guest)
-        # Who was held can ask again at once, unless the server holds polls in name only.
-        held = poll.waited and (poll.guests or poll.left or passed > 1)
-        return 0.0 if held else poll.poll_after
+        return pause_between(poll.waited, bool(poll.guests or poll.left), passed, poll.poll_after)
 
     def _failed(self, error: Exception) -> float:
         """Take the failure of a poll, of whatever kind. Seconds until the next one."""

@@ -10,7 +10,7 @@ from .answers import RendezvousError
 from .connection import Connection
 from .endpoint import Endpoint
 from .rendezvous import RendezvousClient, Start
-from .repeater import Repeater
+from .repeater import Repeater, pause_between
 
 WAIT = 25.0             # seconds for which servers are asked to hold a call until there is news
 CLOSE_TIME = 1.5        # seconds for the server to hear that somebody leaves
@@ -67,9 +67,8 @@ class Presence:
         self._cursor = start.cursor
         if has_news and start.addresses:
             self._endpoint.renew(start)
-        if start.waited and (has_news or time.monotonic() - began > 1):     # unless the server holds calls in name only
-            return 0.0
-        return max(start.poll_after, start.expires_in / 3) if self.connection else start.poll_after
+        pause = max(start.poll_after, start.expires_in / 3) if self.connection else start.poll_after
+        return pause_between(start.waited, has_news, time.monotonic() - began, pause)
 
     def _failed(self, error: Exception) -> float:
         """A host or server that is gone may come back. A guest that was sent away has no place there any more."""

@@ -7,6 +7,7 @@ import time
 from typing import Callable
 
 LEAST_INTERVAL = 1.0    # seconds between two beginnings, so that none of many at once is lost, and only the last is made
+LEAST_HOLD = 1.0        # seconds after which an answer without news shows that the server holds calls indeed
 
 
 class Repeater:
@@ -56,3 +57,11 @@ class Repeater:
             except Exception as error:
                 pause = self._failed(error) if is_current() else 0.0
             self._ended.wait(pause)
+
+
+def pause_between(waited: bool, has_news: bool, passed: float, otherwise: float) -> float:
+    """Seconds until the next call: who was held can ask again at once, unless the server holds calls in name only.
+
+    waited: the answer says that the server holds calls; passed: seconds that it took; otherwise: the pause where it does not hold them.
+    """
+    return 0.0 if waited and (has_news or passed > LEAST_HOLD) else otherwise
