@@ -159,7 +159,7 @@ def test_four_guests_of_one_host_hear_each_other(castle, open_page, server):
 
 
 def test_the_page_asks_the_stun_of_the_rendezvous_server(castle, open_page, server):
-    guest = open_guest(open_page)
+    open_guest(open_page)
     metrics = requests.get(f"{server}/metrics", timeout=browsers.WAIT).text
     assert int(re.search(r'^p2pserver_stun_total{result="answer"} (\d+)$', metrics, re.MULTILINE)[1]) >= 2
 
