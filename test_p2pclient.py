@@ -2829,11 +2829,12 @@ SUCCESSES = ("cut", "no XML", "entities of entities", "endless", "deep", "servic
 
 @pytest.mark.parametrize("about, lie", [(about, lie) for about in ("description", "GetExternalIPAddress", "AddPortMapping") for lie in LIES
                                         if about != "AddPortMapping" or lie not in SUCCESSES])
-def test_a_router_that_lies_by_upnp_costs_seconds_at_the_most_and_gives_no_port(about, lie, quick_router):
+def test_a_router_that_lies_by_upnp_costs_seconds_at_the_most_and_gives_no_port(about, lie, monkeypatch):
+    monkeypatch.setattr(upnp, "HTTP_TIME", 1.0)     # for each of three calls, of which the honest ones must not be late on a busy machine
     with Router(upnp=lambda action, request: LIES[lie]() if action == about else igd()(action, request)) as router:
         began = time.monotonic()
         assert upnp.Upnp(router.place, 5000).ask(5000) is None
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
         assert [action for action, _ in router.calls].count(about) == 1
 
 
