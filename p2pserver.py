@@ -181,6 +181,7 @@ BUSY_FACTOR = 5                 # times as long between two polls is advised to 
 GAME_SIZE, GUEST_SIZE = 1200, 1000      # bytes that one takes beside its texts (bench/memory.py measures it)
 MAX_REMEMBERED, MEMBER_SIZE = 256, 200  # sessions that ended, and guests that were dismissed, of which a game knows; bytes of one
 REPORT_EVERY = 60.0             # seconds between two lines that tell how often one limit was reached
+MAX_KNOWN_BODIES, MAX_KNOWN_BODY = 1000, 1024   # bodies that need not be read again, and the bytes of one
 LOG_LINES = 10000               # that wait to be written at the most
 
 
@@ -1714,14 +1715,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         route = connection.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
             raise Problem("this method is not for this path", 405, Allow=allowed(routes))
-        scope = Scope(connection.client.is_local, server.settings.max_guests)
-        fields = validate(read_body(connection.head, self.body) if route.fields else {}, route.fields, scope)
-        digest = server.registry.peer_digest(fields.pop("peerId")) if route.fields else b""
+        digest, fields = self.read_fields(route) if route.fields else (b"", {})
         connection.wait = wished_wait(fields, connection.head.headers, server.settings.max_wait)
         connection.deadline = time.monotonic() + connection.wait
         request = Request(name or fields.get("name", ""), digest, fields, connection.head.headers, connection.client, connection.wait, self.waker())
         connection.call = lambda: check_preconditions(server, request, connection.head.method, routes) or route.endpoint(server, request)
         return connection.call()
+
+    def read_fields(self, route: Route) -> Tuple[bytes, Dict[str, Any]]:
+        """The digest of the peerId, and the other fields. Clients send the same body again and again: what has been found in it is kept by its digest."""
+        connection, server = self.connection, self.server
+        head, scope, peer_digest = connection.head, Scope(connection.client.is_local, server.settings.max_guests), server.registry.peer_digest
+        key = (route.endpoint, scope, head.headers.get("content-type"), head.headers.get("content-encoding"), peer_digest(self.body.decode("latin-1")))
+        found = server.known_bodies.get(key) if self.body else None
+        if found is None:
+            fields = validate(read_body(head, self.body), route.fields, scope)
+            found = peer_digest(fields.pop("peerId")), fields
+            if len(server.known_bodies) >= MAX_KNOWN_BODIES:
+                server.known_bodies.clear()
+            if 0 < len(self.body) <= MAX_KNOWN_BODY:
+                server.known_bodies[key] = found
+        return found
 
     def ask_again(self, waiter: Waiter, route: Route) -> None:
         """Ask for a poll or start that waits: there may be news, its time may be over, or its client may have gone. MustWait: it goes on waiting."""
@@ -1862,6 +1876,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.limiter = RateLimiter(settings.rate, settings.burst)
         self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how often a client without tokens is told so
         self.began = time.monotonic()
+        self.known_bodies: Dict[Any, Tuple[bytes, Dict[str, Any]]] = {}     # what has been found in bodies
         self.usual_fields = (0, "")         # the second they were made in, and the fields
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.

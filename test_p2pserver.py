@@ -2463,6 +2463,20 @@ def test_loopback_addresses_are_for_clients_of_this_machine_alone(serve):
     assert api.session.post(f"http://{address}:{api.port}/games/poll", json=body, timeout=WAIT).status_code == 400
 
 
+def test_a_body_that_came_before_is_judged_anew_from_elsewhere_of_another_type_and_for_another_operation(serve):
+    api = serve(trusted_proxies="127.0.0.1")
+    body = {"name": "g", "peerId": HOST, "addresses": ["127.0.0.1:5000"], "info": 1}
+    assert api.call("POST", "/games/register", {"name": "g", "peerId": HOST}).status_code == 201
+    for _ in range(2):
+        assert api.call("POST", "/games/poll", body).status_code == 200
+        assert api.call("POST", "/games/poll", body, headers={"X-Forwarded-For": "203.0.113.9"}).status_code == 400
+        assert api.call("POST", "/games/poll", body, headers={"Content-Type": "text/plain"}).status_code == 415
+        assert api.call("POST", "/games/poll", body, headers={"Content-Encoding": "gzip"}).status_code == 415
+        assert api.call("POST", "/games/register", body).status_code == 400
+        assert api.call("POST", "/games/leave", body).status_code == 404
+    assert api.call("POST", "/games/start", {**body, "peerId": GUEST}).json()["addresses"] == body["addresses"]
+
+
 # ---- endpoints: JSON, strictly --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text", [
