@@ -15,7 +15,7 @@ directly from then on. JSON over HTTP/1.1; fields in brackets are optional:
     DELETE /games/<name>    {peerId}                                          its host ends it: 204
     GET    /healthz                                                           200, or 503 while shutting down
     GET    /metrics                                                           counts for Prometheus, for whom --metrics-from allows
-    GET    /                                                                  this table, for a person
+    GET    /                                                                  the methods and paths, for a person
 
     register, 201 or 200   {name, stun, expiresIn, pollAfter}
     poll, 200              {name, guests: [{sessionId, sessionKey, addresses, from}], cursor, left, gone, expiresIn, pollAfter}
@@ -23,7 +23,8 @@ directly from then on. JSON over HTTP/1.1; fields in brackets are optional:
     list, 200              {games: [{name, info, guests, ready}]}       one game, and PATCH: {name, info, guests, ready}
     any error              application/problem+json (RFC 9457): {type, title, status, detail, [errors: {field: rule}]}
 
-The peerId authorises: whoever registers a game with it owns the game. Only a keyed digest of it is kept. Each pair of host and
+The peerId authorises: whoever registers a game with it owns the game; a request without a body may bring it as Authorization:
+Bearer. Only a keyed digest of it is kept. Each pair of host and
 guest has a session, whose sessionKey only the two know. With after, the cursor of an earlier answer, an answer tells what is
 new since. With wait, or Prefer: wait=N (RFC 7240), a poll waits for news and a start for addresses of the host;
 Preference-Applied in the answer says so.
@@ -86,7 +87,7 @@ def require(condition: bool, rule: str) -> None:
 
 
 class Option:
-    """A row of the table. The type of the default is the type of the option: a number lies within bounds, a text matches a pattern."""
+    """A row of the table. The default has the type of the option: a number lies within bounds, a text matches a pattern, False is a flag."""
 
     def __init__(self, name: str, default: Any, help: str, low: float = 0, high: float = 1, pattern: str = "[ -~]*") -> None:
         self.name, self.default, self.help, self.low, self.high, self.pattern = name, default, help, low, high, pattern
@@ -158,16 +159,16 @@ ORIGIN = re.compile(r"null|(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-
 MAX_NAME, MAX_PEER_ID, MAX_ADDRESS = 64, 128, 512       # characters
 MAX_ADDRESSES, MAX_REPLY_ADDRESSES = 16, 64             # candidates in one list, and in all the replies of one poll
 MAX_INFO, MAX_DEPTH = 1024, 16  # bytes as compact JSON; levels of arrays and objects in what is handed on
-MAX_FAULTS = 3                  # of one list that an answer names, so that it names ten in all at the most
+MAX_FAULTS = 3                  # of one list that an answer names, so that answers stay short
 MAX_REQUEST_LINE, MAX_HEAD = 8192, 32768                # bytes; RFC 9112 section 3 asks for 8000 at least
 MAX_HEADER_FIELDS = 100
 MAX_TRAILER = 1024              # bytes of the trailers behind a chunked body
-READ_SIZE = 16384               # bytes that are received at once: a connection's buffer holds MAX_HEAD or a body, and these, at the most
+READ_SIZE = 16384               # bytes that are received at once: a connection's buffer holds at most MAX_HEAD or a body, and READ_SIZE more
 MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, from its end
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
 STUN_BURST = 500                # answers that one address gets at once, on top of --stun-rate a second: a school may be one
-FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one for each 512 bytes; each more costs a token, as does so much framing
+FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one for each 512 bytes; each more costs a token, as do 512 bytes of chunks' framing
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
 MAX_REFUSALS = 100              # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
@@ -209,10 +210,10 @@ class Problem(Exception):
 
     status = 400
 
-    def __init__(self, detail: str, status: Optional[int] = None, errors: Optional[Dict[str, str]] = None, limit: str = "", **headers: str) -> None:
+    def __init__(self, detail: str, status: Optional[int] = None, errors: Optional[Dict[str, str]] = None, limit: str = "",
+                 headers: Optional[Dict[str, str]] = None) -> None:
         super().__init__(detail)
-        self.detail, self.status, self.errors, self.limit = detail, status or self.status, errors or {}, limit
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.detail, self.status, self.errors, self.limit, self.headers = detail, status or self.status, errors or {}, limit, headers or {}
 
 
 class NotFound(Problem):
@@ -267,7 +268,7 @@ def check_name(value: Any, scope: Scope) -> str:
     # NFC makes at most four characters one: what is longer than four times the limit stays too long, and need not be normalised whole.
     name = unicodedata.normalize("NFC", value[:4 * MAX_NAME + 1]) if isinstance(value, str) else ""
     require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name) is not None,
-            f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators and /, white space at its ends, or a reserved word")
+            f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators, / and white space at its ends, and no reserved word")
     shown = "" if name.isascii() else EMOJI_JOINER.sub("", name)
     unseen = [character for character in shown if unicodedata.category(character) == "Cf" or character in NOT_DRAWN]
     require(not unseen, "must not have characters that cannot be seen, beside joiners within emoji")
@@ -300,7 +301,7 @@ def is_too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
 
 
 def address_fault(value: Any, is_local: bool) -> str:
-    """The rule that one candidate breaks, or nothing. Text that is no ip:port or [ipv6]:port is between the peers."""
+    """The rule that one candidate breaks, or nothing. Text that is no ip:port or [ipv6]:port is passed on as it is."""
     if isinstance(value, dict):
         return f"must be at most {MAX_DEPTH} levels deep" if is_too_deep(value) else ""
     if not isinstance(value, str) or len(value) > MAX_ADDRESS:
@@ -601,7 +602,7 @@ class Guest(Entry):
         return (self.reply, self.replied) if self.reply else (self.game.addresses, self.game.changed)
 
 
-VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # attributes that have a version; all others change what the list shows
+VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # attributes that have a version; for all others the game's line is made anew
 
 
 def game_of(entry: Union[Game, Guest]) -> Game:
@@ -788,7 +789,7 @@ class Registry:
     def _check_room(self, what: str, count: int, of_client: int) -> None:
         """Full, TooMany: of "games", or of the "guests" of a game, there are that many, and may be no more."""
         if count >= getattr(self._settings, f"max_{what}"):
-            raise Full(f"there are {count} {what}, which is all this server takes", limit=what)
+            raise Full(f"there are {count} {what}, and no more may be", limit=what)
         if of_client >= getattr(self._settings, f"max_{what}_per_client"):
             raise TooMany(f"your address has {of_client} {what}, which is all that one may have", limit=f"{what}_per_client")
 
@@ -1012,7 +1013,7 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
     """The answer to a datagram from source, an (IP address, port), or None for silence."""
     unknown, has_cookie = stun_unknown_attributes(request), request[4:8] == STUN_COOKIE
     if unknown is None or unknown and not has_cookie:
-        return None     # the section asks for 420, but old clients that get it ask again at once
+        return None     # RFC 8489 section 6.3.1 asks for 420, but old clients that get it ask again at once
     if unknown:     # RFC 8489 section 6.3.1
         kind, body = STUN_ERROR, stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
         body += stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown))
@@ -1072,7 +1073,7 @@ class Request(NamedTuple):
 
     name: str                                       # of the game
     digest: bytes                                   # of the peerId
-    fields: Mapping[str, Any]                       # by name; of one that is asked again after alone is kept
+    fields: Mapping[str, Any]                       # by name; of a request that is asked again only after
     headers: Mapping[str, str]                      # by name in lower case
     client: Client
     wait: int = 0                                   # seconds that it wishes to wait
@@ -1240,11 +1241,11 @@ AFTER = WAIT = Field(check_whole_number, required=False)
 MEETING = {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "after": AFTER, "wait": WAIT}      # what a poll and a start have
 OF_HOST = {"replies": Field(check_replies, required=False), "dismiss": Field(check_dismiss, required=False)}
 CHANGES = {"peerId": PEER_ID, "name": Field(check_name, required=False), **SHOWN}
-HEALTH_PATH = "/healthz"
+POLL_PATH, HEALTH_PATH = "/games/poll", "/healthz"
 
 ROUTES = (
     Route("POST", "/games/register", register_game, {"name": NAME, "peerId": PEER_ID, **SHOWN}),
-    Route("POST", "/games/poll", poll_game, {**MEETING, **OF_HOST}),
+    Route("POST", POLL_PATH, poll_game, {**MEETING, **OF_HOST}),
     Route("POST", "/games/start", start_game, MEETING),
     Route("POST", "/games/leave", leave_game, {"name": NAME, "peerId": PEER_ID}),
     Route("GET", "/games", list_games),
@@ -1284,12 +1285,16 @@ def is_authority(text: str) -> bool:
     return False
 
 
-def resolve(target: str) -> Tuple[Dict[str, Route], str]:
-    """The routes at a request target by method, and the game that it names. A slash at its end says nothing."""
+def path_of(target: str) -> str:
+    """The path that a request target names, without the slash at its end, which says nothing; of what is no target, nothing."""
     match = TARGET.fullmatch(target)
-    if not match or match[1] and not is_authority(match[1]):
+    return match[2].removesuffix("/") or "/" if match and (not match[1] or is_authority(match[1])) else ""
+
+
+def resolve(path: str) -> Tuple[Dict[str, Route], str]:
+    """The routes at a path by method, and the game that it names."""
+    if not path:
         raise Problem("the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
-    path = match[2].removesuffix("/") or "/"
     if path in ROUTES_AT:
         return ROUTES_AT[path], ""
     prefix, _, quoted = path.rpartition("/")
@@ -1326,10 +1331,11 @@ class Head(NamedTuple):
 
     method: str = ""
     target: str = ""
+    path: str = ""                      # that the target names
     version: str = "1.1"                # of HTTP
     headers: Mapping[str, str] = {}
     length: int = 0                     # of the body, in bytes
-    is_chunked: bool = False            # that is what is decoded of it, and more is to come
+    is_chunked: bool = False            # length counts what is decoded so far, and more chunks follow
     closes: bool = True                 # the connection ends with the answer
 
 
@@ -1346,7 +1352,7 @@ def find_head(buffer: bytearray, scanned: int) -> int:
 
 
 def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
-    """Where the empty line after fields begins that have been looked through up to start, or -1 while it has not come."""
+    """Where the empty line that ends the fields begins, or -1 while it has not come. Bytes before start were searched already."""
     end = buffer.find(b"\r\n\r\n", start, limit + 4)
     # Readers differ on what ends a line. Where they do, requests can be smuggled.
     if end < 0 and FORBIDDEN.search(buffer, start):
@@ -1384,7 +1390,7 @@ def parse_head(head: bytes) -> Head:
     options = headers.get("connection", "").lower().replace(",", " ").split()
     closes = "close" in options or version == "1.0" and "keep-alive" not in options
     # More digits are too large a length in any case, and slow to convert.
-    return Head(method, target, version, headers, int(length.lstrip("0")[:18] or "0"), is_chunked, closes)
+    return Head(method, target, path_of(target), version, headers, int(length.lstrip("0")[:18] or "0"), is_chunked, closes)
 
 
 def parse_fields(lines: List[str]) -> Dict[str, str]:
@@ -1443,12 +1449,12 @@ def read_body(head: Head, body: bytes) -> Dict[str, Any]:
         scheme, _, token = head.headers.get("authorization", "").partition(" ")
         return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")} if scheme.lower() == "bearer" else {}
     if head.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Problem("the body must not be compressed; leave out Content-Encoding", 415, Accept_Encoding="identity")
+        raise Problem("the body must not be compressed; leave out Content-Encoding", 415, headers={"Accept-Encoding": "identity"})
     media_type, _, parameters = head.headers.get("content-type", "application/json").lower().partition(";")
     is_json = JSON_TYPE.fullmatch(media_type.strip())
     if not is_json or "charset" in parameters and not re.search(r'charset="?utf-?8"?[ \t]*(;|$)', parameters):
-        accept = "Accept_Patch" if head.method == "PATCH" else "Accept"     # RFC 5789 section 2.2
-        raise Problem("the body must be JSON in UTF-8: set Content-Type: application/json", 415, None, "", **{accept: "application/json"})
+        accept = "Accept-Patch" if head.method == "PATCH" else "Accept"     # RFC 5789 section 2.2
+        raise Problem("the body must be JSON in UTF-8: set Content-Type: application/json", 415, headers={accept: "application/json"})
     return parse_body(body)
 
 
@@ -1483,7 +1489,7 @@ class Connection:
         self.answer: Optional[Answer] = None                # that is to be sent once others are served
         self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
         self.unsent: List[Union[bytes, memoryview]] = []    # of an answer that its client is slow to read
-        self.closes = False                                 # when that is sent
+        self.closes = False                                 # it ends once that is sent
         self.deadline = time.monotonic() + seconds          # of what it waits for
         self.is_parked = self.is_woken = False              # no thread serves it; it is to be served, perhaps before it is parked
         self.watched = 0                                    # events that the selector tells of
@@ -1648,7 +1654,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection.problem = problem
             line = REQUEST_LINE.match(connection.buffer.decode("latin-1"))
             if line and connection.head is NO_HEAD:
-                self.use_head(Head(line[1], line[2]))
+                self.use_head(Head(line[1], line[2], path_of(line[2])))
         self.body = bytes(connection.buffer[:connection.head.length])
         del connection.buffer[:connection.head.length]
         return True
@@ -1686,7 +1692,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection.client = client_behind(connection.peer, connection.head.headers, self.server.proxies)
             if connection.is_proxy and connection.client is not connection.peer:
                 self.server.count(connection, connection.client.key)    # until it is answered
-        head, limit = connection.head, self.server.settings.max_body * (POLL_FACTOR if self.path.startswith("/games/poll") else 1)
+        head = connection.head
+        limit = self.server.settings.max_body * (POLL_FACTOR if head.path == POLL_PATH else 1)
         if head.length > limit:
             raise Problem(f"the body has more than {limit} bytes", 413)
         if is_new and head.version > "1.0" and "expect" in head.headers and head.length + head.is_chunked > len(buffer):
@@ -1705,16 +1712,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, connection = self.server, self.connection
         # A monitor is never refused. A proxy does not pay for what cannot be read, which may be anybody's.
         is_anybodys = connection.problem and connection.is_proxy and connection.client is connection.peer
-        if self.path.partition("?")[0] != HEALTH_PATH and not is_anybodys:
+        if connection.head.path != HEALTH_PATH and not is_anybodys:
             server.charge(connection.client)
         if connection.problem:
             raise connection.problem
         if self.command == "OPTIONS":
-            return self.options([route.method for route in ROUTES] if self.path == "*" else resolve(self.path)[0])
-        routes, name = resolve(self.path)
+            return self.options([route.method for route in ROUTES] if self.path == "*" else resolve(connection.head.path)[0])
+        routes, name = resolve(connection.head.path)
         route = connection.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
-            raise Problem("this method is not for this path", 405, Allow=allowed(routes))
+            raise Problem("this method is not for this path", 405, headers={"Allow": allowed(routes)})
         digest, fields = self.read_fields(route) if route.fields else (b"", {})
         connection.wait = wished_wait(fields, connection.head.headers, server.settings.max_wait)
         connection.deadline = time.monotonic() + connection.wait
@@ -1777,7 +1784,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection.head = connection.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]})
             raise MustWait
         if server.queue and not connection.waiter:
-            # This request may have woken a host, which is served first: it would not know the first datagram of a guest that is faster.
+            # This request may have woken a host, which is served first: else the guest's first datagram may reach it before it knows the guest.
             connection.answer = outcome
             server.wake(connection)
             raise MustWait
@@ -1996,7 +2003,7 @@ class Server(http.server.ThreadingHTTPServer):
             log.error("%s; the old one stays in use", reason)
 
     def log_events(self) -> None:
-        """Log what has happened to games, and at the level debug the client key of the guest that starts, else of the host."""
+        """Log what has happened to games, and at the level debug the client key of the guest or host that it is about."""
         while self.registry.events:
             operation, name, detail, key = self.registry.events.popleft()
             # Of a /56 the first address, and :: of who is unknown.
@@ -2090,7 +2097,7 @@ class Server(http.server.ThreadingHTTPServer):
     def go_on(self, connection: Connection) -> None:
         """Serve a parked connection: at once, or under TLS in a thread of the base class's.
 
-        It blocks while there are max_threads, none of which ever does.
+        It waits while there are max_threads of them, none of which waits for its client.
         """
         connection.is_parked = connection.is_woken = False
         if not self.tls:
@@ -2128,7 +2135,7 @@ class Server(http.server.ThreadingHTTPServer):
         pause = self.limiter.acquire(client.key)
         if pause:
             self.refusals.acquire(client.key)
-            raise TooMany("too many requests come from your address", limit="rate", Retry_After=str(math.ceil(pause)))
+            raise TooMany("too many requests come from your address", limit="rate", headers={"Retry-After": str(math.ceil(pause))})
 
     def tally(self, counter: collections.Counter[Any], key: Any) -> None:
         with self._lock:
@@ -2162,7 +2169,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._waker.send(b".")
 
     def close(self, connection: Connection) -> None:
-        """End a connection that is not parked."""
+        """End a connection that no thread serves."""
         if connection.waiter:
             self.registry.forget_waiter(connection.waiter)
         self.count(connection, None)

@@ -330,7 +330,7 @@ TICK, SILENCE = 0.25, 1.0       # seconds between two signs of life, and without
 SPREAD = 1.0            # seconds over which all are asked again who may have missed something
 MAX_BATCH = 256         # calls in one round trip
 
-DOWN = functools.partial(Full, "the store of games does not answer", limit="store", Retry_After="1")
+DOWN = functools.partial(Full, "the store of games does not answer", limit="store", headers={"Retry-After": "1"})
 PROBLEMS: Mapping[bytes, Callable[..., Exception]] = {      # by what the script calls them, of what it says of them
     b"no_game": lambda name: NotFound(f"there is no game {name!r}"),
     b"no_guest": lambda name: NotFound(f"there is no session with the game {name!r} that could end"),
@@ -340,7 +340,7 @@ PROBLEMS: Mapping[bytes, Callable[..., Exception]] = {      # by what the script
     b"own_game": lambda: Conflict("a host cannot start its own game"),
     b"taken": lambda name: Conflict(f"the name {name!r} is taken"),
     b"memory": lambda: Full("the server's memory for games is full", limit="memory"),
-    b"full": lambda count, what: Full(f"there are {count} {what}, which is all this server takes", limit=what),
+    b"full": lambda count, what: Full(f"there are {count} {what}, and no more may be", limit=what),
     b"too_many": lambda count, what: TooMany(f"your address has {count} {what}, which is all that one may have", limit=f"{what}_per_client"),
     b"late": DOWN,
 }

@@ -1943,9 +1943,17 @@ def test_a_poll_answers_twelve_guests_with_audio_and_video_at_once(serve):
     answer = [{"type": "answer", "sdp": "x" * 5000}]      # three of these are in 16 KB
     assert api.poll_game("castle", replies=dict.fromkeys(sessions, answer)).json()["gone"] == []
     assert api.start_game("castle", "guest 11").json()["addresses"] == answer
-    for path, size in ("/games/poll", 65536), ("/games/start", 16384):
-        refused = [api.call("POST", path, data=b" " * length, headers={"Content-Type": "application/json"}).status_code for length in (size, size + 1)]
-        assert refused == [400, 413]
+
+
+@pytest.mark.parametrize("target, size", [
+    *((target, 65536) for target in ("/games/poll", "/games/poll/", "/games/poll?x", "http://castle.example/games/poll")),
+    *((target, 16384) for target in ("/games/start", "/games/poll%20x", "/games/poll/x", "/games?/games/poll", "/games/poll^")),
+])
+def test_the_body_of_a_poll_however_its_target_is_written_may_be_four_times_as_large(target, size, serve):
+    api = serve()
+    for length, is_read in (size, True), (size + 1, False):
+        with Raw(api, b"POST %s HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % (target.encode(), length) + b" " * length) as raw:
+            assert (raw.answer().status != 413) is is_read
 
 
 def test_register_and_start_tell_on_which_ports_stun_is_answered(serve):
@@ -3680,7 +3688,8 @@ def test_a_token_is_the_price_of(data, status, serve, clock):
     api = serve()
     limited(api, clock, 1, 10)
     assert [ask(api, "127.0.0.1", data).status for _ in range(11)] == [status] * 10 + [429]
-    assert ask(api, "127.0.0.1").status == 200, "a monitor is never refused"
+    for target in (b"/healthz", b"/healthz/", b"http://castle.example/healthz?x"):
+        assert ask(api, "127.0.0.1", b"GET %s HTTP/1.1\r\nHost: h\r\n\r\n" % target).status == 200, "a monitor is never refused"
 
 
 @pytest.mark.parametrize("chunks, requests_", [(1, 10), (200, 5), (900, 1)])

@@ -149,10 +149,10 @@ def tls_connection(stack, server):
 def test_a_client_that_floods_the_server_with_updates_of_its_key_keeps_no_other_client_waiting(certificate):
     """OpenSSL handles any number of them within one read, so a loop that lets it read on serves nobody else meanwhile."""
     with listening(certificate) as server, KeyUpdater(server) as hostile, contextlib.ExitStack() as stack:
-        client = tls_connection(stack, server)
         began = time.monotonic()
         flood = hostile.records(200_000)
         making = time.monotonic() - began       # about what it takes the server to read them, for the work is the same
+        client = tls_connection(stack, server)
         flooding = threading.Thread(target=hostile.send, args=(flood,), daemon=True)
         flooding.start()
         times = []
