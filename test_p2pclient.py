@@ -2118,11 +2118,11 @@ class AnswerEater:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url, self.port = f"http://127.0.0.1:{self.listener.getsockname()[1]}", port
         self.eaten = b""
-        self.listener.settimeout(1)     # seconds after which it ends, for nobody calls a third time if all went well at the second
+        self.listener.settimeout(WAIT)
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self):
-        with self.listener, contextlib.suppress(socket.timeout):
+        with self.listener, contextlib.suppress(OSError):       # which shutdown() raises in accept()
             for eat in (True, False, False):
                 client, _ = self.listener.accept()
                 with client, socket.create_connection(("127.0.0.1", self.port)) as server:
@@ -2150,6 +2150,8 @@ def test_a_call_whose_answer_was_lost_is_repeated_without_harm(start_server, cal
     relay = AnswerEater(server.server_port)
     call(p2pclient.RendezvousClient(relay.url))
     assert b"HTTP/1.1 20" in relay.eaten
+    with contextlib.suppress(OSError):
+        relay.listener.shutdown(socket.SHUT_RDWR)
 
 
 # ---- games ----------------------------------------------------------------------------------------------------------
