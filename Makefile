@@ -127,8 +127,9 @@ $(PICTURES): docs/pictures.txt
 memory: $(READY)
 	$(BIN)/python bench/memory.py
 
+FAULTS = faults
 faults: $(READY)
-	$(BIN)/python -m pytest faults
+	$(BIN)/python -m pytest $(FAULTS)
 
 soak: $(READY)
 	$(BIN)/python faults/soak.py --minutes 10
