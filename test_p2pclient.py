@@ -56,8 +56,18 @@ from p2pclient import (
 from test_p2pserver import ROOT, WAIT, certificate, no_thread_stays, wait_until  # noqa: F401
 
 
+@pytest.fixture(scope="module")
+def stop_server():
+    """Has servers stopped, each of which takes a moment, while the next tests run."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        stopping = []
+        yield lambda server: stopping.append(pool.submit(server.stop))
+        for each in stopping:
+            each.result()
+
+
 @pytest.fixture
-def start_server():
+def start_server(stop_server):
     """Starts servers on loopback, and stops them after the test."""
     servers = []
 
@@ -69,7 +79,7 @@ def start_server():
 
     yield start
     for server in servers:
-        server.stop()
+        stop_server(server)
 
 
 def url_of(server):
