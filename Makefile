@@ -22,6 +22,7 @@ EXAMPLES = $(VENV)-examples/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: test demo check lab bench memory faults soak pictures store-test store-bench deploy-test docs-test examples-test clean
+.PHONY: deploy-packages store-packages examples-packages
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -58,22 +59,26 @@ $(LAB): requirements.txt lab/requirements.txt
 	$(VENV)-lab/bin/python -m pip install --quiet -r lab/requirements.txt
 	touch $@
 
+deploy-test: deploy-packages $(DEPLOY)
+	$(VENV)-deploy/bin/python -m pytest deploy
+
 # nginx and systemd-analyze may be where only root looks. What is missing is installed, which takes root.
-deploy-test: $(DEPLOY)
+deploy-packages:
 	@missing=; for program in nginx caddy haproxy curl openssl systemd-analyze; do PATH=$$PATH:/usr/sbin:/sbin command -v $$program >/dev/null || missing=yes; done; \
 	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light caddy haproxy curl openssl systemd; }
-	$(VENV)-deploy/bin/python -m pytest deploy
 
 $(DEPLOY): requirements.txt deploy/requirements.txt
 	$(PYTHON) -m venv $(VENV)-deploy
 	$(VENV)-deploy/bin/python -m pip install --quiet -r deploy/requirements.txt
 	touch $@
 
-store-test: $(STORE)
-	@missing=; for program in redis-server redis-cli haproxy; do PATH=$$PATH:/usr/sbin:/sbin command -v $$program >/dev/null || missing=yes; done; \
-	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server redis-tools haproxy; }
+store-test: store-packages $(STORE)
 	$(VENV)-store/bin/python -m pytest test_p2pserver.py -k "redis or store"
 	$(VENV)-store/bin/python -m pytest faults/test_store.py deploy/test_cluster.py
+
+store-packages:
+	@missing=; for program in redis-server redis-cli haproxy; do PATH=$$PATH:/usr/sbin:/sbin command -v $$program >/dev/null || missing=yes; done; \
+	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server redis-tools haproxy; }
 
 $(STORE): requirements.txt requirements-store.txt
 	$(PYTHON) -m venv $(VENV)-store
@@ -92,13 +97,15 @@ $(DOCS): requirements.txt docs/requirements.txt
 	touch $@
 
 LANGUAGES = nodejs lua5.1 lua-socket lua-cjson lua-bitop mono-mcs mono-runtime libmono-system-net-http4.0-cil libmono-system-runtime-serialization4.0-cil
+examples-test: examples-packages $(EXAMPLES)
+	$(VENV)-examples/bin/python -m pytest examples
+
 # The browsers are Debian's: those that Playwright would fetch are not needed. Without Firefox its tests are skipped.
-examples-test: $(EXAMPLES)
+examples-packages:
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	@command -v firefox-esr >/dev/null || apt-get install -y -qq --no-install-recommends firefox-esr || true
 	@missing=; for program in node lua5.1 mcs mono; do command -v $$program >/dev/null || missing=yes; done; \
 	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(LANGUAGES); }
-	$(VENV)-examples/bin/python -m pytest examples
 
 $(EXAMPLES): requirements.txt examples/requirements.txt
 	$(PYTHON) -m venv $(VENV)-examples
@@ -120,8 +127,9 @@ $(PICTURES): docs/pictures.txt
 memory: $(READY)
 	$(BIN)/python bench/memory.py
 
+FAULTS = faults
 faults: $(READY)
-	$(BIN)/python -m pytest faults
+	$(BIN)/python -m pytest $(FAULTS)
 
 soak: $(READY)
 	$(BIN)/python faults/soak.py --minutes 10

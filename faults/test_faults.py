@@ -178,7 +178,7 @@ def out_of_files(server):
 
 def test_a_stock_server_spins_when_descriptors_have_run_out():
     with stock(preexec_fn=few_files) as server, out_of_files(server):
-        assert server.cpu_share() > 0.3
+        wait_until(lambda: server.cpu_share() > 0.3)       # once others leave it the processor
 
 
 def test_when_descriptors_have_run_out_the_server_rests_serves_those_it_has_and_goes_on_when_there_are_some():
@@ -443,7 +443,7 @@ def test_a_million_games_come_and_go_and_memory_is_back_where_it_was():
     first game. Resident memory is compared with the level of the first piece, because tables keep the size of their largest crowd and
     the allocator some of what it had. After that nothing may pile up, and three bytes a game would be seen. Of a crowd ten times as
     large the better part goes back to the system."""
-    run = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, timeout=170)
+    run = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     (_, empty, blocks), first, *_, last, (crowded, after, _) = [tuple(map(float, line.split())) for line in run.stdout.splitlines()]
     assert last[2] < 1.1 * blocks and last[1] < 1.1 * first[0], run.stdout
