@@ -2402,6 +2402,31 @@ def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_no
         assert hosts.recv(5) == b"hello" and second.registry.counts() == {**second.registry.counts(), "games": 1, "guests": 0}
 
 
+def test_players_who_moved_find_each_other_though_a_restarted_server_has_lost_their_session(start_server, endpoint, monkeypatch):
+    monkeypatch.setattr(checks, "SILENT_TIME", 0.5)
+    port, own = free_port(), endpoint(consent_interval=0.1)
+    first = start_server(port=port)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first)), "castle") as game:
+        game.endpoint._consent_interval = 0.1
+        with p2pclient.join_game(p2pclient.RendezvousClient(url_of(first)), "castle", endpoint=own) as guest, Relay(loopback_of(game.endpoint)) as relay:
+            hosts, elsewhere = game.accept(5), addresses.text_of(relay.front.getsockname())
+            first.stop()
+            second = start_server(port=port)
+            game.endpoint._whereabouts._public = [elsewhere]
+            for each, unreachable in ((own, loopback_of(game.endpoint)), (game.endpoint, loopback_of(own))):
+                lossy(each, lambda datagram, address, unreachable=unreachable: address[1] == unreachable[1])
+            wait_until(lambda: guest.remote_address == elsewhere, 30)
+            wait_until(lambda: hosts.remote_address == addresses.text_of(relay.back.getsockname()))
+            guest.send(b"still there?")
+            assert hosts.recv(5) == b"still there?"
+            hosts.send(b"yes")
+            assert guest.recv(5) == b"yes"
+            assert second.registry.counts()["guests"] == 1 and len(game.endpoint._connections) == 1
+            with pytest.raises(TimeoutError):
+                game.accept(0)
+        wait_until(lambda: second.registry.counts()["guests"] == 0)
+
+
 def in_seconds(seconds, function, *arguments, **options):
     """What a call gives or raises, which it must do in so many seconds: a daemon thread makes it."""
     results = []

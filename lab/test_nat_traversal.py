@@ -207,6 +207,19 @@ def test_game_goes_on_within_twenty_seconds_after_a_change(nat, change, whose):
 
 @pytest.mark.at_once(seconds=60)
 @pytest.mark.parametrize("whose", ("host", "guest"))
+@pytest.mark.parametrize("after", ("poll_game .* first addresses", "leave_game"))   # a guest that has asked the new server before has left again
+def test_game_goes_on_after_a_change_though_the_server_was_restarted_and_has_lost_its_session(after, whose):
+    with Stage() as stage:
+        programs, sites, machines = game_under_way(stage, ("port-restricted", "port-restricted"))
+        stage.restart_server()
+        stage.rendezvous.expect(after)
+        CHANGES["other ports"](stage, sites[whose], machines[whose])
+        programs["guest"].expect("no echo within")
+        assert_game_goes_on(programs, 18)
+
+
+@pytest.mark.at_once(seconds=60)
+@pytest.mark.parametrize("whose", ("host", "guest"))
 @pytest.mark.parametrize("what", ("line", "cable", "process"))
 def test_game_goes_on_after_25_seconds_without(what, whose):
     with Stage() as stage:
