@@ -2328,6 +2328,20 @@ def test_the_connection_to_the_server_is_made_while_stun_is_asked(start_server):
         thread.join()
 
 
+def test_with_an_endpoint_and_a_connection_to_the_server_one_call_alone_goes_before_the_first_check(start_server, endpoint, monkeypatch):
+    """So it takes two round trips: that call and that check, if no router needs another one."""
+    client, own = p2pclient.RendezvousClient(url_of(start_server())), endpoint()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
+        wait_until(lambda: client.list_games()[0].ready)
+        monkeypatch.setattr(transport, "connect_early", None)       # nobody calls it
+        trips, once, send, mine = [], client._transport._try, own.send, threading.current_thread()
+        monkeypatch.setattr(client._transport, "_try", lambda *call: (threading.current_thread() is mine and trips.append(call[1]), once(*call))[1])
+        own.send = lambda datagram, address: (trips.append("check") if stun.decode(datagram).kind == stun.REQUEST else None, send(datagram, address))
+        with p2pclient.join_game(client, "castle", endpoint=own) as guest:
+            assert trips[:2] == ["/games/start", "check"] and trips.count("/games/start") == 1
+            assert game.accept(5).session_id == guest.session_id
+
+
 def test_a_guest_that_closes_its_connection_leaves_the_game(start_server):
     server = start_server()
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle"):
