@@ -504,6 +504,65 @@ def test_a_guest_and_a_host_are_connected_after_one_and_a_half_round_trips():
     assert wire.now - began < 0.16
 
 
+class Nat:
+    """A router of one of the laboratory's kinds (lab/README.md): where a datagram seems to come from, and whom it lets in."""
+
+    def __init__(self, kind, host):
+        self.kind, self.host, self.ports, self.sent = kind, host, {}, set()
+        self.mapped = self.out(("203.0.113.10", 3478))
+
+    def out(self, destination):
+        port = self.ports.setdefault(destination if self.kind == "symmetric" else "any", 6000 + len(self.ports))
+        self.sent.add((port, destination))
+        return self.host, port
+
+    def lets_in(self, source, port):
+        if self.kind in ("none", "full-cone"):
+            return port in self.ports.values()
+        return any(out == port and (to == source or self.kind == "restricted" and to[0] == source[0]) for out, to in self.sent)
+
+
+def seconds_to_connect(kinds, told, delay):
+    """From when the later one of guest and host, told at these times, is told of the other until both are connected."""
+    routers, sessions, early, underway, now = [Nat(kind, f"198.51.100.{i}") for i, kind in enumerate(kinds)], {}, ([], []), [], 0.0
+
+    def send(i, sendings):
+        underway.extend((now + delay, 1 - i, stun.decode(datagram), routers[i].out(to), to) for datagram, to in sendings)
+
+    while len(sessions) < 2 or not all(session.selected for session in sessions.values()):
+        for i in (0, 1):
+            if i not in sessions and now >= told[i]:
+                other = routers[1 - i].mapped
+                sessions[i] = checks.Session("session", "key", i == 0, now)
+                sessions[i].add([other], now, pacing.LEAST_PACING, seen_at=other[0])
+                for each in early[i]:
+                    send(i, sessions[i].receive(*each, now))
+            if i in sessions and now >= sessions[i].due:
+                send(i, sessions[i].tick(now))
+        for each in [each for each in underway if each[0] <= now]:
+            underway.remove(each)
+            _, i, message, source, to = each
+            if to[0] == routers[i].host and routers[i].lets_in(source, to[1]):
+                early[i].append((message, source)) if i not in sessions else send(i, sessions[i].receive(message, source, now))
+        now += 0.001
+        assert now < max(told) + 1
+    return now - max(told)
+
+
+PUNCHABLE = [pair for pair in itertools.product(("none", "full-cone", "restricted", "port-restricted", "symmetric"), repeat=2)
+             if pair not in (("symmetric", "symmetric"), ("symmetric", "port-restricted"), ("port-restricted", "symmetric"))]
+
+
+@pytest.mark.parametrize("guest, host", PUNCHABLE)
+def test_through_routers_of_all_kinds_that_let_them_two_are_connected_soon_whoever_is_told_first(guest, host):
+    """At the latest with the third check, 50 ms after the second; mostly with the first. Behind a symmetric router half a round trip later, as
+    its peer cannot know the port before it hears from there, and must have an answer from there before it sends."""
+    headstarts = [each / 250 for each in range(-12, 13)]
+    assert max(seconds_to_connect((guest, host), (max(0, -each), max(0, each)), 0) for each in headstarts) < 0.06
+    round_trips = 1.5 if "symmetric" in (guest, host) else 1
+    assert max(seconds_to_connect((guest, host), (max(0, -each), max(0, each)), 0.05) for each in headstarts if abs(each) < 0.01) < 0.1 * round_trips + 0.02
+
+
 def test_until_it_has_selected_each_check_of_a_guest_nominates():
     wire = Wire(way=lambda source, destination: None)
     wire.run(1)
@@ -2351,6 +2410,20 @@ def test_the_connection_to_the_server_is_made_while_stun_is_asked(start_server):
         thread.join()
 
 
+def test_with_an_endpoint_and_a_connection_to_the_server_one_call_alone_goes_before_the_first_check(start_server, endpoint, monkeypatch):
+    """So it takes two round trips: that call and that check, if no router needs another one."""
+    client, own = p2pclient.RendezvousClient(url_of(start_server())), endpoint()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
+        wait_until(lambda: client.list_games()[0].ready)
+        monkeypatch.setattr(transport, "connect_early", None)       # nobody calls it
+        trips, once, send, mine = [], client._transport._try, own.send, threading.current_thread()
+        monkeypatch.setattr(client._transport, "_try", lambda *call: (threading.current_thread() is mine and trips.append(call[1]), once(*call))[1])
+        own.send = lambda datagram, address: (trips.append("check") if stun.decode(datagram).kind == stun.REQUEST else None, send(datagram, address))
+        with p2pclient.join_game(client, "castle", endpoint=own) as guest:
+            assert trips[:2] == ["/games/start", "check"] and trips.count("/games/start") == 1
+            assert game.accept(5).session_id == guest.session_id
+
+
 def test_a_guest_that_closes_its_connection_leaves_the_game(start_server, heard_good_byes):
     server = start_server()
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle"):
@@ -2424,6 +2497,31 @@ def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_no
         wait_until(lambda: second.answered["leave_game", 204], 60)
         guest.send(b"hello")
         assert hosts.recv(5) == b"hello" and second.registry.counts() == {**second.registry.counts(), "games": 1, "guests": 0}
+
+
+def test_players_who_moved_find_each_other_though_a_restarted_server_has_lost_their_session(start_server, endpoint, monkeypatch):
+    monkeypatch.setattr(checks, "SILENT_TIME", 0.5)
+    port, own = free_port(), endpoint(consent_interval=0.1)
+    first = start_server(port=port)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first)), "castle") as game:
+        game.endpoint._consent_interval = 0.1
+        with p2pclient.join_game(p2pclient.RendezvousClient(url_of(first)), "castle", endpoint=own) as guest, Relay(loopback_of(game.endpoint)) as relay:
+            hosts, elsewhere = game.accept(5), addresses.text_of(relay.front.getsockname())
+            first.stop()
+            second = start_server(port=port)
+            game.endpoint._whereabouts._public = [elsewhere]
+            for each, unreachable in ((own, loopback_of(game.endpoint)), (game.endpoint, loopback_of(own))):
+                lossy(each, lambda datagram, address, unreachable=unreachable: address[1] == unreachable[1])
+            wait_until(lambda: guest.remote_address == elsewhere, 30)
+            wait_until(lambda: hosts.remote_address == addresses.text_of(relay.back.getsockname()))
+            guest.send(b"still there?")
+            assert hosts.recv(5) == b"still there?"
+            hosts.send(b"yes")
+            assert guest.recv(5) == b"yes"
+            assert second.registry.counts()["guests"] == 1 and len(game.endpoint._connections) == 1
+            with pytest.raises(TimeoutError):
+                game.accept(0)
+        wait_until(lambda: second.registry.counts()["guests"] == 0)
 
 
 def in_seconds(seconds, function, *arguments, **options):

@@ -29,7 +29,7 @@ new internal endpoint gets a new external port, never its own one (no port prese
 destination.  Every datagram forwarded either way refreshes the mapping.
 
 A site may have IPv6 beside, whatever its kind: a /64, behind a firewall that lets in only what answers something from
-inside (RFC 6092).
+inside (RFC 6092).  A machine of it may have IPv6 alone, and a NAT64.
 
 What the lab does not have: a server with IPv6, port preservation, and hairpinning in the symmetric kind.
 Public addresses are of the documentation ranges 203.0.113.0/24 (server), 198.51.100.0/24 and 2001:db8::/32 (sites),
@@ -39,7 +39,8 @@ Nothing is visible outside the lab's own namespaces.  Their names are natlab-PID
 id and start time of the owner.  A guard process removes them, and kills all that runs in them, as soon as the owner
 is gone, however it ended; every new lab and `natlab.py clean` remove what a killed guard has left.
 
-Needs: Linux, root, the commands ip, nft and conntrack, and /dev/net/tun for delay_ms.
+Needs: Linux, root, the commands ip, nft and conntrack, and /dev/net/tun for delay_ms; tayga for a NAT64,
+miniupnpd for a router that maps ports.
 
 Command line:  natlab.py check   says in one line whether a lab can run here (exit status 0) or why not (1)
                natlab.py clean   removes the namespaces of dead owners
@@ -95,6 +96,8 @@ _MINIUPNPD_CHAINS = """table inet filter {
   chain prerouting { type nat hook prerouting priority dstnat; jump prerouting_miniupnpd; }
   chain postrouting { type nat hook postrouting priority srcnat; jump postrouting_miniupnpd; }
 }"""
+_NAT64, _NAT64_POOL = "2001:db8:64::/96", "192.168.255.0/24"
+_TAYGA = f"tun-device nat64\nipv4-addr 192.168.255.1\nprefix {_NAT64}\ndynamic-pool {_NAT64_POOL}\n"
 _lab_numbers = itertools.count(1)
 
 
@@ -107,7 +110,7 @@ class Machine:
 
     address: its IPv4 address, as text (private behind a NAT); addresses: all of them; ipv6: its IPv6 address, or None;
     public_address: the address under which others see it.  All are those of the network through which its way to the
-    world leads.  netns: the name of its namespace.
+    world leads.  netns: the name of its namespace; names: addresses by name, which its commands have as /etc/hosts.
     """
 
     def __init__(self, lab, name):
@@ -115,6 +118,7 @@ class Machine:
         self.name = name
         self.netns = lab._namespace(name)
         self.interface_count = 0  # so far: eth0, eth1 ...
+        self.names = {}
         lab._sh(self.netns, f"nft -f - <<'END'\n{_ARRIVALS}\nEND")
 
     def _is_at(self, addresses, public_address, ipv6=None):
@@ -133,7 +137,7 @@ class Machine:
 
         Keyword arguments are Popen's.  The end of the lab kills the process and all its descendants in the lab.
         """
-        process = subprocess.Popen(["ip", "netns", "exec", self.netns, *map(str, command)], **kw)
+        process = subprocess.Popen(self._here(command), **kw)
         self._lab._children.append(process)
         return process
 
@@ -143,7 +147,15 @@ class Machine:
         Raises subprocess.TimeoutExpired after `timeout` seconds, the command being killed.
         """
         kw = {"capture_output": True, "text": True, **kw}
-        return subprocess.run(["ip", "netns", "exec", self.netns, *map(str, command)], timeout=timeout, **kw)
+        return subprocess.run(self._here(command), timeout=timeout, **kw)
+
+    def _here(self, command):
+        """Returns the command that runs a command in this namespace, with the machine's names if it has any."""
+        lines = "".join(f"{address} {name}\\n" for name, address in self.names.items())
+        # `ip netns exec` gives a command a mount namespace of its own.
+        mounts = f"mount -t tmpfs names /mnt; printf '{lines}' > /mnt/hosts; mount --bind /mnt/hosts /etc/hosts"
+        named = ["sh", "-ec", f'{mounts}; exec "$@"', "sh"] if self.names else []
+        return ["ip", "netns", "exec", self.netns, *named, *map(str, command)]
 
     def socket(self, kind=socket.SOCK_DGRAM, port=0, address="0.0.0.0"):
         """Returns a socket of the calling process which is bound to the address and port in this namespace."""
@@ -432,6 +444,23 @@ END
         if default:
             machine._is_at([address], public_address, ipv6)
         return address
+
+    def take_ipv4(self, machine):
+        """Leaves a machine IPv6 alone, and a NAT64 (RFC 6146) to reach IPv4: a box of this LAN with tayga, whose own addresses the router translates.
+
+        The machine knows ipv4only.arpa (RFC 7050) and "server" by name, as a DNS64 would tell them.
+        """
+        box = self.machine(f"{machine.name}-nat64")
+        self._lab._sh(box.netns, f"tayga --mktun -c /dev/stdin <<'END'\n{_TAYGA}END\nip link set nat64 up\n"
+                                 f"{_ipv6_on('nat64')}\nip route add {_NAT64_POOL} dev nat64\nip route add {_NAT64} dev nat64")
+        daemon = box.popen(["tayga", "-n", "-c", "/dev/stdin"], stdin=subprocess.PIPE, text=True)
+        with daemon.stdin:
+            daemon.stdin.write(_TAYGA)
+        self._lab._sh(box.netns, "timeout 5 sh -c 'until grep -q 1 /sys/class/net/nat64/carrier; do sleep 0.01; done'")
+        self._lab._sh(self.router.netns, f"ip route add {_NAT64_POOL} via {box.address}")
+        self._lab._sh(machine.netns, f"ip -4 addr flush dev eth0\nip route add {_NAT64} via {box.ipv6} dev eth0")
+        machine.names = {name: str(ipaddress.ip_network(_NAT64)[int(ipaddress.IPv4Address(address))])
+                         for name, address in (("ipv4only.arpa", "192.0.0.170"), ("server", self._lab.server.address))}
 
     def disconnect(self, machine):
         """Unplugs a machine for good: it loses what it had here, address and routes."""

@@ -79,12 +79,21 @@ class Stage(natlab.Lab):
         try:
             self.url = f"http://{self.server.address}:{PORT}"
             self._stun_servers = [f"{address}:{PORT}" for address in self.server.addresses] if stun else []
-            self.rendezvous = Program(self.server, "p2pserver.py", "--host", "0.0.0.0", "--port", PORT, "--poll-after", "0.1",
-                                      *([] if stun else ["--no-stun"]))
-            self.rendezvous.expect("listens")
+            self._serve()
         except BaseException:
             self.close()
             raise
+
+    def _serve(self):
+        self.rendezvous = Program(self.server, "p2pserver.py", "--host", "0.0.0.0", "--port", PORT, "--poll-after", "0.1",
+                                  *([] if self._stun_servers else ["--no-stun"]))
+        self.rendezvous.expect("listens")
+
+    def restart_server(self):
+        """Kill the server, and start one that remembers nothing."""
+        self.rendezvous.signal(signal.SIGKILL)
+        self.rendezvous.wait()
+        self._serve()
 
     @property
     def _options(self):

@@ -13,7 +13,7 @@ import time
 
 import natlab
 import pytest
-from stage import PORT, Stage
+from stage import PORT, ROOT, Stage
 
 from p2pclient import addresses, stun  # found by stage
 
@@ -118,6 +118,28 @@ def test_pair_connects_over_slow_and_lossy_links(host, guest):
         assert int(joining.expect(r"(\d+) of 20 messages came back")[1]) >= 5     # of 0.9 ** 4, 13 are to be expected
 
 
+LOBBY = """
+import p2pclient, sys, time
+client, endpoint = p2pclient.RendezvousClient(sys.argv[1]), p2pclient.Endpoint([(sys.argv[2], int(sys.argv[3]))])
+for _ in range(5):
+    client.list_games()
+    click = time.monotonic()
+    with p2pclient.join_game(client, "game 1", endpoint=endpoint):
+        print(time.monotonic() - click)"""
+
+
+@pytest.mark.at_once(seconds=10)
+@pytest.mark.parametrize("host,guest", (("none", "none"), ("port-restricted", "port-restricted")))
+def test_guest_with_an_endpoint_and_a_connection_to_the_server_joins_in_two_round_trips(host, guest):
+    """One to the server, of 0.1 s, which tells both of each other, and one to the host, of 0.2 s: its answer to a check. Another would take 0.1 s more."""
+    with Stage() as stage:
+        stage.host(stage.site("host", nat=host, delay_ms=50).machine())
+        machine = stage.site("guest", nat=guest, delay_ms=50).machine()
+        done = machine.run([sys.executable, "-c", LOBBY, stage.url, stage.server.address, PORT], timeout=60, cwd=ROOT)
+        seconds = [float(line) for line in done.stdout.split()]
+        assert len(seconds) == 5 and 0.3 <= min(seconds) < 0.4, (done.stdout, done.stderr)
+
+
 @pytest.mark.at_once(seconds=50)
 def test_connection_idle_for_longer_than_the_routers_remember_lives_on():
     with Stage() as stage:
@@ -202,6 +224,19 @@ def test_game_goes_on_within_twenty_seconds_after_a_change(nat, change, whose):
             programs["guest"].expect("message 5 ")      # which is too early for its loss, if any, to be known
         else:
             programs["guest"].expect("no echo within")
+        assert_game_goes_on(programs, 18)
+
+
+@pytest.mark.at_once(seconds=60)
+@pytest.mark.parametrize("whose", ("host", "guest"))
+@pytest.mark.parametrize("after", ("poll_game .* first addresses", "leave_game"))   # a guest that has asked the new server before has left again
+def test_game_goes_on_after_a_change_though_the_server_was_restarted_and_has_lost_its_session(after, whose):
+    with Stage() as stage:
+        programs, sites, machines = game_under_way(stage, ("port-restricted", "port-restricted"))
+        stage.restart_server()
+        stage.rendezvous.expect(after)
+        CHANGES["other ports"](stage, sites[whose], machines[whose])
+        programs["guest"].expect("no echo within")
         assert_game_goes_on(programs, 18)
 
 

@@ -12,7 +12,7 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from .addresses import Address, Sending, parse_candidate
-from .candidates import Candidates, read_published
+from .candidates import Candidates, about_peer, read_published
 from .checks import BEGUN_ANEW, CONSENT_INTERVAL, Session
 from .connection import MAX_DATAGRAM, Connection, PeerLost
 from .diagnosis import why_not
@@ -77,8 +77,9 @@ class Endpoint:
     def expect(self, guest: Guest) -> None:
         """Begin to connect with a guest that a poll told of, or learn its new addresses; accept() returns it when that has worked."""
         with self._lock:
-            if guest.session_id in self._connections or len(self._connections) < MAX_SESSIONS:
-                self._begin(guest.session_id, guest.session_key, guest.addresses, is_guest=False, seen_at=guest.seen_at)
+            session_id = self._session_of(guest)
+            if session_id in self._connections or len(self._connections) < MAX_SESSIONS:
+                self._begin(session_id, guest.session_key, guest.addresses, is_guest=False, seen_at=guest.seen_at)
 
     def renew(self, start: Start) -> None:
         """Learn the host's present addresses, in a session that goes on."""
@@ -176,6 +177,12 @@ class Endpoint:
             self._send_for(connection.session, connection.session.tick(now), now)
         self._wake()
         return connection
+
+    def _session_of(self, guest: Guest) -> str:
+        """The sessionId under which we know a guest: a restarted server gives it another one, but the attempt is still the same."""
+        attempt = about_peer(guest.addresses)[2]
+        known = (name for name in self._connections if attempt and self._attempts.get(name) == attempt)
+        return guest.session_id if guest.session_id in self._connections else next(known, guest.session_id)
 
     def _begin_anew(self, earlier: Session, now: float) -> Connection:
         """A connection with the same guest, who has lost the earlier one."""

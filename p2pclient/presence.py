@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from typing import Callable, Optional
 
@@ -20,11 +21,15 @@ REFUSED_PAUSE = 10.0    # seconds before one is that has refused a call
 
 class Presence:
     """A guest's session at the server. A thread starts the game again and again under the same peerId: so the guest stays known, its
-    addresses are those that it has now, and new ones of the host are checked at once. What becomes of that never ends a connection."""
+    addresses are those that it has now, and new ones of the host are checked at once. What becomes of that never ends a connection.
+
+    A restarted server has lost the session, and begins another one. While the connection works that one is left again, for the name may be a
+    stranger's by now. When the host is silent it is the only way to find each other: the host knows by the attempt whose it is."""
 
     def __init__(self, client: RendezvousClient, endpoint: Endpoint, start: Start, peer_id: str) -> None:
         self._client, self._endpoint, self._peer_id = client, endpoint, peer_id
-        self._name, self._session_id = start.name, start.session_id
+        self._name, self._own_session = start.name, start.session_id
+        self._session_id = start.session_id                 # what the server calls it now
         self._cursor: Optional[int] = start.cursor
         self.connection: Optional[Connection] = None        # once there is one
         self._repeater = Repeater("guest", self._ask, self._failed)
@@ -57,16 +62,20 @@ class Presence:
             return 0.0
         after, began = self._cursor, time.monotonic()
         start = self._client.start_game(self._name, self._peer_id, self._endpoint.candidates.published, WAIT, after)
-        if self._repeater.ended or start.session_id != self._session_id:
-            # This call has begun a session that nobody knows: we have left, or a restarted server had lost the one that the host knows.
-            self._repeater.end()
+        if is_current() and start.session_id != self._session_id:
+            if self.connection and self.connection.session.is_silent(time.monotonic()):
+                self._session_id = start.session_id
+            else:
+                self._repeater.pause()
+                self._leave()
+        elif self._repeater.ended:      # this call has begun a session after we have left
             self._leave()
         if not is_current():
             return 0.0
         self._name, has_news = start.name, start.cursor != after
         self._cursor = start.cursor
         if has_news and start.addresses:
-            self._endpoint.renew(start)
+            self._endpoint.renew(dataclasses.replace(start, session_id=self._own_session))
         pause = max(start.poll_after, start.expires_in / 3) if self.connection else start.poll_after
         return pause_between(start.waited, has_news, time.monotonic() - began, pause)
 

@@ -36,6 +36,10 @@ class Repeater:
             self._thread = threading.Thread(target=self._run, args=(self._generation,), name=self._name, daemon=True)
             self._thread.start()
 
+    def pause(self) -> None:
+        """Make no further call until it is begun anew."""
+        self._generation += 1
+
     def end(self) -> None:
         """Make no further call."""
         self._ended.set()
