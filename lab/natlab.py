@@ -141,7 +141,7 @@ class Machine:
         self._lab._children.append(process)
         return process
 
-    def run(self, command, timeout=10, **kw):
+    def run(self, command, timeout=60, **kw):
         """Runs the command (a list) here and returns a subprocess.CompletedProcess with its output as text.
 
         Raises subprocess.TimeoutExpired after `timeout` seconds, the command being killed.
