@@ -900,6 +900,23 @@ def test_a_good_bye_counts_only_from_where_the_peer_was_heard():
     assert wire.host.over == checks.LEFT
 
 
+def test_a_good_bye_of_another_session_of_the_guests_than_the_one_that_is_connected_does_not_count():
+    wire = connected()
+    other = checks.Session("session", "key", True, wire.now)
+    wire.host.receive(stun.decode(other._encode(stun.INDICATION, bytes(12), echo=wire.host.channel.nonce)), GUEST_AT, wire.now)
+    assert not wire.host.over
+
+
+def test_a_host_does_not_go_to_where_no_check_of_its_own_was_answered():
+    """Whoever is first with a copy of a nomination is heard, but gets nothing of the game."""
+    wire = connected()
+    wire.way = lambda source, destination: None
+    [(nomination, _)] = wire.guest._check(HOST_AT, wire.now)
+    wire.deliver(nomination, STRANGER, HOST_AT)
+    wire.run(1)
+    assert STRANGER in wire.host.heard and wire.host.selected == GUEST_AT
+
+
 def test_a_check_to_a_connection_that_has_ended_is_answered_by_a_good_bye():
     wire = connected()
     wire.guest.goodbye()        # which is lost
@@ -2464,7 +2481,7 @@ def test_a_guest_that_moves_tells_its_host_where_it_is(start_server):
 
 def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_not_begun_anew(start_server):
     port = free_port()
-    first = start_server(port=port)
+    first = start_server(port=port, guest_ttl=3)     # so that the guest calls again soon
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first)), "castle") as game, \
             p2pclient.join_game(p2pclient.RendezvousClient(url_of(first)), "castle") as guest:
         hosts = game.accept(5)
