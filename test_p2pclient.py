@@ -890,6 +890,15 @@ def test_a_replay_is_known_as_one_beyond_the_latest_thousand_checks():
     assert wire.host.heard == heard
 
 
+def test_what_checks_addresses_and_offers_leave_in_memory_is_bounded():
+    wire, budget, offered = connected(), pacing.UnheardBudget(is_host=True), channel.Channel("key", False)
+    for i in range(2000):
+        wire.guest._check(HOST_AT, wire.now)
+        budget.count(f"host {i}", wire.now)
+        offered.is_fresh(channel.Mark(struct.pack(">Q", i), channel.NO_NONCE, 1))
+    assert len(wire.guest._pending) == len(budget._sent) == 1024 and len(offered._peers) == channel.MAX_OFFERS
+
+
 def test_a_good_bye_counts_only_from_where_the_peer_was_heard():
     wire = connected()
     goodbye = stun.decode(wire.guest.goodbye()[0][0])
@@ -1539,6 +1548,14 @@ def test_a_guest_that_left_or_failed_is_not_tried_again_at_addresses_that_were_t
     host, guests = parted(endpoint)
     host.expect(p2pclient.Guest("session", "key", guests._endpoint.candidates.addresses[:1]))
     assert not host._connections
+
+
+def test_an_endpoint_remembers_the_latest_thousand_sessions(endpoint):
+    host = endpoint()
+    for i in range(1100):
+        host.expect(p2pclient.Guest(f"session {i}", "key", []))
+        host.end(host._connections[f"session {i}"])
+    assert list(host._ended) == list(host._attempts) == [f"session {i}" for i in range(76, 1100)]
 
 
 def test_a_guest_that_tries_again_from_the_same_port_publishes_something_new_and_is_tried_again(endpoint):
