@@ -900,6 +900,15 @@ def test_a_replay_is_known_as_one_beyond_the_latest_thousand_checks():
     assert wire.host.heard == heard
 
 
+def test_what_checks_addresses_and_offers_leave_in_memory_is_bounded():
+    wire, budget, offered = connected(), pacing.UnheardBudget(is_host=True), channel.Channel("key", False)
+    for i in range(2000):
+        wire.guest._check(HOST_AT, wire.now)
+        budget.count(f"host {i}", wire.now)
+        offered.is_fresh(channel.Mark(struct.pack(">Q", i), channel.NO_NONCE, 1))
+    assert len(wire.guest._pending) == len(budget._sent) == 1024 and len(offered._peers) == channel.MAX_OFFERS
+
+
 def test_a_good_bye_counts_only_from_where_the_peer_was_heard():
     wire = connected()
     goodbye = stun.decode(wire.guest.goodbye()[0][0])
@@ -908,6 +917,23 @@ def test_a_good_bye_counts_only_from_where_the_peer_was_heard():
     again = stun.decode(wire.guest.goodbye()[0][0])
     wire.host.receive(again, GUEST_AT, wire.now)
     assert wire.host.over == checks.LEFT
+
+
+def test_a_good_bye_of_another_session_of_the_guests_than_the_one_that_is_connected_does_not_count():
+    wire = connected()
+    other = checks.Session("session", "key", True, wire.now)
+    wire.host.receive(stun.decode(other._encode(stun.INDICATION, bytes(12), echo=wire.host.channel.nonce)), GUEST_AT, wire.now)
+    assert not wire.host.over
+
+
+def test_a_host_does_not_go_to_where_no_check_of_its_own_was_answered():
+    """Whoever is first with a copy of a nomination is heard, but gets nothing of the game."""
+    wire = connected()
+    wire.way = lambda source, destination: None
+    [(nomination, _)] = wire.guest._check(HOST_AT, wire.now)
+    wire.deliver(nomination, STRANGER, HOST_AT)
+    wire.run(1)
+    assert STRANGER in wire.host.heard and wire.host.selected == GUEST_AT
 
 
 def test_a_check_to_a_connection_that_has_ended_is_answered_by_a_good_bye():
@@ -1532,6 +1558,14 @@ def test_a_guest_that_left_or_failed_is_not_tried_again_at_addresses_that_were_t
     host, guests = parted(endpoint)
     host.expect(p2pclient.Guest("session", "key", guests._endpoint.candidates.addresses[:1]))
     assert not host._connections
+
+
+def test_an_endpoint_remembers_the_latest_thousand_sessions(endpoint):
+    host = endpoint()
+    for i in range(1100):
+        host.expect(p2pclient.Guest(f"session {i}", "key", []))
+        host.end(host._connections[f"session {i}"])
+    assert list(host._ended) == list(host._attempts) == [f"session {i}" for i in range(76, 1100)]
 
 
 def test_a_guest_that_tries_again_from_the_same_port_publishes_something_new_and_is_tried_again(endpoint):
@@ -2488,7 +2522,7 @@ def test_a_guest_that_moves_tells_its_host_where_it_is(start_server):
 def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_not_begun_anew(start_server, monkeypatch):
     monkeypatch.setattr(presence, "REFUSED_PAUSE", 0.1)
     port = free_port()
-    first = start_server(port=port, guest_ttl=6)
+    first = start_server(port=port, guest_ttl=3)     # so that the guest calls again soon
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first)), "castle") as game, \
             p2pclient.join_game(p2pclient.RendezvousClient(url_of(first)), "castle") as guest:
         hosts = game.accept(5)
