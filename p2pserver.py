@@ -123,6 +123,7 @@ OPTIONS = (
     Option("host", "", "address to listen on, or a name: all its addresses; all addresses, IPv6 and IPv4, if not given"),
     Option("port", 8000, "port to listen on, TCP for HTTP and UDP for STUN; 0 picks a free one and prints it", 0, 65535),
     Option("stun_port", 0, "another UDP port for STUN than that of HTTP", 0, 65535),
+    Option("second_stun_port", 0, "a second UDP port for STUN, by which clients learn the kind of their NAT (default: the one after the first)", 0, 65535),
     Option("stun_rate", 20.0, "STUN answers a second to one address, and 500 at once; 0 for no limit", 0, 1_000_000),
     Option("no_stun", False, "no STUN: clients then need another STUN server"),
     Option("game_ttl", 60.0, "seconds after which a game whose host is silent is gone", 1, 86400),
@@ -1034,7 +1035,7 @@ class StunServer(socketserver.UDPServer):
 
     def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
         self.address_family = family
-        self._limiter = limiter
+        self.limiter = limiter
         self.results: collections.Counter[str] = collections.Counter()      # datagrams so far, by what they got
         super().__init__(address, socketserver.BaseRequestHandler)
 
@@ -1054,7 +1055,7 @@ class StunServer(socketserver.UDPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         # The limiter first: to parse costs more than to refuse.
-        is_over = self._limiter.acquire(client_of(client_address[0]).key)
+        is_over = self.limiter.acquire(client_of(client_address[0]).key)
         answer = None if is_over else stun_answer(request[0], client_address)
         self.results["answer" if answer else "silence"] += 1
         if answer and sys.platform == "linux":
@@ -1905,7 +1906,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._waker, self._wakened = socket.socketpair()        # a byte through these ends the selector's wait
         self._waker.setblocking(False)
         self._bind()
-        self.stun_ports = [stun.server_address[1] for stun in self.stuns[:1]]       # the UDP ports for STUN; each listens on the same one
+        self.stun_ports = [stun.server_address[1] for stun in self.stuns[:1]]       # the UDP ports for STUN; each address has the same ones
+        if self.stuns:
+            self._bind_second_stun(settings.second_stun_port or self.stun_ports[0] + 1)
         # What the selector finds ready is passed to the function that it is registered with.
         self.selector.register(self._wakened, selectors.EVENT_READ, lambda wakened: wakened.recv(65536))
         for listener in self.listeners:
@@ -1933,6 +1936,20 @@ class Server(http.server.ThreadingHTTPServer):
             self.server_close()
             raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
 
+    def _bind_second_stun(self, port: int) -> None:
+        """Answer STUN on a second port as well, so that a client sees whether its router maps by destination; not where the port cannot be used."""
+        seconds: List[StunServer] = []
+        try:
+            for first in self.stuns:
+                seconds.append(StunServer(first.address_family, (first.server_address[0], port, *first.server_address[2:]), first.limiter))
+        except (OSError, OverflowError) as error:
+            log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
+            for each in seconds:
+                each.server_close()
+        else:
+            self.stuns += seconds
+            self.stun_ports.append(port)
+
     def server_close(self) -> None:
         self.selector.close()
         for each in (self._waker, self._wakened, *self.listeners, *[stun.socket for stun in self.stuns]):
@@ -1942,7 +1959,8 @@ class Server(http.server.ThreadingHTTPServer):
     def where(self) -> str:
         """What listens where, for a person."""
         scheme = "https" if self.tls else "http"
-        stun = f"STUN on UDP port {self.stuns[0].server_address[1]}" if self.stuns else "no STUN"
+        ports = " and ".join(map(str, self.stun_ports))
+        stun = f"STUN on UDP port{'s' if len(self.stun_ports) > 1 else ''} {ports}" if self.stuns else "no STUN"
         hosts = [listener.getsockname()[0] for listener in self.listeners] if self.settings.host else ["localhost"]
         urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}/" for host in hosts]
         versions = "addresses, IPv6 and IPv4" if self.socket.family == socket.AF_INET6 else "IPv4 addresses"

@@ -16,7 +16,7 @@ import time
 
 try:
     import p2pclient
-    from p2pclient.commandline import SLOW, OutputLost, add_peer_id_file, complain, explain, kept_peer_id, parse_server, say, seconds
+    from p2pclient.commandline import SLOW, OutputLost, add_peer_id_file, add_search, complain, explain, kept_peer_id, parse_server, say, seconds
     from p2pclient.deadline import told_if_slow
     from p2pclient.diagnosis import without_stun
     from p2pclient.texts import printable
@@ -37,6 +37,7 @@ def parse_arguments():
     parser.add_argument("--interval", type=seconds, default=0.1, metavar="S", help="seconds between two messages (default: %(default)s)")
     parser.add_argument("--stun", type=parse_server, action="append", metavar="HOST:PORT",
                         help="a STUN server, repeatable; two tell the kind of the NAT (default: the rendezvous server)")
+    add_search(parser)
     add_peer_id_file(parser, "guest")
     options = parser.parse_args()
     if options.messages < 1:
@@ -105,7 +106,8 @@ def open_endpoint(options):
     """The socket for all games that are joined in turn: STUN is asked once."""
     client = p2pclient.RendezvousClient(options.server)
     with told_if_slow(SLOW, say, f"no STUN server has answered for {SLOW:g} seconds; still waiting"):
-        endpoint = p2pclient.Endpoint(client.stun_servers if options.stun is None else options.stun, client.on_loopback)
+        endpoint = p2pclient.Endpoint(client.stun_servers if options.stun is None else options.stun, client.on_loopback,
+                                      prediction=options.prediction, probing=options.probing)
     if without_stun(endpoint.candidates):
         say(f"warning: {without_stun(endpoint.candidates)}")
     return endpoint

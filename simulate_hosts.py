@@ -18,7 +18,7 @@ import time
 
 try:
     import p2pclient
-    from p2pclient.commandline import SLOW, OutputLost, add_peer_id_file, complain, explain, kept_peer_id, output_lost, parse_server, say, seconds
+    from p2pclient.commandline import SLOW, OutputLost, add_peer_id_file, add_search, complain, explain, kept_peer_id, output_lost, parse_server, say, seconds
     from p2pclient.deadline import told_if_slow
     from p2pclient.diagnosis import without_stun
     from p2pclient.texts import printable
@@ -55,6 +55,7 @@ def parse_arguments():
     parser.add_argument("--duration", type=seconds, metavar="S", help="end after so many seconds")
     parser.add_argument("--once", action="store_true", help="each game ends when its first guest has left")
     parser.add_argument("--no-port-mapping", action="store_false", dest="port_mapping", help="do not ask the router to forward a port to each game")
+    add_search(parser)
     add_peer_id_file(parser, "host")
     options = parser.parse_args()
     if options.hosts < 1:
@@ -86,7 +87,8 @@ def offer(options, name, peer_id):
     client = p2pclient.RendezvousClient(options.server, patience=PATIENCE)
     try:
         game = p2pclient.HostedGame(client, name, options.info, stun_servers=options.stun, keepalive=options.keepalive,
-                                    report=lambda line: tell(name, line), peer_id=peer_id, port_mapping=options.port_mapping)
+                                    report=lambda line: tell(name, line), peer_id=peer_id, port_mapping=options.port_mapping,
+                                    prediction=options.prediction, probing=options.probing)
     except p2pclient.RendezvousError as error:
         if error.status == 409:
             tell(name, "this name is taken, trying another")

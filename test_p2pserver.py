@@ -1961,8 +1961,30 @@ def test_the_body_of_a_poll_however_its_target_is_written_may_be_four_times_as_l
 
 def test_register_and_start_tell_on_which_ports_stun_is_answered(serve):
     api = serve(no_stun=False)
-    ports = [api.server.stuns[0].server_address[1]]
+    ports = [stun.server_address[1] for stun in api.server.stuns]
     assert api.register_game("castle").json()["stun"] == ports == api.start_game("castle").json()["stun"]
+    assert ports == [api.server.server_port, api.server.server_port + 1]
+    for port in ports:
+        with udp(port) as client:
+            assert mapped(client.ask(REQUEST)[0]) == client.address
+
+
+def test_a_second_port_for_stun_that_is_taken_or_does_not_exist_leaves_the_first_and_a_warning(serve, caplog):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        api = serve(no_stun=False, second_stun_port=port)
+    assert api.server.stun_ports == [api.server.server_port] and f"UDP port {port} cannot be used for STUN too" in caplog.text
+    with udp(api.server.server_port) as client:
+        assert mapped(client.ask(REQUEST)[0]) == client.address
+    assert serve(no_stun=False, stun_port=65535).server.stun_ports == [65535]
+
+
+def test_the_second_port_for_stun_can_be_chosen(serve):
+    with taken(socket.SOCK_DGRAM, ["{}"]) as (port,):
+        pass
+    api = serve(no_stun=False, second_stun_port=int(port))
+    assert api.server.stun_ports == [api.server.server_port, int(port)] and f"and {port}" in api.server.where
 
 
 def test_a_cursor_survives_the_numbers_of_game_engines_for_a_hundred_years(serve):
@@ -4659,7 +4681,7 @@ def test_a_second_signal_while_the_server_ends_changes_nothing(number):
 
 def test_the_line_at_start_says_what_listens_where():
     with running("--port", "0") as process, udp(process.port) as client:
-        where = f"http://127.0.0.1:{process.port}/ and STUN on UDP port {process.port}"
+        where = f"http://127.0.0.1:{process.port}/ and STUN on UDP ports {process.port} and {process.port + 1}"
         assert process.line == f"p2pserver {p2pserver.__version__} listens on {where}; Ctrl-C ends it\n"
         assert is_healthy(process) and mapped(client.ask(REQUEST)[0]) == client.address
 
@@ -4668,7 +4690,7 @@ def test_stun_can_have_a_port_of_its_own_or_none():
     with taken(socket.SOCK_DGRAM, ["{}"]) as (port,):
         pass
     with running("--port", "0", "--stun-port", port) as process, udp(int(port)) as client:
-        assert f"STUN on UDP port {port};" in process.line and mapped(client.ask(REQUEST)[0]) == client.address
+        assert f"STUN on UDP ports {port} and {int(port) + 1};" in process.line and mapped(client.ask(REQUEST)[0]) == client.address
     with running("--port", "0", "--no-stun") as process, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         assert "no STUN" in process.line
         sock.bind(("127.0.0.1", process.port))

@@ -23,6 +23,13 @@ mapping; EIF, ADF, APDF: endpoint-independent, address-dependent, address and po
     symmetric        APDM + APDF, a random port for every destination
     blocked          all UDP dropped; TCP works, translated
 
+and four more kinds of symmetric ones, by how they allocate ports (ALLOCATIONS):
+
+    sequential       each destination gets the next port
+    step             each gets the port eight above the one before
+    block            a random port of a block of 128
+    big-block        a random port of a block of 512
+
 The translation is done by Linux connection tracking.  Conntrack by itself only tends to keep a mapping
 endpoint-independent, so the EIM kinds keep their mappings in nftables maps, from which conntrack takes its port: each
 new internal endpoint gets a new external port, never its own one (no port preservation), and keeps it for every
@@ -67,6 +74,9 @@ import threading
 import time
 
 KINDS = ("none", "full-cone", "restricted", "port-restricted", "symmetric", "blocked")
+ALLOCATIONS = ("sequential", "step", "block", "big-block")  # kinds too: symmetric, but not at random
+STEP, BLOCKS = 8, {"block": 128, "big-block": 512}
+FIRST_PORT = 40000  # of what a router with an allocation gives out
 UDP_TIMEOUT = 120  # seconds; the least that RFC 4787 (REQ-5) allows
 
 _RUN_NETNS = "/run/netns"
@@ -278,8 +288,8 @@ deny 0-65535 0.0.0.0/0 0-65535
         blocked = "meta l4proto udp counter name udp_refused drop" if self.nat == "blocked" else ""
         if self.nat == "none":
             translation = ""
-        elif self.nat in ("symmetric", "blocked"):
-            translation = f"chain translating {{ type nat hook postrouting priority srcnat; {_MASQUERADE}; }}"
+        elif self.nat in ("symmetric", "blocked", *ALLOCATIONS):
+            translation = f"chain translating {{ type nat hook postrouting priority srcnat; {self._allocation()} {_MASQUERADE}; }}"
         else:
             translation = self._endpoint_independent()
         # The input chain drops without an answer.  If it accepted an unsolicited datagram, conntrack would keep an
@@ -302,6 +312,17 @@ table ip router {{
   }}
   {translation}
 }}"""
+
+    def _allocation(self):
+        """Returns the rule by which each new UDP flow gets its port, where that is not any at random."""
+        if self.nat in BLOCKS:
+            ports = f"{FIRST_PORT}-{FIRST_PORT + BLOCKS[self.nat] - 1} random,fully-random"
+        elif self.nat in ("sequential", "step"):
+            step = STEP if self.nat == "step" else 1
+            ports = f"numgen inc mod 2048 map {{ {', '.join(f'{i}: {FIRST_PORT + step * i}' for i in range(2048))} }}"
+        else:
+            return ""
+        return f'iifname "lan" meta l4proto udp snat ip to {self.public_address} : {ports};'
 
     def _endpoint_independent(self):
         """Returns the maps and chains of an EIM kind.
@@ -541,7 +562,7 @@ class Lab:
              ipv6=False):
         """Adds a site and returns it.
 
-        name: unique in the lab; nat: one of KINDS; loss: percentage of the packets lost on the uplink, in each
+        name: unique in the lab; nat: one of KINDS or ALLOCATIONS; loss: percentage of the packets lost on the uplink, in each
         direction; delay_ms: milliseconds that the uplink takes, in each direction; udp_timeout: whole seconds after
         which the router forgets an unused UDP mapping (None: UDP_TIMEOUT); hairpin: whether a machine reaches its
         neighbour by the neighbour's external address and port (EIM kinds only; such datagrams are not filtered);
@@ -549,7 +570,7 @@ class Lab:
          own; public_address: the router's, by default one of 198.51.100.0/24; ipv6: whether it has a /64 too, behind a
          firewall.
         """
-        if nat not in KINDS:
+        if nat not in KINDS + ALLOCATIONS:
             raise ValueError(f"unknown kind of NAT: {nat}")
         if hairpin and nat not in ("full-cone", "restricted", "port-restricted"):
             raise ValueError(f"no hairpinning in the kind {nat}")

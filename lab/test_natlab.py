@@ -86,6 +86,23 @@ def test_mapping(lab, sites, machines, kind):
         assert len(set(ports)) == 1 and ports[0] != port
 
 
+@pytest.mark.parametrize("kind", natlab.ALLOCATIONS)
+def test_allocation(lab, kind):
+    site = lab.site(kind, nat=kind)
+    machine, (one, other, third) = site.machine(), public_sockets(lab)
+    seen = [pass_on(mine, remote) for mine in [machine.socket() for _ in range(4)] for remote in (one, other)]
+    assert {address for address, _ in seen} == {site.public_address}
+    ports = [port for _, port in seen]
+    steps = [later - earlier for earlier, later in zip(ports, ports[1:])]
+    if kind in natlab.BLOCKS:
+        assert len(set(steps)) > 2 and min(ports) >= natlab.FIRST_PORT and max(ports) < natlab.FIRST_PORT + natlab.BLOCKS[kind]
+    else:
+        assert set(steps) == {natlab.STEP if kind == "step" else 1}
+    mine = machine.socket()
+    outside = pass_on(mine, one)
+    assert pass_on(one, mine, outside) and not pass_on(third, mine, outside, seconds=0.2)
+
+
 @pytest.mark.parametrize("kind", ("none",) + NATS)
 def test_filtering_and_mapping_towards_who_was_refused(lab, sites, machines, kind):
     mine = machines[kind].socket()

@@ -13,6 +13,7 @@ from .addresses import Address, Sending, is_loopback, parse_candidate, plain_ip,
 from .checklist import MAX_CHECKED
 from .deadline import Deadline
 from .pacing import DEFAULT_PACING, LEAST_PACING
+from .prediction import Ports
 from .sockets import SOMEWHERE, Nat64, interface_addresses, is_readable, own_address_towards, plain_source, send_to
 from .stun import REQUEST, Message, decode, encode, mapped_address
 
@@ -30,7 +31,8 @@ class Candidates:
     each STUN server sees the socket; nat: "none", "endpoint-independent" or "symmetric" as RFC 4787 tells mappings apart (the latter
     maps by destination, so nobody can be told where to send), "unknown" with a single STUN server to ask or one behind our own router,
     "no answer" if no STUN server answered, "not asked" if there is none. attempt: another text for each try of a guest, so that what it
-    publishes is news to its host even if its addresses are not.
+    publishes is news to its host even if its addresses are not. ports: how a symmetric NAT allocates them, once that is known; probing: whether this
+    player has asked for it.
     """
 
     addresses: List[str]
@@ -38,6 +40,14 @@ class Candidates:
     nat: str = "not asked"
     seen: Mapping[Address, Address] = field(default_factory=dict)
     attempt: str = ""
+    ports: Optional[Ports] = None
+    probing: bool = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the world of IPv4 reaches us where STUN has seen us, and nowhere else: no port is forwarded, and there is no relay."""
+        seen = set(self.seen.values())
+        return all(address in seen for address in public_ipv4(map(parse_candidate, self.addresses)))
 
     def without_loopback(self) -> Candidates:
         """For a server that sees us come from elsewhere: something between us and it, such as Docker, forwards its port to this machine."""
@@ -46,20 +56,28 @@ class Candidates:
     @property
     def published(self) -> List[Any]:
         """What to tell the server: the addresses, and what a peer may know beside, which others ignore: {"p2p": {"pacing": milliseconds between
-        two of our checks, as RFC 8839's ice-pacing, "nat" and "attempt": as above}}."""
-        attempt = {"attempt": self.attempt} if self.attempt else {}
-        return [*self.addresses, {"p2p": {"pacing": round(1000 * LEAST_PACING), "nat": self.nat, **attempt}}]
+        two of our checks, as RFC 8839's ice-pacing, "nat", "attempt", "ports" and "probing": as above}}. Who can be reached otherwise tells no ports."""
+        about: Dict[str, Any] = {"pacing": round(1000 * LEAST_PACING), "nat": self.nat}
+        if self.attempt:
+            about["attempt"] = self.attempt
+        if self.ports and self.nat == "symmetric" and self.is_closed:
+            about["ports"] = self.ports.published
+        if self.probing:
+            about["probing"] = True
+        return [*self.addresses, {"p2p": about}]
 
 
 @dataclass(frozen=True)
 class PeerCandidates:
     """What a peer has published, as far as it is of use. addresses: to be checked, likeliest first, at most 16; pacing: in seconds; nat: as in
-    Candidates, or ""; attempt: likewise."""
+    Candidates, or ""; attempt, ports, probing: likewise."""
 
     addresses: List[Address]
     pacing: float = DEFAULT_PACING
     nat: str = ""
     attempt: str = ""
+    ports: Optional[Ports] = None
+    probing: bool = False
 
 
 def read_published(published: Iterable[Any], own: Candidates, loopback: bool) -> PeerCandidates:
@@ -80,12 +98,23 @@ def read_published(published: Iterable[Any], own: Candidates, loopback: bool) ->
             return 1 if is_neighbour else 4
         return 3 if ":" not in address[0] else 2 if has_ipv6 else 5
 
-    return PeerCandidates(sorted(usable, key=unlikelihood)[:MAX_CHECKED], *about_peer(published))
+    about = told_beside(published)
+    return PeerCandidates(sorted(usable, key=unlikelihood)[:MAX_CHECKED], *about_peer(published), Ports.of(about.get("ports")), about.get("probing") is True)
+
+
+def told_beside(published: Sequence[Any]) -> Dict[str, Any]:
+    """What a peer tells of itself among its addresses."""
+    return next((each["p2p"] for each in published if isinstance(each, dict) and isinstance(each.get("p2p"), dict)), {})
+
+
+def public_ipv4(found: Iterable[Optional[Address]]) -> List[Address]:
+    """Those of some addresses to which a NAT of IPv4 leads."""
+    return [address for address in found if address and ":" not in address[0] and not private_network(address[0]) and not plain_ip(address[0]).is_loopback]
 
 
 def about_peer(published: Sequence[Any]) -> Tuple[float, str, str]:
     """Pacing in seconds, kind of NAT and attempt, as a peer has published them; what is missing or odd is as if it had said nothing."""
-    about: Dict[str, Any] = next((each["p2p"] for each in published if isinstance(each, dict) and isinstance(each.get("p2p"), dict)), {})
+    about = told_beside(published)
     pacing, nat, attempt = (about.get(name) for name in ("pacing", "nat", "attempt"))
     if not isinstance(pacing, (int, float)) or isinstance(pacing, bool) or not 0 < pacing <= 1000:
         pacing = 1000 * DEFAULT_PACING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from typing import Deque, Iterable, List, Optional
+from typing import Deque, Iterable, List, NamedTuple, Optional
 
 from .addresses import Address
 from .pacing import DEFAULT_PACING, LEAST_PACING, Pace, UnheardBudget
@@ -13,6 +13,14 @@ MAX_URGENT = 8              # addresses of a session that are checked at once wh
 MAX_CHECKS = 100            # a session, so that nobody can have us flood a third party (RFC 8445 section 19.5.1)
 RENEWAL_CHECKS = 40         # that a session has again when the peer was heard or has told new addresses
 RENEWAL_TIME = 5.0          # seconds of quick checks after that
+
+
+class Check(NamedTuple):
+    """A check that is under way. controlling: the role that it claimed."""
+    address: Address
+    sent_at: float
+    nominates: bool
+    controlling: bool
 
 
 class Checklist:
@@ -94,6 +102,15 @@ class Checklist:
             self.budget.count(address[0], now)
         self.last_check = self.pace.last = now
         self.sent += cost
+
+    def may_probe(self, host: str, now: float, is_probing: bool) -> bool:
+        """Whether a guess may go to an IP address; it counts if so. is_probing: there are many, so only to one from which the server has seen the peer call."""
+        if is_probing:
+            return host in self.budget.trusted
+        allowed = self._is_heard(host) or self.budget.allows(host, now)
+        if allowed:
+            self.budget.count(host, now)
+        return allowed
 
     @property
     def soonest(self) -> float:

@@ -20,12 +20,12 @@ from __future__ import annotations
 import collections
 import secrets
 import struct
-from typing import Iterable, List, NamedTuple, Optional, Tuple
+from typing import Iterable, List, Optional, Tuple
 
 from . import stun
 from .addresses import Address, Sending
 from .channel import NO_NONCE, Channel, Mark
-from .checklist import MAX_CHECKS, Checklist
+from .checklist import MAX_CHECKS, Check, Checklist
 from .pacing import DEFAULT_PACING, Pace, trim
 
 CHECK_INTERVAL = 0.05       # seconds between two checks of a session to who has not been heard (RFC 8445 section 14.2),
@@ -45,14 +45,6 @@ PEER_REFLEXIVE = struct.pack(">I", (110 << 24) + (65535 << 8) + 255)        # RF
 NO_WAY = "no check got through in both directions"
 LEFT = "the other player has left"
 BEGUN_ANEW = "the other player has begun anew"
-
-
-class Check(NamedTuple):
-    """A check that is under way. controlling: the role that it claimed."""
-    address: Address
-    sent_at: float
-    nominates: bool
-    controlling: bool
 
 
 class Session:
@@ -178,6 +170,12 @@ class Session:
         if content is not None:
             self._last_heard = now
         return content
+
+    def probe(self, address: Address, now: float, is_probing: bool) -> List[Sending]:
+        """A check to a port that may be the peer's, beside the list; what hits is answered with a check from there. is_probing: as Checklist.may_probe()."""
+        if self.over or self.selected or not self._list.may_probe(address[0], now, is_probing):
+            return []
+        return [(self._encode(stun.REQUEST, secrets.token_bytes(12), self.controlling), address)]
 
     def goodbye(self) -> List[Sending]:
         """End the session; the peer is told, if it is there and understands."""

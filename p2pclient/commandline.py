@@ -117,6 +117,14 @@ def parse_server(text: str) -> Address:
     return parts.hostname, port
 
 
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """The options --no-prediction and --probing, for Endpoint."""
+    parser.add_argument("--no-prediction", dest="prediction", action="store_false",
+                        help="do not predict the ports of routers that give each destination another one")
+    parser.add_argument("--probing", action="store_true", help="where such a router chooses ports at random, try up to 1024, if the other side wants it "
+                                                               "too; small routers may not like it")
+
+
 def add_peer_id_file(parser: argparse.ArgumentParser, role: str) -> None:
     """The option --peer-id-file of a host or guest, for kept_peer_id()."""
     folder = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")

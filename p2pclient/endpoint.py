@@ -12,12 +12,14 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from .addresses import Address, Sending, parse_candidate
+from .branches import Branches
 from .candidates import Candidates, about_peer, read_published
 from .checks import BEGUN_ANEW, CONSENT_INTERVAL, Session
 from .connection import MAX_DATAGRAM, Connection, PeerLost
 from .diagnosis import why_not
 from .early import EarlyChecks
 from .pacing import Pace, UnheardLimiter, trim
+from .probing import Methods
 from .rendezvous import Guest, Start
 from .sockets import open_socket, plain_source, send_to
 from .stun import ERROR, SUCCESS, USERNAME, Message, decode
@@ -41,18 +43,20 @@ class Endpoint:
     by this alone; keepalive, consent_interval: seconds; report: takes a line for each thing that happens; public_address: "ip:port" that is
     forwarded to the socket by a router; moved: called in the endpoint's thread, and not to block, when the candidates have changed, and
     every few seconds while a peer is silent: then tell the server our candidates, and expect() or renew() what it tells of the peer's. It may
-    be set later. The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. ValueError: public_address is none.
+    be set later. prediction, probing: how a peer behind a symmetric NAT is searched for (probing.py).
+    The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. ValueError: public_address is none.
     """
 
     def __init__(self, stun_servers: Sequence[Address] = (), loopback: bool = False, sock: Optional[socket.socket] = None,
                  keepalive: float = KEEPALIVE, consent_interval: float = CONSENT_INTERVAL, report: Callable[[str], None] = log.info,
-                 moved: Callable[[], None] = lambda: None, public_address: str = "") -> None:
+                 moved: Callable[[], None] = lambda: None, public_address: str = "", prediction: bool = True, probing: bool = False) -> None:
         if public_address and parse_candidate(public_address) is None:
             raise ValueError(f"{public_address!r} is not an address such as 203.0.113.7:5000")
         self.moved = moved
         self.socket = sock or open_socket()
         self.socket.setblocking(False)
-        self._whereabouts = Whereabouts(self.socket, stun_servers, loopback, keepalive, [public_address] if public_address else [], report, time.monotonic)
+        self._whereabouts = Whereabouts(self.socket, stun_servers, loopback, keepalive, [public_address] if public_address else [], report, time.monotonic,
+                                        probing)
         self._report, self._consent_interval = report, consent_interval
         # The lock guards all below, and all sessions. Private methods need it.
         self._lock = threading.RLock()
@@ -66,6 +70,10 @@ class Endpoint:
         self._next_call, self._must_call = 0.0, False           # of moved(), for who is silent
         self._expected, self._closed = time.monotonic(), False  # when the thread is to run again at the latest; it is not to run any more
         self._waker, self._wakened = socket.socketpair()        # a byte through these ends the thread's waiting
+        self._selector = selectors.DefaultSelector()
+        for each in (self.socket, self._wakened):
+            self._selector.register(each, selectors.EVENT_READ)
+        self._branches = Branches(self._selector, self._whereabouts, self._unheard, Methods(prediction, probing))
         self._thread = threading.Thread(target=self._run, name="endpoint", daemon=True)
         self._thread.start()
 
@@ -85,7 +93,7 @@ class Endpoint:
         """Learn the host's present addresses, in a session that goes on."""
         with self._lock:
             if start.session_id in self._connections:
-                self._begin(start.session_id, start.session_key, start.addresses, is_guest=True)
+                self._begin(start.session_id, start.session_key, start.addresses, is_guest=True, seen_at=start.seen_at)
 
     def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address]) -> None:
         """Ask these STUN servers from now on, if those others were asked until now."""
@@ -116,8 +124,9 @@ class Endpoint:
 
     def connect(self, start: Start) -> Connection:
         """Connect with the host that a start told of, within 15 seconds. ConnectFailed says why not."""
-        connection = self._begin(start.session_id, start.session_key, start.addresses, is_guest=True)
+        connection = self._begin(start.session_id, start.session_key, start.addresses, is_guest=True, seen_at=start.seen_at)
         with self._lock:
+            self._branches.be_patient(start.session_id, start.poll_after)
             if connection.wait_for_selection():
                 return connection
             raise why_not(connection.session, self.candidates, start.addresses)
@@ -135,7 +144,7 @@ class Endpoint:
 
     def send(self, datagram: bytes, address: Address) -> None:
         """Send as it is. For Connection."""
-        send_to(self.socket, datagram, address, self._whereabouts.nat64)
+        send_to(self._branches.routes.get(address, self.socket), datagram, address, self._whereabouts.nat64)
 
     def close(self) -> None:
         """End all connections and close the socket."""
@@ -172,6 +181,7 @@ class Endpoint:
             self._attempts[session_id] = peer.attempt
             trim(self._attempts)
             connection.session.add(peer.addresses, now, peer.pacing, seen_at)
+            self._branches.learn(connection.session, session_key, peer, now)
             for message, source in self._early.take(session_id, now):
                 self._receive(connection, message, source, now)
             self._send_for(connection.session, connection.session.tick(now), now)
@@ -217,11 +227,8 @@ class Endpoint:
     def _run(self) -> None:
         """The thread: wait for datagrams until something is due, do it, and so on. However it ends, nobody waits for it for ever."""
         try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.socket, selectors.EVENT_READ)
-                selector.register(self._wakened, selectors.EVENT_READ)
-                while not self._closed:
-                    self._serve_once(selector)
+            while not self._closed:
+                self._serve_once()
         finally:
             with self._lock:
                 self._closed = True
@@ -229,10 +236,11 @@ class Endpoint:
                     connection.session.over = connection.session.over or "the endpoint has failed"
                     self._retire(connection)
                 self._accepted.notify_all()
-            for each in (self.socket, self._waker, self._wakened):
+                self._branches.close()
+            for each in (self.socket, self._waker, self._wakened, self._selector):
                 each.close()
 
-    def _serve_once(self, selector: selectors.BaseSelector) -> None:
+    def _serve_once(self) -> None:
         """Do what is due, wait for what comes, and take it. Takes the lock itself, and waits without it."""
         with self._lock:
             now = time.monotonic()
@@ -240,11 +248,11 @@ class Endpoint:
                 self._forgive(now - self._expected, now)
             pause = self._do_what_is_due(now)
             self._expected = time.monotonic() + pause
-        readable = [key.fileobj for key, _ in selector.select(pause)]
-        if self._wakened in readable:
-            self._wakened.recv(4096)
-        if self.socket in readable:
-            self._read()
+        for key, _ in self._selector.select(pause):
+            if key.fileobj is self._wakened:
+                self._wakened.recv(4096)
+            elif isinstance(key.fileobj, socket.socket):
+                self._read(key.fileobj)
 
     def _forgive(self, seconds: float, now: float) -> None:
         """This program was stopped for so long. Nobody could be heard meanwhile, and we may be elsewhere."""
@@ -261,13 +269,14 @@ class Endpoint:
             self._next_call, self._must_call = now + CALL_INTERVAL, True
             self._whereabouts.ask_soon(now)
         self._send(self._whereabouts.tick(now))
+        branches_due = self._branches.tick(self._connections, bool(self._farewells), self.socket, now)
         self._tell_if_moved()
         for connection in list(self._connections.values()):
             if connection.session.due <= now:
                 self._send_for(connection.session, connection.session.tick(now), now)
             self._notice(connection)
         dues = [connection.session.due for connection in self._connections.values()] + [due for due, _ in self._farewells]
-        dues += [self._whereabouts.due, now + LONGEST_PAUSE]
+        dues += [self._whereabouts.due, branches_due, now + LONGEST_PAUSE]
         return max(0.0, min(dues) - now)
 
     def _tell_if_moved(self) -> None:
@@ -276,17 +285,20 @@ class Endpoint:
             self._whereabouts.is_news = self._must_call = False
             self.moved()
 
-    def _read(self) -> None:
+    def _read(self, sock: socket.socket) -> None:
         """Take what has come, up to a hundred datagrams before others have their turn."""
         for _ in range(100):
             try:
-                datagram, source = self.socket.recvfrom(2048)
+                datagram, address = sock.recvfrom(2048)
             except BlockingIOError:
                 return
             except OSError:     # some systems report here that an earlier datagram was refused
                 continue
+            source = plain_source(address, self._whereabouts.nat64)
             with self._lock:
-                self._take(datagram, plain_source(source, self._whereabouts.nat64))
+                if sock is not self.socket:
+                    self._branches.receive(sock, datagram, source)
+                self._take(datagram, source)
 
     def _take(self, datagram: bytes, source: Address) -> None:
         now, message = time.monotonic(), decode(datagram)

@@ -31,20 +31,22 @@ class HostedGame:
 
     client: for this game alone; stun_servers: (host, port) each, the rendezvous server itself if not given; keepalive: seconds;
     report: takes a line for each thing that happens; peer_id: who has kept the one of an earlier run has its game again; port_mapping: whether
-    the router is asked, in the background, to forward a port to the game (PCP, NAT-PMP or UPnP); not with a server on this very machine.
+    the router is asked, in the background, to forward a port to the game (PCP, NAT-PMP or UPnP); not with a server on this very machine;
+    prediction, probing: as in Endpoint.
     RendezvousError from the constructor: the name is taken, or so.
     """
 
     def __init__(self, client: RendezvousClient, name: str, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None,
                  stun_servers: Optional[Sequence[Address]] = None, keepalive: float = KEEPALIVE,
-                 report: Callable[[str], None] = log.info, peer_id: Optional[str] = None, port_mapping: bool = True) -> None:
+                 report: Callable[[str], None] = log.info, peer_id: Optional[str] = None, port_mapping: bool = True,
+                 prediction: bool = True, probing: bool = False) -> None:
         self._peer_id = peer_id or new_peer_id()
         self._client, self._report = client, report
         self._cursor: Optional[int] = None
         self._trouble = ""          # why the latest poll failed, in a word
         self._repeater = Repeater("host", self._poll, self._failed)
         self._forwarding: Optional[Forwarding] = None
-        gathering = gather(client, stun_servers, keepalive=keepalive, report=report, moved=self._moved)
+        gathering = gather(client, stun_servers, keepalive=keepalive, report=report, moved=self._moved, prediction=prediction, probing=probing)
         self.name = name
         try:
             self.name = client.register_game(name, self._peer_id, info, listed).name
@@ -140,16 +142,17 @@ class HostedGame:
 
 
 def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequence[Address]] = None, timeout: float = 30.0,
-              endpoint: Optional[Endpoint] = None, peer_id: Optional[str] = None, report: Callable[[str], None] = log.info) -> Connection:
+              endpoint: Optional[Endpoint] = None, peer_id: Optional[str] = None, report: Callable[[str], None] = log.info,
+              prediction: bool = True, probing: bool = False) -> Connection:
     """Connect with the host of a game. Seconds of timeout are for all that the server is needed for until the host has published addresses;
     the checks then have 15.
 
     endpoint: one's own, which stays open when the connection is closed; peer_id: who comes back with the one of before has the same session;
-    report: takes a line when the host or the server is slow to answer.
+    report: takes a line when the host or the server is slow to answer; prediction, probing: as in Endpoint, without one's own.
     RendezvousError: no such game, or so; ConnectFailed says why there is no way.
     """
     deadline, peer_id = Deadline(timeout), peer_id or new_peer_id()
-    gathering = gather(client, stun_servers) if endpoint is None else None
+    gathering = gather(client, stun_servers, prediction=prediction, probing=probing) if endpoint is None else None
     own, presence = endpoint, None
     try:
         client.connect(deadline.left())

@@ -25,15 +25,16 @@ class Pace:
 
 
 class UnheardLimiter:
-    """A token bucket for each IP address that has not been heard from."""
+    """A token bucket for each IP address that has not been heard from. most: datagrams at once; then one in UNHEARD_INTERVAL."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = UNHEARD_CHECKS) -> None:
+        self._most = most
         self._full_at: collections.OrderedDict[str, float] = collections.OrderedDict()      # when each has all its UNHEARD_CHECKS again
 
     def allows(self, host: str, now: float) -> bool:
         """Whether one more check may go to an IP address; it counts if so."""
         full_at = max(self._full_at.pop(host, 0.0), now) + UNHEARD_INTERVAL
-        allowed = full_at <= now + UNHEARD_CHECKS * UNHEARD_INTERVAL
+        allowed = full_at <= now + self._most * UNHEARD_INTERVAL
         self._full_at[host] = full_at if allowed else full_at - UNHEARD_INTERVAL
         trim(self._full_at)
         return allowed

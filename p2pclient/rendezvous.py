@@ -56,7 +56,7 @@ class Poll:
 @dataclass(frozen=True)
 class Start:
     """A guest's session with a game; addresses is empty while the host has none for it; cursor, waited: as in Poll; stun_ports: as in
-    Registration."""
+    Registration; seen_at: the IP address from which the server saw the host call, if the host publishes it; "" if it does not tell."""
 
     name: str
     session_id: str
@@ -67,6 +67,7 @@ class Start:
     poll_after: float
     waited: bool = False
     stun_ports: Optional[List[int]] = None
+    seen_at: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class RendezvousClient:
         _, answer, waited = self._transport.call("POST", "/games/start", body, wait, within)
         self.stun_ports = answer.ports("stun")
         return Start(answer.text("name"), answer.identifier("sessionId"), answer.identifier("sessionKey"), answer.members("addresses"),
-                     answer.whole("cursor"), answer.seconds("expiresIn"), answer.seconds("pollAfter"), waited, self.stun_ports)
+                     answer.whole("cursor"), answer.seconds("expiresIn"), answer.seconds("pollAfter"), waited, self.stun_ports,
+                     answer.ip("from"))
 
     def leave_game(self, name: str, peer_id: str, within: Optional[float] = None) -> None:
         """Leave a game as a guest, whose place is free then."""

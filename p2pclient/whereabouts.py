@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import socket
-from typing import Callable, List, Mapping, Sequence
+from typing import Callable, List, Mapping, Optional, Sequence
 
 from .addresses import Address, Sending, plain_ip, private_network, text_of
 from .candidates import StunQuery, ask_stun, candidates_from, gather_addresses
+from .prediction import Ports
 from .sockets import find_nat64, resolve
 from .stun import Message
 
@@ -28,7 +29,7 @@ class Whereabouts:
     """
 
     def __init__(self, sock: socket.socket, stun_servers: Sequence[Address], loopback: bool, keepalive: float, public: Sequence[str],
-                 report: Callable[[str], None], now: Callable[[], float]) -> None:
+                 report: Callable[[str], None], now: Callable[[], float], probing: bool = False) -> None:
         self.nat64 = find_nat64()
         self.loopback, self.is_news, self.is_asking = loopback, False, False
         self._socket, self._public, self._report = sock, public, report
@@ -37,7 +38,7 @@ class Whereabouts:
         self._servers = resolve(stun_servers, sock.family == socket.AF_INET6, self.nat64)
         self._own = gather_addresses(sock, loopback, self._servers)
         self._query = StunQuery([])
-        self.candidates = candidates_from(self._own, ask_stun(sock, self._servers, self.nat64), self._asked, public)
+        self.candidates = dataclasses.replace(candidates_from(self._own, ask_stun(sock, self._servers, self.nat64), self._asked, public), probing=probing)
         self.begin_attempt()
         self._keepalive, self._pause = keepalive, ASK_AGAIN
         self._asked_at = now()
@@ -77,7 +78,16 @@ class Whereabouts:
 
     def begin_attempt(self) -> None:
         """What is published from now on is news."""
-        self.candidates = dataclasses.replace(self.candidates, attempt=secrets.token_urlsafe(6))
+        ports = self.candidates.ports
+        self.candidates = dataclasses.replace(self.candidates, attempt=secrets.token_urlsafe(6), ports=ports and ports._replace(round=0))
+
+    def learn_ports(self, measured: Optional[Ports]) -> None:
+        """Publish how the NAT allocates ports, in a new round if it was known; None: this time it could not be told."""
+        before = self.candidates.ports
+        ports = measured or before
+        if ports:
+            self.candidates = dataclasses.replace(self.candidates, ports=ports._replace(round=before.round + 1 if before else 0))
+            self.is_news = True
 
     def ask_soon(self, now: float) -> None:
         """Have STUN asked and the interfaces looked at with the next tick(), but not more than once a second."""
@@ -135,5 +145,6 @@ class Whereabouts:
         outside = [host for host, _ in seen.values() if ":" not in host and not private_network(host) and not plain_ip(host).is_loopback]
         is_ours = self._forwarded and (not outside or self._forwarded.partition(":")[0] in outside)
         public = [*self._public, self._forwarded] if is_ours else self._public
-        self.candidates = dataclasses.replace(candidates_from(self._own, seen, self._asked, public), attempt=before.attempt)
+        found = candidates_from(self._own, seen, self._asked, public)
+        self.candidates = dataclasses.replace(found, attempt=before.attempt, ports=before.ports, probing=before.probing)
         self.is_news = self.is_news or self.candidates.addresses != before.addresses

@@ -1,0 +1,166 @@
+"""The search for a peer where a router gives each destination another port, without socket or clock.
+
+The side with such a router (symmetric NAT) opens mappings towards the address of the other one, and says so in what it publishes; the other one then sends
+checks to the ports of that router that are likely. One that hits is let in, and the answer opens all the rest. Where both have such routers and both
+allocate in sequence, each opens mappings towards one port that the other's router is about to give, and the two that fit each other meet.
+
+By default a side sends MOST_PREDICTED datagrams. More, for a router that chooses ports at random, is probing: both must ask for it,
+and it goes only to an IP address from which the server has seen the peer call.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import Deque, List, NamedTuple, Optional, Tuple
+
+from .addresses import Address
+from .candidates import Candidates, PeerCandidates, public_ipv4
+from .prediction import BLOCK, RANDOM, SEQUENTIAL, Ports
+
+DELAY = 0.4             # seconds that ordinary checks have first: one and a half round trips of distant players
+INTERVAL = 0.01         # seconds between two datagrams of one side
+LOOK_INTERVAL = 0.1     # seconds between two looks whether it can begin
+MOST_PREDICTED = 24     # datagrams of one side, without probing
+CROSSING = 12           # mappings that each side opens where both have such routers, twice
+PROBING_SOCKETS = 256   # mappings of one side in probing,
+BLOCK_SOCKETS = 64      # in a block fewer: it may be all that a household has
+PROBES = 1024           # datagrams of one side in probing
+EASY = ("endpoint-independent", "none", "unknown")      # kinds of NAT that are not known to map by destination
+
+Step = Tuple[int, Address]      # a datagram: the number of the socket that it goes from, 0 for the endpoint's own, and where it goes
+
+
+class Way(NamedTuple):
+    """What one side does. sockets: mappings that it opens; rounds: datagrams from each; aims: ports of the peer's router that it tries; is_probing: it
+    is more than is done without being asked for."""
+
+    sockets: int = 0
+    rounds: int = 1
+    aims: int = 0
+    is_probing: bool = False
+
+
+OPENING = {SEQUENTIAL: Way(4, 3), BLOCK: Way(MOST_PREDICTED)}
+AIMING = {SEQUENTIAL: Way(aims=MOST_PREDICTED), BLOCK: Way(aims=MOST_PREDICTED)}
+PROBING_OPENING = {BLOCK: Way(BLOCK_SOCKETS, is_probing=True), RANDOM: Way(PROBING_SOCKETS, is_probing=True)}
+PROBING_AIMING = {BLOCK: Way(aims=PROBES, is_probing=True), RANDOM: Way(aims=PROBES, is_probing=True)}
+
+
+class Methods(NamedTuple):
+    """What a player has allowed."""
+
+    prediction: bool = True
+    probing: bool = False
+
+
+def way_of(own: Candidates, peer: PeerCandidates, methods: Methods) -> Optional[Way]:
+    """What this side can do to find the peer, or be found; None: nothing is needed, is known yet, or helps."""
+    mine, theirs = hard_ports(own), hard_ports(peer)
+    if own.nat == peer.nat == "symmetric":
+        is_crossing = methods.prediction and mine and theirs and mine.kind == theirs.kind == SEQUENTIAL
+        return Way(CROSSING, 2) if is_crossing else None
+    ports = mine if peer.nat in EASY else theirs if own.nat in EASY else None
+    if ports is None:
+        return None
+    way = (PROBING_OPENING if mine else PROBING_AIMING).get(ports.kind) if methods.probing and peer.probing else None
+    return way or ((OPENING if mine else AIMING).get(ports.kind) if methods.prediction else None)
+
+
+def hard_ports(side: Candidates | PeerCandidates) -> Optional[Ports]:
+    return side.ports if side.nat == "symmetric" else None
+
+
+def steps_of(way: Way, own: Candidates, peer: PeerCandidates) -> List[Step]:
+    """All datagrams of one side, in their order."""
+    public = public_ipv4(peer.addresses)
+    theirs = hard_ports(peer)
+    if not public:
+        return []
+    if way.aims and theirs:
+        return [(0, (public[0][0], port)) for port in theirs.likely(way.aims)]
+    target = public[-1]
+    if theirs:      # the mapping of the peer's last socket, so that others may have taken some ports in between
+        target = (public[0][0], (theirs.likely(CROSSING) or [target[1]])[-1])
+    return [(number, target) for _ in range(way.rounds) for number in range(1, way.sockets + 1)]
+
+
+def is_hopeless(own: Candidates, peer: PeerCandidates, methods: Methods) -> bool:
+    """Whether it is certain that no check can get through: both kinds are known, at least one maps by destination, each side is to be reached at
+    its router's public IPv4 address alone, and there is no way to find the port."""
+    kinds = {own.nat, peer.nat}
+    if "symmetric" not in kinds or not kinds <= {"symmetric", "endpoint-independent"} or way_of(own, peer, methods):
+        return False
+    if not own.is_closed or peer.nat == "symmetric" and peer.ports is None:     # who has another address tells no ports
+        return False
+    public = public_ipv4(peer.addresses)
+    has_ipv6 = any(":" in address for address in own.addresses)
+    others = [address for address in peer.addresses if address not in public and (has_ipv6 or ":" not in address[0])]
+    is_neighbour = own.mapped is not None and any(host == own.mapped[0] for host, _ in public)
+    return bool(public) and not others and not is_neighbour and (peer.nat == "symmetric" or len(public) == 1)
+
+
+class PortSearch:
+    """One side's search for one peer. It is told the time and what is known, and returns what to send.
+
+    A side whose router allocates in another way than by endpoint measures it anew first, opens its mappings, and publishes that as a new round; the other
+    one begins when it hears of that round. A host's rounds are for all its guests, so one that was there when the session began means nothing.
+    """
+
+    def __init__(self, is_guest: bool, methods: Methods, now: float) -> None:
+        self.peer = PeerCandidates([])
+        self.way: Optional[Way] = None          # once it has begun
+        self._is_guest, self._methods = is_guest, methods
+        self._begin_at = self._next = now + DELAY
+        self._baseline: Optional[int] = None    # the round of the peer's that means nothing
+        self._measured: Optional[int] = None    # the round of our own that was the latest when this search had us measured
+        self._steps: Deque[Step] = collections.deque()
+
+    @property
+    def due(self) -> float:
+        """When tick() is to be called next, unless something is learnt before."""
+        return self._next if self._steps or self.way is None else float("inf")
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether what it sends is more than is done without being asked for."""
+        return self.way is not None and self.way.is_probing and bool(self._steps)
+
+    def learn(self, peer: PeerCandidates, now: float) -> None:
+        """Take what the peer tells of itself now."""
+        self.peer = peer
+        if self._baseline is None:
+            self._baseline = peer.ports.round if peer.ports and self._is_guest else 0
+        if self._peer_has_opened():
+            self._begin_at = min(self._begin_at, now)
+
+    def wants_measurement(self, own: Candidates, now: float) -> bool:
+        """Whether our own NAT is to be measured now; told once."""
+        if self.way or self._measured is not None or now < self._begin_at or own.ports is None or own.nat != "symmetric":
+            return False
+        if way_of(own, self.peer, self._methods) is None:
+            return False
+        self._measured = own.ports.round
+        return True
+
+    def tick(self, own: Candidates, now: float) -> List[Step]:
+        """Do what is due."""
+        if self.way is None:
+            self._next = max(self._begin_at, now + LOOK_INTERVAL)
+            self.way = way_of(own, self.peer, self._methods) if now >= self._begin_at and self._is_ready(own) else None
+            if self.way is None:
+                return []
+            self._steps.extend(steps_of(self.way, own, self.peer))
+            self._next = now
+        if now < self._next or not self._steps:
+            return []
+        self._next = now + INTERVAL
+        return [self._steps.popleft()]
+
+    def _is_ready(self, own: Candidates) -> bool:
+        """Whether all has happened that goes before."""
+        if own.nat == "symmetric" and (self._measured is None or own.ports is None or own.ports.round <= self._measured):
+            return False
+        return self.peer.nat != "symmetric" or self._peer_has_opened()
+
+    def _peer_has_opened(self) -> bool:
+        return self.peer.ports is not None and self._baseline is not None and self.peer.ports.round > self._baseline
