@@ -30,7 +30,7 @@ class Candidates:
     each STUN server sees the socket; nat: "none", "endpoint-independent" or "symmetric" as RFC 4787 tells mappings apart (the latter
     maps by destination, so nobody can be told where to send), "unknown" with a single STUN server to ask or one behind our own router,
     "no answer" if no STUN server answered, "not asked" if there is none. attempt: another text for each try of a guest, so that what it
-    publishes is news to its host even if its addresses are not.
+    publishes is news to its host even if its addresses are not. relay: where a relay stands by, "ip:port", or "".
     """
 
     addresses: List[str]
@@ -38,6 +38,7 @@ class Candidates:
     nat: str = "not asked"
     seen: Mapping[Address, Address] = field(default_factory=dict)
     attempt: str = ""
+    relay: str = ""
 
     def without_loopback(self) -> Candidates:
         """For a server that sees us come from elsewhere: something between us and it, such as Docker, forwards its port to this machine."""
@@ -46,20 +47,21 @@ class Candidates:
     @property
     def published(self) -> List[Any]:
         """What to tell the server: the addresses, and what a peer may know beside, which others ignore: {"p2p": {"pacing": milliseconds between
-        two of our checks, as RFC 8839's ice-pacing, "nat" and "attempt": as above}}."""
-        attempt = {"attempt": self.attempt} if self.attempt else {}
-        return [*self.addresses, {"p2p": {"pacing": round(1000 * LEAST_PACING), "nat": self.nat, **attempt}}]
+        two of our checks, as RFC 8839's ice-pacing, "nat", "attempt" and "relay": as above}}."""
+        more = {name: text for name, text in (("attempt", self.attempt), ("relay", self.relay)) if text}
+        return [*self.addresses, *filter(None, [self.relay]), {"p2p": {"pacing": round(1000 * LEAST_PACING), "nat": self.nat, **more}}]
 
 
 @dataclass(frozen=True)
 class PeerCandidates:
     """What a peer has published, as far as it is of use. addresses: to be checked, likeliest first, at most 16; pacing: in seconds; nat: as in
-    Candidates, or ""; attempt: likewise."""
+    Candidates, or ""; attempt: likewise; relay: the one of these addresses that is a relay's, the last of all."""
 
     addresses: List[Address]
     pacing: float = DEFAULT_PACING
     nat: str = ""
     attempt: str = ""
+    relay: Optional[Address] = None
 
 
 def read_published(published: Iterable[Any], own: Candidates, loopback: bool) -> PeerCandidates:
@@ -72,21 +74,35 @@ def read_published(published: Iterable[Any], own: Candidates, loopback: bool) ->
     # Who shares our public address is a neighbour, whose private address is the best; so may be anybody as long as we do not know ours.
     is_neighbour = own.mapped is None or any(address[0] == own.mapped[0] for address in usable)
     has_ipv6 = any(":" in host and not private_network(host) for host in hosts)
+    relay = told_relay(published)
 
     def unlikelihood(address: Address) -> int:
+        if address == relay:
+            return 6
         if plain_ip(address[0]).is_loopback:
             return 0
         if private_network(address[0]):
             return 1 if is_neighbour else 4
         return 3 if ":" not in address[0] else 2 if has_ipv6 else 5
 
-    return PeerCandidates(sorted(usable, key=unlikelihood)[:MAX_CHECKED], *about_peer(published))
+    likeliest = sorted(usable, key=unlikelihood)[:MAX_CHECKED]
+    return PeerCandidates(likeliest, *about_peer(published), relay if relay in likeliest else None)
+
+
+def about(published: Iterable[Any]) -> Dict[str, Any]:
+    """The object among the addresses in which a peer tells of itself; empty if there is none."""
+    return next((each["p2p"] for each in published if isinstance(each, dict) and isinstance(each.get("p2p"), dict)), {})
+
+
+def told_relay(published: Sequence[Any]) -> Optional[Address]:
+    """Which of its addresses a peer says is a relay's."""
+    relay = about(published).get("relay")
+    return parse_candidate(relay) if isinstance(relay, str) else None
 
 
 def about_peer(published: Sequence[Any]) -> Tuple[float, str, str]:
     """Pacing in seconds, kind of NAT and attempt, as a peer has published them; what is missing or odd is as if it had said nothing."""
-    about: Dict[str, Any] = next((each["p2p"] for each in published if isinstance(each, dict) and isinstance(each.get("p2p"), dict)), {})
-    pacing, nat, attempt = (about.get(name) for name in ("pacing", "nat", "attempt"))
+    pacing, nat, attempt = (about(published).get(name) for name in ("pacing", "nat", "attempt"))
     if not isinstance(pacing, (int, float)) or isinstance(pacing, bool) or not 0 < pacing <= 1000:
         pacing = 1000 * DEFAULT_PACING
     return pacing / 1000, nat if isinstance(nat, str) else "", attempt[:64] if isinstance(attempt, str) else ""

@@ -33,6 +33,7 @@ class Whereabouts:
         self.loopback, self.is_news, self.is_asking = loopback, False, False
         self._socket, self._public, self._report = sock, public, report
         self._forwarded = ""                               # what the router says that it forwards to the socket
+        self._relay = ""                                   # where a relay stands by for it
         self._asked = bool(stun_servers)
         self._servers = resolve(stun_servers, sock.family == socket.AF_INET6, self.nat64)
         self._own = gather_addresses(sock, loopback, self._servers)
@@ -68,12 +69,15 @@ class Whereabouts:
             if not found and self.candidates.nat == "no answer":
                 self.candidates = dataclasses.replace(self.candidates, nat="not asked")
 
-    def forward(self, address: str) -> bool:
-        """Publish an address that the router says it forwards to the socket, or with "" none any more. Whether it is published: not while STUN sees
-        us elsewhere, for then it is behind another router, or somebody else's."""
-        self._forwarded = address
+    def forward(self, address: str, is_relay: bool = False) -> bool:
+        """Publish an address that the router says it forwards to the socket, or one at which a relay stands by, or with "" none any more. Whether it is
+        published: a router's not while STUN sees us elsewhere, for then it is behind another router, or somebody else's."""
+        if is_relay:
+            self._relay = address
+        else:
+            self._forwarded = address
         self._update(self.candidates.seen)
-        return address in self.candidates.addresses
+        return address in self.candidates.published
 
     def begin_attempt(self) -> None:
         """What is published from now on is news."""
@@ -135,5 +139,5 @@ class Whereabouts:
         outside = [host for host, _ in seen.values() if ":" not in host and not private_network(host) and not plain_ip(host).is_loopback]
         is_ours = self._forwarded and (not outside or self._forwarded.partition(":")[0] in outside)
         public = [*self._public, self._forwarded] if is_ours else self._public
-        self.candidates = dataclasses.replace(candidates_from(self._own, seen, self._asked, public), attempt=before.attempt)
-        self.is_news = self.is_news or self.candidates.addresses != before.addresses
+        self.candidates = dataclasses.replace(candidates_from(self._own, seen, self._asked, public), attempt=before.attempt, relay=self._relay)
+        self.is_news = self.is_news or (self.candidates.addresses, self._relay) != (before.addresses, before.relay)
