@@ -51,7 +51,8 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
     if not client.on_loopback:
         say(True, f"PORTS: {try_forwarding(endpoint.socket.getsockname()[1]) or NO_PORT}")
     works, line = try_relay(turn, found, client.on_loopback, endpoint.send) if turn else (True, NO_RELAY)
-    say(works, f"RELAY: {line}")
+    if turn or not client.on_loopback:
+        say(works, f"RELAY: {line}")
     try:
         with HostedGame(client, name, listed=False, stun_servers=servers, peer_id=peer_id, port_mapping=False, relay=False) as game, \
                 join_game(RendezvousClient(base_url), game.name, endpoint=endpoint) as connection:

@@ -87,7 +87,7 @@ class Checklist:
     def next(self, now: float, nominee: Optional[Address]) -> Optional[Address]:
         """Which address to check now; None: none of them may be, and the turn is lost. nominee: still to be told that it is the one."""
         self.last_check = now
-        if self.relay and now >= self._relay_at and not self._has_tried_relay:
+        if self.relay and self.relay in self.remotes and now >= self._relay_at and not self._has_tried_relay:
             self._has_tried_relay = True
             self.triggered.append(self.relay)
         for queue in (self.urgent, self.triggered):
