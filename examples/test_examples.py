@@ -164,6 +164,18 @@ def test_the_page_asks_the_stun_of_the_rendezvous_server(castle, open_page, serv
     assert int(re.search(r'^p2pserver_stun_total{result="answer"} (\d+)$', metrics, re.MULTILINE)[1]) >= 2
 
 
+def test_the_page_of_a_host_asks_for_the_relay_that_the_server_hands_it(context):
+    """A TURN server's port that hears and says nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay:
+        relay.bind(("127.0.0.1", 0))
+        relay.settimeout(browsers.WAIT)
+        with run_server("--turn-url", f"turn:127.0.0.1:{relay.getsockname()[1]}", "--turn-secret", "a secret") as server:
+            open_page = functools.partial(ChromiumPage, context, server)
+            open_page().host("castle")
+            open_guest(open_page)
+            wait_until(lambda: relay.recv(2048)[:2] == b"\0\3")     # an Allocate request (RFC 8656 section 5)
+
+
 # ---- leaving and coming back ----------------------------------------------------------------------------------------
 
 def test_a_guest_whose_page_is_closed_leaves_at_once(castle, open_page, server):
