@@ -6,7 +6,7 @@
 # make store-test     servers that share a store, with real Redis and HAProxy (Debian's packages)
 # make pictures       docs/*.svg, of the figures that make bench and the laboratory have left
 # make docs-test      README and docs/ against the programs; the OpenAPI document against the live server, by schemathesis (root, Linux)
-# make deploy-test    what is in deploy/, with real nginx, Caddy and HAProxy (root, Linux, Debian's packages)
+# make deploy-test    what is in deploy/, with real nginx, Caddy, HAProxy and coturn (root, Linux, Debian's packages)
 # make examples-test  what is in examples/, in real browsers and other languages (root, Debian's packages)
 PYTHON ?= python3
 VENV ?= .venv
@@ -64,8 +64,8 @@ deploy-test: deploy-packages $(DEPLOY)
 
 # nginx and systemd-analyze may be where only root looks. What is missing is installed, which takes root.
 deploy-packages:
-	@missing=; for program in nginx caddy haproxy curl openssl systemd-analyze; do PATH=$$PATH:/usr/sbin:/sbin command -v $$program >/dev/null || missing=yes; done; \
-	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light caddy haproxy curl openssl systemd; }
+	@missing=; for program in nginx caddy haproxy turnserver curl openssl systemd-analyze; do PATH=$$PATH:/usr/sbin:/sbin command -v $$program >/dev/null || missing=yes; done; \
+	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light caddy haproxy coturn curl openssl systemd; }
 
 $(DEPLOY): requirements.txt deploy/requirements.txt
 	$(PYTHON) -m venv $(VENV)-deploy

@@ -17,7 +17,7 @@ directly from then on. JSON over HTTP/1.1; fields in brackets are optional:
     GET    /metrics                                                           counts for Prometheus, for whom --metrics-from allows
     GET    /                                                                  the methods and paths, for a person
 
-    register, 201 or 200   {name, stun, expiresIn, pollAfter}
+    register, 201 or 200   {name, stun, [turn], expiresIn, pollAfter}
     poll, 200              {name, guests: [{sessionId, sessionKey, addresses, from}], cursor, left, gone, expiresIn, pollAfter}
     start, 200 or 202      {name, sessionId, sessionKey, addresses, cursor, stun, expiresIn, pollAfter}
     list, 200              {games: [{name, info, guests, ready}]}       one game, and PATCH: {name, info, guests, ready}
@@ -42,6 +42,7 @@ connections, handler, server), log, command line.
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import datetime
@@ -126,6 +127,9 @@ OPTIONS = (
     Option("second_stun_port", 0, "a second UDP port for STUN, by which clients learn the kind of their NAT (default: the one after the first)", 0, 65535),
     Option("stun_rate", 20.0, "STUN answers a second to one address, and 500 at once; 0 for no limit", 0, 1_000_000),
     Option("no_stun", False, "no STUN: clients then need another STUN server"),
+    Option("turn_url", "", "TURN server whose relay each host is offered, as turn:turn.example.net:3478, several with commas between",
+           pattern=r"(turns?:[^\s,]+(,(?=turns?:)|$))*"),
+    Option("turn_secret", "", "the secret that it shares with this server, coturn's static-auth-secret; better given as P2P_TURN_SECRET", pattern="(?s).*"),
     Option("game_ttl", 60.0, "seconds after which a game whose host is silent is gone", 1, 86400),
     Option("guest_ttl", 60.0, "seconds after which a guest who has not started again is gone", 1, 86400),
     Option("poll_after", 2.0, "seconds that clients are advised to wait between two polls", 0.1, 3600),
@@ -168,6 +172,7 @@ READ_SIZE = 16384               # bytes that are received at once: a connection'
 MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, from its end
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
+TURN_TTL = 86400                # seconds for which the credentials of a relay are good
 STUN_BURST = 500                # answers that one address gets at once, on top of --stun-rate a second: a school may be one
 FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one for each 512 bytes; each more costs a token, as do 512 bytes of chunks' framing
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
@@ -202,6 +207,8 @@ class Settings(argparse.Namespace):
         require(self.poll_after < min(self.game_ttl, self.guest_ttl, self.idle_timeout),
                 "--poll-after must be less than --game-ttl, --guest-ttl and --idle-timeout, or clients that obey it come too late")
         require(self.tls_cert or not self.tls_key, "--tls-key needs --tls-cert")
+        require(bool(self.turn_url) == bool(self.turn_secret) and self.turn_secret.isascii() and self.turn_secret.isprintable(),
+                "--turn-url and --turn-secret (P2P_TURN_SECRET) need each other, and the secret consists of printable ASCII characters")
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------
@@ -1117,10 +1124,22 @@ def location(name: str) -> Dict[str, str]:
     return {"Location": "/games/" + urllib.parse.quote(name, safe="")}
 
 
+def turn_credentials(settings: Settings) -> Dict[str, Any]:
+    """What one host needs to take a relay for a day, in the words of WebRTC's RTCIceServer; nothing without --turn-url. The TURN server checks the
+    password by the secret, as coturn does with use-auth-secret (draft-uberti-behave-turn-rest-00 section 2.2)."""
+    if not settings.turn_url:
+        return {}
+    username = f"{int(time.time()) + TURN_TTL}:{os.urandom(4).hex()}"
+    password = hmac.digest(settings.turn_secret.encode("ascii"), username.encode("ascii"), "sha1")
+    turn = {"urls": settings.turn_url.split(","), "username": username, "credential": base64.b64encode(password).decode("ascii"), "ttl_seconds": TURN_TTL}
+    return {"turn": turn}
+
+
 def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
     is_new = server.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
-    answer = answer_with_ttl(server, request, 200, {"name": request.name, "stun": server.stun_ports}, server.settings.game_ttl)
+    body = {"name": request.name, "stun": server.stun_ports, **turn_credentials(server.settings)}
+    answer = answer_with_ttl(server, request, 200, body, server.settings.game_ttl)
     return answer._replace(status=201, headers=location(request.name)) if is_new else answer
 
 

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
+import os
 import random
 import signal
 import sys
@@ -22,6 +23,7 @@ try:
     from p2pclient.deadline import told_if_slow
     from p2pclient.diagnosis import without_stun
     from p2pclient.texts import printable
+    from p2pclient.turn import parse_turn_url
 except ModuleNotFoundError as error:
     sys.exit(f"the module {error.name} is missing; python3 -m pip install {error.name} installs it")
 
@@ -42,6 +44,14 @@ def json_object(text):
     return value
 
 
+def parse_turn(url):
+    """The address in a URL such as turn:turn.example.net:3478. For argparse."""
+    address = parse_turn_url(url)
+    if address is None:
+        raise ValueError
+    return address
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server", default="http://localhost:8000", metavar="URL", help="the rendezvous server (default: %(default)s)")
@@ -56,12 +66,21 @@ def parse_arguments():
     parser.add_argument("--once", action="store_true", help="each game ends when its first guest has left")
     parser.add_argument("--no-port-mapping", action="store_false", dest="port_mapping", help="do not ask the router to forward a port to each game")
     add_search(parser)
+    parser.add_argument("--no-relay", action="store_false", dest="relay", help="keep no relay, whoever offers one")
+    parser.add_argument("--turn", type=parse_turn, metavar="turn:HOST:PORT", help="a TURN server to relay (default: the one that the rendezvous server offers)")
+    parser.add_argument("--turn-user", default="", metavar="NAME:PASSWORD", help="who it knows us as")
+    parser.add_argument("--turn-secret", default=os.environ.get("P2P_TURN_SECRET", ""), metavar="SECRET",
+                        help="the secret by which it knows us (coturn: static-auth-secret; default: P2P_TURN_SECRET in the environment)")
     add_peer_id_file(parser, "host")
     options = parser.parse_args()
     if options.hosts < 1:
         parser.error("--hosts must be at least 1")
     if options.keepalive < 1:
         parser.error("--keepalive must be at least 1")
+    name, colon, password = options.turn_user.partition(":")
+    if options.turn and not colon and not options.turn_secret:
+        parser.error("--turn needs --turn-user NAME:PASSWORD, or --turn-secret")
+    options.turn = options.turn and p2pclient.TurnServer(options.turn, name, password, "" if colon else options.turn_secret)
     return options
 
 
@@ -88,7 +107,7 @@ def offer(options, name, peer_id):
     try:
         game = p2pclient.HostedGame(client, name, options.info, stun_servers=options.stun, keepalive=options.keepalive,
                                     report=lambda line: tell(name, line), peer_id=peer_id, port_mapping=options.port_mapping,
-                                    prediction=options.prediction, probing=options.probing)
+                                    prediction=options.prediction, probing=options.probing, relay=options.relay, turn=options.turn)
     except p2pclient.RendezvousError as error:
         if error.status == 409:
             tell(name, "this name is taken, trying another")

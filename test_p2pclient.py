@@ -6,6 +6,7 @@ The sections follow the client's files.
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -46,10 +47,12 @@ from p2pclient import (
     pacing,
     portmap,
     presence,
+    relay,
     sockets,
     stun,
     tcp,
     transport,
+    turn,
     upnp,
     whereabouts,
 )
@@ -113,7 +116,7 @@ def test_the_long_term_vector_of_rfc_5769_has_the_integrity_that_its_key_gives()
     message = stun.decode(RFC5769["request with long-term key"])
     key = hashlib.md5("マトリックス:example.org:TheMatrIX".encode()).digest()
     assert message.attributes[stun.USERNAME].decode() == "マトリックス"
-    assert message.attributes[stun.MESSAGE_INTEGRITY] == hmac.new(key, message.signed, "sha1").digest()
+    assert stun.authentic(message, key) and not stun.authentic(message, key + b"x")
 
 
 @pytest.mark.parametrize("name, address", [("response over IPv4", ("192.0.2.1", 32853)),
@@ -1946,6 +1949,7 @@ POLL = {"name": "castle", "guests": [], "cursor": 1, "expiresIn": 60, "pollAfter
 GUEST = {"sessionId": "s", "sessionKey": "k", "addresses": []}
 START = {**GUEST, "name": "castle", "cursor": 1, "expiresIn": 60, "pollAfter": 2}
 GAME = {"name": "castle", "info": {}, "guests": 0, "ready": True}
+HANDED = {"urls": ["turn:t"], "username": "u", "credential": "c", "ttl_seconds": 60}
 CALLS = {
     "register": (lambda client: client.register_game("x", "y"), {"name": "castle", "expiresIn": 60, "pollAfter": 2}),
     "poll": (lambda client: client.poll_game("x", "y", []), POLL), "start": (lambda client: client.start_game("x", "y", []), START),
@@ -1956,7 +1960,9 @@ CALLS = {
 
 @pytest.mark.parametrize("call, change", [
     *[("register", change) for change in ({"name": 1}, {"name": ""}, {"name": "\ud800"}, {"name": "x" * 2000}, {"expiresIn": "60"}, {"pollAfter": True},
-                                          {"pollAfter": float("nan")}, {"pollAfter": None}, {"stun": 3478}, {"stun": [0]}, {"stun": [65536]}, {"stun": ["1"]})],
+                                          {"pollAfter": float("nan")}, {"pollAfter": None}, {"stun": 3478}, {"stun": [0]}, {"stun": [65536]}, {"stun": ["1"]},
+                                          {"turn": 1}, {"turn": {}}, *({"turn": {**HANDED, **fault}} for fault in (
+                                              {"urls": "turn:t"}, {"urls": [1]}, {"username": 1}, {"credential": ""}, {"ttl_seconds": "60"})))],
     *[("poll", change) for change in ({"guests": {}}, {"guests": [1]}, {"guests": [{}]}, {"cursor": -1}, {"cursor": 1.5}, {"cursor": 2 ** 70}, {"left": [1]},
                                       {"gone": "x"}, {"left": None}, *({"guests": [{**GUEST, **fault}]} for fault in (
                                           {"sessionId": 1}, {"sessionId": "\u00e9"}, {"sessionId": "x" * 251}, {"sessionKey": ""}, {"sessionKey": "a b"},
@@ -3155,6 +3161,458 @@ def test_the_doctor_tells_whether_the_router_forwards_ports(start_server, quick_
         monkeypatch.setattr(forwarding, "find_place", lambda: router.place)
         doctor.check_server(url_of(start_server()), report=lines.append)
     assert any(line.startswith(f"ok      PORTS: {said}") for line in lines) and (said.startswith("no") or lifetimes(router) == [portmap.LIFETIME, 0])
+
+
+# ---- relay ----------------------------------------------------------------------------------------------------------
+
+class TurnDouble:
+    """A TURN server of one user, on loopback. change(request, answer) makes another answer of each, or None. seen: the requests and indications that
+    came, decoded; permitted: the IP addresses that may send."""
+
+    def __init__(self, change=lambda request, answer: answer, username="ada", password="a password"):
+        self.change, self.key = change, hashlib.md5(f"{username}:realm:{password}".encode()).digest()
+        self.nonce, self.life, self.seen, self.permitted, self.client = b"nonce", 600, [], set(), None
+        self.front, self.back = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+        for each in (self.front, self.back):
+            each.bind(("127.0.0.1", 0))
+        self.relayed = self.back.getsockname()
+        self.server = turn.TurnServer(self.front.getsockname(), username, password)
+        self.threads = [threading.Thread(target=run, daemon=True) for run in (self.serve, self.take)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        for each in (self.front, self.back):
+            each.sendto(b"", each.getsockname())
+        for thread in self.threads:
+            thread.join()
+
+    def kinds(self):
+        return [each.kind for each in self.seen]
+
+    def answer(self, datagram):
+        """The answer to a request, or None."""
+        request = stun.decode(datagram)
+        self.seen.append(request)
+        given, number = request.attributes, 0
+        if stun.USERNAME not in given:
+            number = 401
+        elif given[turn.NONCE] != self.nonce:
+            number = 438
+        elif not stun.authentic(request, self.key):
+            number = 401
+        attributes, key = [stun.error_code(number, "No"), (turn.REALM, b"realm"), (turn.NONCE, self.nonce)], None
+        if not number:
+            attributes, key = [(turn.LIFETIME, given.get(turn.LIFETIME, struct.pack(">I", self.life)))], self.key
+            attributes.append((turn.XOR_RELAYED_ADDRESS, stun.pack_address(self.relayed, request.transaction)))
+            if turn.XOR_PEER_ADDRESS in given:
+                self.permitted.add(stun.unpack_address(given[turn.XOR_PEER_ADDRESS], request.transaction)[0])
+        kind = request.kind | (turn.ERROR if number else turn.SUCCESS)
+        return self.change(request, stun.encode(kind, request.transaction, attributes, key))
+
+    def serve(self):
+        while True:
+            datagram, self.client = self.front.recvfrom(2048)
+            if not datagram:
+                return self.front.close()
+            kind = stun.decode(datagram).kind
+            if kind in (turn.SEND, stun.INDICATION):
+                message = stun.decode(datagram)
+                self.seen.append(message)
+                if kind == turn.SEND:
+                    peer = stun.unpack_address(message.attributes[turn.XOR_PEER_ADDRESS], message.transaction)
+                    self.back.sendto(message.attributes[turn.DATA], peer)
+                continue
+            answer = self.answer(datagram)
+            if answer:
+                self.front.sendto(answer, self.client)
+
+    def take(self):
+        while True:
+            datagram, source = self.back.recvfrom(2048)
+            if not datagram:
+                return self.back.close()
+            if source[0] in self.permitted:
+                self.front.sendto(data_indication(datagram, source), self.client)
+
+
+def data_indication(datagram, peer):
+    return stun.encode(turn.DATA_INDICATION, bytes(12), [(turn.XOR_PEER_ADDRESS, stun.pack_address(peer, bytes(12))), (turn.DATA, datagram)])
+
+
+class Allocated:
+    """An allocation of a TurnDouble on a clock of its own. kinds: what it has asked for, each with the time."""
+
+    def __init__(self, *arguments, password="a password", **options):
+        self.double, self.now, self.kinds = TurnDouble(*arguments, **options), 0.0, []
+        self.it = turn.Allocation("ada", password, self.now)
+
+    def run(self, seconds, hosts=(), answers=True):
+        end = self.now + seconds
+        while self.now < end and not self.it.over:
+            self.it.permit(hosts, self.now)
+            for datagram in self.it.tick(self.now):
+                self.kinds.append((round(self.now, 1), stun.decode(datagram).kind))
+                answer = self.double.answer(datagram) if answers and self.kinds[-1][1] != stun.INDICATION else None
+                if answer:
+                    self.it.receive(answer, self.now)
+            self.now += 0.1
+        return self
+
+    def times(self, kind):
+        return [when for when, each in self.kinds if each == kind]
+
+
+@pytest.mark.parametrize("url, address", [
+    ("turn:turn.example.net", ("turn.example.net", 3478)), ("turn:192.0.2.1:5000", ("192.0.2.1", 5000)), ("turn:[2001:db8::1]:443", ("2001:db8::1", 443)),
+    ("turn:t?transport=udp", ("t", 3478)), ("turn:t?transport=tcp", None), ("turns:t", None), ("turn:t:0", None), ("turn:t:65536", None), ("turn:", None),
+    ("turn:a b", None), ("turn://t", None), ("stun:t", None), ("turn:t:80:80", None), ("turn:u@t", None)])
+def test_of_the_urls_of_turn_servers_those_over_udp_are_taken(url, address):
+    assert turn.parse_turn_url(url) == address
+
+
+def test_credentials_of_a_shared_secret_are_those_of_coturns_scheme():
+    username, password = turn.TurnServer(("t", 3478), secret="the secret").credentials
+    assert 86390 < int(username.partition(":")[0]) - time.time() <= 86400
+    assert password == base64.b64encode(hmac.digest(b"the secret", username.encode(), "sha1")).decode()
+    assert "the secret" not in repr(turn.TurnServer(("t", 3478), "u", "the secret", "the secret"))
+
+
+def test_a_relay_is_refreshed_at_half_its_life_and_kept_alive_between():
+    made = Allocated().run(700)
+    assert made.it.address == made.double.relayed and made.times(turn.ALLOCATE) == [0.0, 0.1]
+    assert made.times(turn.REFRESH) == pytest.approx([300.1, 600.2], abs=0.3)
+    assert {round(gap, 1) for gap in gaps(made.times(stun.INDICATION))} <= {15.0, 15.1} and len(made.times(stun.INDICATION)) > 40
+
+
+def test_a_permission_is_asked_for_each_ipv4_address_and_renewed_while_it_is_wanted():
+    made = Allocated().run(250, ["198.51.100.1", "2001:db8::1", "198.51.100.2"])
+    assert made.double.permitted == {"198.51.100.1", "198.51.100.2"} and len(made.times(turn.CREATE_PERMISSION)) == 4
+    assert made.times(turn.CREATE_PERMISSION)[2] == pytest.approx(200, abs=1)
+    made.run(500)
+    assert len(made.times(turn.CREATE_PERMISSION)) == 4
+    assert made.it.receive(data_indication(b"late", ("198.51.100.1", 5000)), made.now) is None
+
+
+def test_a_permission_that_is_forbidden_is_not_asked_for_again_at_once_and_the_relay_stays():
+    made = Allocated(lambda request, answer: answer if request.kind != turn.CREATE_PERMISSION else stun.encode(
+        request.kind | turn.ERROR, request.transaction, [stun.error_code(403, "Forbidden")])).run(100, ["198.51.100.1"])
+    assert len(made.times(turn.CREATE_PERMISSION)) == 1 and not made.it.over
+
+
+def test_a_stale_nonce_is_replaced():
+    made = Allocated().run(1)
+    made.double.nonce = b"another"
+    made.run(1, ["198.51.100.1"])
+    assert made.double.permitted == {"198.51.100.1"} and not made.it.over
+
+
+def test_a_server_that_finds_each_nonce_stale_is_given_up():
+    made = Allocated().run(6)
+    made.double.change = lambda request, answer: stun.encode(request.kind | turn.ERROR, request.transaction, [
+        stun.error_code(438, "Stale Nonce"), (turn.NONCE, b"%d" % len(made.double.seen))])
+    made.it.refresh_soon(made.now)
+    made.run(20)
+    assert made.it.over == "the TURN server refuses (error 438)" and len(made.times(turn.REFRESH)) == 1 + turn.MAX_CHALLENGES
+
+
+def test_a_server_that_is_silent_is_asked_three_times():
+    made = Allocated().run(60, answers=False)
+    assert made.it.over == "the TURN server does not answer" and made.times(turn.ALLOCATE) == [0.0, 0.5, 1.5] and made.now == pytest.approx(3.6, abs=0.2)
+
+
+def test_a_relay_that_is_not_prolonged_ends_with_its_life():
+    made = Allocated().run(1).run(700, answers=False)
+    assert made.it.over == "the TURN server did not prolong the relay" and made.now == pytest.approx(600, abs=1)
+
+
+def test_a_wrong_password_is_refused_and_not_tried_again():
+    made = Allocated(password="another").run(10)
+    assert made.it.over == "the TURN server refuses (error 401)" and made.it.is_refused and len(made.times(turn.ALLOCATE)) == 2
+
+
+@pytest.mark.parametrize("server_error", [437, 441, 486, 508])
+def test_a_relay_that_the_server_knows_no_more_is_over(server_error):
+    made = Allocated().run(6)
+    made.double.change = lambda request, answer: stun.encode(request.kind | turn.ERROR, request.transaction, [stun.error_code(server_error, "No")])
+    made.it.refresh_soon(made.now)
+    made.run(10)
+    assert made.it.over == f"the TURN server refuses (error {server_error})" and made.it.is_refused == (server_error == 441)
+
+
+def test_a_relay_is_given_back_with_a_life_of_nothing():
+    made = Allocated().run(1)
+    made.it.release(made.now)
+    made.run(5)
+    assert made.it.over == "ended" and made.double.seen[-1].kind == turn.REFRESH and made.double.seen[-1].attributes[turn.LIFETIME] == bytes(4)
+
+
+def relayed_at(address, key=None):
+    """An answer that tells of this address."""
+    return lambda request, answer: answer if stun.USERNAME not in request.attributes else stun.encode(
+        request.kind | turn.SUCCESS, request.transaction, [(turn.XOR_RELAYED_ADDRESS, stun.pack_address(address, request.transaction))] if address else [],
+        key or hashlib.md5(b"ada:realm:a password").digest())
+
+
+TURN_LIES = {
+    "nothing": lambda request, answer: None,
+    "junk": lambda request, answer: b"junk",
+    "an answer that is cut": lambda request, answer: answer[:-4],
+    "a success without credentials": lambda request, answer: stun.encode(request.kind | turn.SUCCESS, request.transaction, [
+        (turn.XOR_RELAYED_ADDRESS, stun.pack_address(("198.51.100.7", 5000), request.transaction))]),
+    "a success signed by another": relayed_at(("198.51.100.7", 5000), b"another key"),
+    "another transaction": lambda request, answer: answer[:8] + bytes(12) + answer[20:],
+    "no address": relayed_at(None),
+    "an address that is none": relayed_at(("0.0.0.0", 5000)),
+    "a multicast address": relayed_at(("224.0.0.1", 5000)),
+    "a port of the system": relayed_at(("198.51.100.7", 53)),
+    "a challenge without a nonce": lambda request, answer: stun.encode(request.kind | turn.ERROR, request.transaction, [stun.error_code(401, "No")]),
+    "a challenge that is too long": lambda request, answer: stun.encode(request.kind | turn.ERROR, request.transaction, [
+        stun.error_code(401, "No"), (turn.REALM, b"r"), (turn.NONCE, b"n" * 764)]),
+    "another server": lambda request, answer: stun.encode(request.kind | turn.ERROR, request.transaction, [stun.error_code(300, "Try Alternate")]),
+}
+
+
+@pytest.mark.parametrize("lie", TURN_LIES)
+def test_a_turn_server_that_lies_gives_no_relay_and_keeps_nobody_waiting(lie):
+    made = Allocated(TURN_LIES[lie]).run(60)
+    assert made.it.over and made.it.address is None and made.now < 5
+
+
+@pytest.mark.parametrize("life, kept", [(0, 10), (1, 10), (2 ** 32 - 1, 3600)])
+def test_the_life_of_a_relay_is_taken_within_bounds(life, kept):
+    made = Allocated()
+    made.double.life = life
+    made.run(2)
+    assert not made.it.over and made.it._next_refresh == pytest.approx(kept / 2, abs=0.5)
+
+
+def test_what_a_turn_server_passes_on_counts_from_those_who_were_permitted_alone():
+    made = Allocated().run(1, ["198.51.100.1"])
+    assert made.it.receive(data_indication(b"hello", ("198.51.100.1", 5000)), made.now) == (b"hello", addresses.Relayed(("198.51.100.1", 5000)))
+    for peer in (("198.51.100.2", 5000), ("198.51.100.1", 53), ("2001:db8::1", 5000)):
+        assert made.it.receive(data_indication(b"hello", peer), made.now) is None
+    for attributes in ([], [(turn.DATA, b"hello")], [(turn.XOR_PEER_ADDRESS, b"")],
+                       [(turn.XOR_PEER_ADDRESS, stun.pack_address(("198.51.100.1", 5000), bytes(12)))]):
+        assert made.it.receive(stun.encode(turn.DATA_INDICATION, bytes(12), attributes), made.now) is None
+
+
+def test_an_address_by_the_relay_is_another_one_than_the_same_address_directly():
+    direct, relayed = ("198.51.100.1", 5000), addresses.Relayed(("198.51.100.1", 5000))
+    assert direct != relayed and relayed != direct and len({direct, relayed}) == 2 and [direct, relayed].index(relayed) == 1
+    assert relayed == addresses.Relayed(direct) and addresses.text_of(relayed) == "198.51.100.1:5000"
+
+
+RELAY_AT = ("192.0.2.7", 50000)
+BY_RELAY = addresses.Relayed(GUEST_AT)
+
+
+def relaying(wire, direct=lambda source, destination: None, knows=(HOST_AT, RELAY_AT)):
+    """Have a wire carry what goes by the host's relay, and of the rest what direct() says."""
+    def way(source, destination):
+        if destination == RELAY_AT:
+            return BY_RELAY, HOST_AT
+        return (RELAY_AT, GUEST_AT) if isinstance(destination, addresses.Relayed) else direct(source, destination)
+
+    wire.way = way
+    wire.guest.add(knows, wire.now, pacing.LEAST_PACING, relay=RELAY_AT)
+    return wire
+
+
+def test_a_guest_checks_a_relay_a_second_later_than_all_else_and_then_connects_by_it():
+    wire = relaying(Wire(guest_knows=()))
+    wire.run(2)
+    assert (wire.guest.selected, wire.host.selected) == (RELAY_AT, BY_RELAY)
+    assert 1.0 <= min(when for when, address in wire.checks(GUEST_AT) if address == RELAY_AT) - 1000 < 1.2
+
+
+def test_a_host_sends_by_its_relay_to_nobody_whom_it_has_not_heard_there():
+    wire = Wire(way=lambda source, destination: None)
+    relaying(wire, knows=())
+    wire.run(20)
+    assert wire.checks(HOST_AT) and not [each for _, _, each, _ in wire.sent if isinstance(each, addresses.Relayed)]
+
+
+def test_a_guest_that_is_connected_directly_checks_no_relay():
+    wire = relaying(Wire(guest_knows=()), direct=lambda source, destination: (source, destination))
+    wire.run(5)
+    assert (wire.guest.selected, wire.host.selected) == (HOST_AT, GUEST_AT) and not [each for _, each in wire.checks(GUEST_AT) if each == RELAY_AT]
+
+
+@pytest.mark.parametrize("later", [0.5, 20])
+def test_a_direct_way_takes_over_from_the_relay_whenever_it_works(later):
+    wire = relaying(Wire(guest_knows=()))
+    wire.run(1.3)
+    assert wire.guest.selected == RELAY_AT
+    begins = wire.now + later
+    relaying(wire, lambda source, destination: (source, destination) if wire.now >= begins else None)
+    wire.run(later + 11)
+    assert (wire.guest.selected, wire.host.selected) == (HOST_AT, GUEST_AT) and wire.guest.sent <= 100
+
+
+def test_a_relay_takes_over_when_the_direct_way_falls_silent():
+    wire = relaying(Wire(guest_knows=()), direct=lambda source, destination: (source, destination))
+    wire.run(5)
+    relaying(wire)
+    wire.run(15)
+    assert (wire.guest.selected, wire.host.selected) == (RELAY_AT, BY_RELAY)
+
+
+@pytest.mark.parametrize("told, relay, checked", [
+    ("192.0.2.7:50000", RELAY_AT, [HOST_AT, ("2001:db8::1", 5000), RELAY_AT]), (None, None, [RELAY_AT, HOST_AT, ("2001:db8::1", 5000)]),
+    ("10.9.9.9:5000", None, [RELAY_AT, HOST_AT, ("2001:db8::1", 5000)]), (["192.0.2.7:50000"], None, [RELAY_AT, HOST_AT, ("2001:db8::1", 5000)])])
+def test_a_relay_is_the_last_of_a_peers_addresses_if_it_is_one_of_them(told, relay, checked):
+    published = ["192.0.2.7:50000", addresses.text_of(HOST_AT), "[2001:db8::1]:5000", {"p2p": {"relay": told}}]
+    found = candidates.read_published(published, PEER, loopback=False)
+    assert (found.addresses, found.relay) == (checked, relay)
+
+
+def test_a_relay_is_published_behind_all_else_and_is_news(monkeypatch):
+    watch = Watch(monkeypatch)
+    assert watch.it.forward("192.0.2.7:50000", is_relay=True) and watch.news()
+    *listed, about = watch.it.candidates.published
+    assert listed == [*watch.it.candidates.addresses, "192.0.2.7:50000"] and about["p2p"]["relay"] == "192.0.2.7:50000"
+    watch.it.begin_attempt()
+    assert watch.it.candidates.relay == "192.0.2.7:50000"
+    assert not watch.it.forward("", is_relay=True) and watch.news() and "relay" not in watch.it.candidates.published[-1]["p2p"]
+
+
+@pytest.fixture
+def relayed(endpoint):
+    """Starts a Relay of a host at a server, and ends it after the test. The host, the relay and the lines that it reports."""
+    started = []
+
+    def start(server, **options):
+        host, lines = endpoint(), []
+        started.append(relay.Relay(host, lambda is_refused: server, **{"loopback": True, **options}, report=lines.append))
+        host.send_relayed = started[-1].send
+        return host, started[-1], lines
+
+    yield start
+    for each in started:
+        each.end()
+        each.join(WAIT)
+
+
+def test_a_guest_is_connected_by_the_relay_alone_with_authentic_datagrams(relayed, endpoint):
+    with TurnDouble() as double:
+        host, it, lines = relayed(double.server)
+        guest, text = endpoint(), addresses.text_of(double.relayed)
+        wait_until(lambda: host.candidates.relay == text)
+        lossy(host, lambda datagram, address: not isinstance(address, addresses.Relayed))
+        host.expect(p2pclient.Guest("session", "key", guest.candidates.addresses[:1]))
+        connection = guest.connect(p2pclient.Start("game", "session", "key", [text, {"p2p": {"relay": text}}], 1, 60, 2))
+        hosts = host.accept(5)
+        connection.send(b"hello")
+        assert hosts.recv(5) == b"hello" and hosts.authentic
+        hosts.send(b"x" * 1200)
+        assert connection.recv(5) == b"x" * 1200 and connection.authentic
+        assert connection.remote_address == hosts.local_address == text
+        it.end()
+        it.join(WAIT)
+        assert double.seen[-1].kind == turn.REFRESH and double.seen[-1].attributes[turn.LIFETIME] == bytes(4)
+        assert host.candidates.relay == "" and lines == [f"a relay stands by at {text}"]
+
+
+def test_a_relay_is_sent_permissions_alone_until_a_guest_is_heard_through_it(relayed):
+    with TurnDouble() as double, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as third:
+        third.bind(("127.0.0.1", 0))
+        host, _, _ = relayed(double.server)
+        wait_until(lambda: host.candidates.relay)
+        host.expect(p2pclient.Guest("session", "key", [addresses.text_of(third.getsockname()), "203.0.113.77:5000"], "203.0.113.78"))
+        wait_until(lambda: double.permitted == {"127.0.0.1", "203.0.113.77", "203.0.113.78"})
+        stranger = stun.encode(stun.REQUEST, bytes(12), [(stun.USERNAME, b"session:session"), (stun.ICE_CONTROLLING, bytes(8))], "another key")
+        third.sendto(stranger, double.relayed)
+        third.sendto(stun.encode(stun.REQUEST, bytes(12), [(stun.USERNAME, b"session:session"), (stun.ICE_CONTROLLING, bytes(8))], "key"), double.relayed)
+        wait_until(lambda: turn.SEND in double.kinds())
+        before = double.kinds()[:double.kinds().index(turn.SEND)]
+        assert set(before) <= {turn.ALLOCATE, turn.REFRESH, turn.CREATE_PERMISSION, stun.INDICATION}
+        answer = stun.decode(double.seen[len(before)].attributes[turn.DATA])
+        assert answer.kind == stun.SUCCESS and stun.authentic(answer, "key")
+
+
+@pytest.mark.parametrize("address, loopback", [(("172.29.250.250", 3478), True), (("192.168.250.1", 3478), True), (("127.0.0.1", 3478), False)], ids=str)
+def test_a_turn_server_in_a_network_that_this_machine_is_not_in_is_not_asked(address, loopback, relayed):
+    if addresses.private_network(address[0]) in [addresses.private_network(host) or "none" for host in sockets.interface_addresses()]:
+        pytest.skip("this machine is in that network")
+    _, _, lines = relayed(turn.TurnServer(address, "ada", "a password"), loopback=loopback)
+    wait_until(lambda: lines == [f"no relay: the TURN server {addresses.text_of(address)} has no address that may be used from here"])
+
+
+def test_a_relay_whose_server_begins_anew_is_taken_again_once_we_look(relayed, monkeypatch):
+    monkeypatch.setattr(turn, "REFRESH_AGAIN", 0.1)
+    monkeypatch.setattr(relay, "LEAST_PAUSE", 0.05)
+    refusal = []
+    with TurnDouble(lambda request, answer: refusal.pop()(request) if refusal and request.kind == turn.REFRESH else answer) as double:
+        host, it, lines = relayed(double.server)
+        wait_until(lambda: host.candidates.relay)
+        refusal.append(lambda request: stun.encode(request.kind | turn.ERROR, request.transaction, [stun.error_code(437, "Allocation Mismatch")]))
+        time.sleep(0.1)     # as a test of real time must: what is refreshed too soon is not refreshed again
+        it.ask_soon()
+        wait_until(lambda: len(lines) == 3)
+        assert "error 437" in lines[1] and lines[0] == lines[2]
+
+
+def test_a_host_takes_the_relay_that_its_server_hands_it_and_registers_again_when_it_is_refused(start_server, monkeypatch):
+    """The TURN server knows the second credentials alone."""
+    monkeypatch.setattr(relay, "LEAST_PAUSE", 0.05)
+    with TurnDouble(lambda request, answer: answer if len(users(double)) < 2 else stun.encode(
+            request.kind | turn.SUCCESS, request.transaction, [(turn.XOR_RELAYED_ADDRESS, stun.pack_address(double.relayed, request.transaction))],
+            key_of(request))) as double:
+        server = start_server(turn_url=f"turn:127.0.0.1:{double.server.address[1]}", turn_secret="the secret")
+        client = p2pclient.RendezvousClient(url_of(server))
+        with p2pclient.HostedGame(client, "castle", info={"map": "ice"}):
+            text = addresses.text_of(double.relayed)
+            wait_until(lambda: text in client.start_game("castle", "a guest", []).addresses)
+            assert len(users(double)) == 2 and client.get_game("castle").info == {"map": "ice"}
+
+
+def users(double):
+    return list(dict.fromkeys(each.attributes[stun.USERNAME] for each in double.seen if stun.USERNAME in each.attributes))
+
+
+def key_of(request):
+    username = request.attributes[stun.USERNAME]
+    password = base64.b64encode(hmac.digest(b"the secret", username, "sha1"))
+    return hashlib.md5(b":".join((username, request.attributes[turn.REALM], password))).digest()
+
+
+@pytest.mark.parametrize("values", [{"relay": False}, {}], ids=["one that does not want it", "one to whom none is offered"])
+def test_no_relay_is_asked_for_by_a_host_that_is(values, start_server):
+    offered = {"turn_url": "turn:127.0.0.1", "turn_secret": "s"} if values else {}
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(start_server(**offered))), "castle", **values):
+        assert not [thread for thread in threading.enumerate() if thread.name == "relay"]
+
+
+def test_first_candidates_do_not_wait_for_a_turn_server_that_does_not_answer_nor_does_the_end(start_server):
+    client = p2pclient.RendezvousClient(url_of(start_server()))
+    with TurnDouble(TURN_LIES["nothing"]) as double:
+        with p2pclient.HostedGame(client, "castle", turn=double.server) as game:
+            wait_until(lambda: double.seen)
+            assert client.start_game("castle", "a guest", []).addresses
+            assert len(double.seen) == 1
+        wait_until(lambda: not game._relay._thread.is_alive())
+        assert len(double.seen) == 1
+
+
+@pytest.mark.parametrize("urls, address", [(["turns:t", "turn:t?transport=tcp", "turn:t", "turn:u"], ("t", 3478)), (["turns:t"], None), ([], None)])
+def test_the_first_url_over_udp_is_the_relay_that_a_server_hands_out(urls, address):
+    with Script(answering({**CALLS["register"][1], "turn": {**HANDED, "urls": urls}})) as server:
+        found = p2pclient.RendezvousClient(server.url).register_game("castle", "ada").turn
+    assert found == (address and turn.TurnServer(address, "u", "c"))
+
+
+@pytest.mark.parametrize("change, said", [(lambda request, answer: answer, "ok      RELAY: a relay stands by at"), (
+    TURN_LIES["a challenge without a nonce"], "FAILED  RELAY: no relay: the TURN server refuses (error 401)")])
+def test_the_doctor_tells_whether_a_relay_works(change, said, start_server, monkeypatch):
+    with TurnDouble(change) as double:
+        monkeypatch.setattr(p2pclient.rendezvous, "turn_server", lambda answer: double.server)
+        lines = []
+        assert doctor.check_server(url_of(start_server()), report=lines.append) == said.startswith("ok")
+    assert any(line.startswith(said) for line in lines), lines
 
 
 # ---- simulators -----------------------------------------------------------------------------------------------------

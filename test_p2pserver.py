@@ -6,11 +6,13 @@ The sections follow the server's. The only doubles are the clock and the source 
 from __future__ import annotations
 
 import ast
+import base64
 import concurrent.futures
 import contextlib
 import datetime
 import functools
 import gc
+import hmac
 import itertools
 import json
 import logging
@@ -389,9 +391,10 @@ def parse(*flags, **environment):
 def test_each_option_can_be_given_as_flag_and_in_the_environment(option):
     value = {"poll_after": 3599, "no_stun": True, "access_log": True, "log_level": "debug", "log_format": "json", "host": "x", "cors_origin": "https://x",
              "trusted_proxies": "10.0.0.0/8, ::1", "metrics_from": "192.0.2.1", "tls_cert": "Zertifikat für.pem", "tls_key": "x",
-             "store": "redis://:pässword@host"}.get(option.name, option.high)
+             "store": "redis://:pässword@host", "turn_url": "turn:t:3478,turns:[2001:db8::1]:5349", "turn_secret": "a secret"}.get(option.name, option.high)
     text = "1" if value is True else str(value)
-    roomy = {"P2P_GAME_TTL": "86400", "P2P_GUEST_TTL": "86400", "P2P_IDLE_TIMEOUT": "3600", "P2P_POLL_AFTER": "1", "P2P_TLS_CERT": "x"}
+    roomy = {"P2P_GAME_TTL": "86400", "P2P_GUEST_TTL": "86400", "P2P_IDLE_TIMEOUT": "3600", "P2P_POLL_AFTER": "1", "P2P_TLS_CERT": "x",
+             **({"P2P_TURN_URL": "turn:t", "P2P_TURN_SECRET": "s"} if option.name.startswith("turn") else {})}
     flags = [option.flag] if option.default is False else [option.flag, text]
     assert getattr(parse(*flags, **roomy), option.name) == getattr(parse(**{**roomy, option.variable: text}), option.name) == value
 
@@ -453,6 +456,10 @@ def test_a_variable_that_looks_like_an_options_and_is_none_is_ignored_with_advic
     "a name for a proxy's address": (["--trusted-proxies", "10.0.0.1, proxy"], {}, "'proxy' does not appear to be an IPv4 or IPv6 network"),
     "a variable that there is no choice of": ([], {"P2P_LOG_FORMAT": "xml"}, "--log-format (P2P_LOG_FORMAT) must match text|json, not 'xml'"),
     "a key without its certificate": (["--tls-key", "key.pem"], {}, "--tls-key needs --tls-cert"),
+    "a relay without its secret": (["--turn-url", "turn:turn.example.net"], {}, "--turn-url and --turn-secret (P2P_TURN_SECRET) need each other"),
+    "a secret without its relay": ([], {"P2P_TURN_SECRET": "s"}, "--turn-url and --turn-secret (P2P_TURN_SECRET) need each other"),
+    "a relay of another kind": (["--turn-url", "https://turn.example.net", "--turn-secret", "s"], {}, "--turn-url (P2P_TURN_URL) must match"),
+    "a relay that is no end of a list": (["--turn-url", "turn:a,", "--turn-secret", "s"], {}, "--turn-url (P2P_TURN_URL) must match"),
     "an unknown flag": (["--portt", "1"], {}, "--portt"),
     "an abbreviated flag": (["--cors", "x"], {}, "--cors"),
     "a stray word": (["serve"], {}, "serve"),
@@ -1985,6 +1992,32 @@ def test_the_second_port_for_stun_can_be_chosen(serve):
         pass
     api = serve(no_stun=False, second_stun_port=int(port))
     assert api.server.stun_ports == [api.server.server_port, int(port)] and f"and {port}" in api.server.where
+
+
+TURN = {"turn_url": "turn:turn.example.net:3478,turns:turn.example.net:5349?transport=tcp", "turn_secret": "what the TURN server knows, too"}
+
+
+def test_a_host_is_handed_credentials_for_the_relay_and_nobody_else_is(serve, lines):
+    api = serve(**TURN, access_log=True)
+    began = int(time.time())
+    turn = api.register_game("castle").json().pop("turn")
+    password = base64.b64encode(hmac.digest(TURN["turn_secret"].encode(), turn["username"].encode(), "sha1")).decode()
+    assert turn == {"urls": TURN["turn_url"].split(","), "username": turn["username"], "credential": password, "ttl_seconds": 86400}
+    assert re.fullmatch("[0-9]+:[0-9a-f]{8}", turn["username"]) and began <= int(turn["username"].partition(":")[0]) - 86400 <= time.time()
+    assert api.register_game("castle").json()["turn"]["username"] != turn["username"]
+    others = [api.register_game("castle", GUEST), api.start_game("castle"), api.poll_game("castle"), api.start_game("castle"), api.list_games(),
+              api.update_game("castle", info={}), *(api.call("GET", path) for path in ("/", "/healthz", "/metrics", "/games/castle"))]
+    wait_until(lambda: any("GET '/games/castle'" in line for line in lines))
+    said = "\n".join([*(answer.text for answer in others), *lines])
+    assert not [each for each in ("turn:", turn["username"], turn["credential"], TURN["turn_secret"]) if each in said]
+
+
+@pytest.mark.parametrize("secret", ["a secret\nof two lines", "Geheimnis für zwei"])
+def test_a_secret_of_the_relay_that_is_no_good_is_refused_without_being_shown(secret, capsys):
+    with pytest.raises(SystemExit):
+        parse("--turn-url", "turn:turn.example.net", P2P_TURN_SECRET=secret)
+    err = capsys.readouterr().err
+    assert "printable ASCII" in err and not [line for line in secret.splitlines() if line in err]
 
 
 def test_a_cursor_survives_the_numbers_of_game_engines_for_a_hundred_years(serve):

@@ -31,7 +31,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import p2pclient
 import p2pserver
-from p2pclient import candidates
+from p2pclient import addresses, candidates
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
@@ -659,8 +659,8 @@ def test_the_server_does_all_that_it_does_within_what_the_unit_leaves_it(tmp_pat
 # ---- what the files say of each other -------------------------------------------------------------------------------
 
 FILES = [path for path in sorted(HERE.iterdir()) if path.is_file() and path.suffix != ".py"]
-COMPOSE = {name: yaml.safe_load((HERE / name).read_text()) for name in ("compose.yaml", "compose-caddy.yaml", "compose-cluster.yaml")}
-ALONE, WITH_CADDY, CLUSTER = (file["services"] for file in COMPOSE.values())
+COMPOSE = {name: yaml.safe_load((HERE / name).read_text()) for name in ("compose.yaml", "compose-caddy.yaml", "compose-cluster.yaml", "compose-turn.yaml")}
+ALONE, WITH_CADDY, CLUSTER, WITH_TURN = (file["services"] for file in COMPOSE.values())
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
@@ -687,7 +687,7 @@ def test_the_caddyfile_is_as_caddy_would_write_it():
     assert formatted == (HERE / "Caddyfile").read_text()
 
 
-@pytest.mark.parametrize("services", [ALONE, WITH_CADDY, CLUSTER], ids=COMPOSE)
+@pytest.mark.parametrize("services", [ALONE, WITH_CADDY, CLUSTER, WITH_TURN], ids=COMPOSE)
 def test_containers_have_no_more_rights_than_they_need(services):
     for name, service in services.items():
         assert service["read_only"] is True and service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
@@ -701,8 +701,9 @@ def megabytes(text):
 def test_the_memory_limits_leave_room_for_all_that_the_servers_own_limits_allow():
     """Which are its games, connections that have sent as much as each may before it is parsed, and 100 MB of the process."""
     most = DEFAULTS.max_memory + DEFAULTS.max_connections * (p2pserver.MAX_HEAD + p2pserver.READ_SIZE) // 1_000_000 + 100
-    limits = [*values("MemoryMax"), ALONE["p2pserver"]["mem_limit"], WITH_CADDY["p2pserver"]["mem_limit"], CLUSTER["p2p1"]["mem_limit"]]
-    assert len(limits) == 4 and all(megabytes(limit) > most for limit in limits) and WITH_CADDY["caddy"]["mem_limit"]
+    servers = [ALONE["p2pserver"], WITH_CADDY["p2pserver"], WITH_TURN["p2pserver"], CLUSTER["p2p1"]]
+    limits = [*values("MemoryMax"), *(server["mem_limit"] for server in servers)]
+    assert len(limits) == 5 and all(megabytes(limit) > most for limit in limits) and WITH_CADDY["caddy"]["mem_limit"]
 
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -748,6 +749,50 @@ def test_the_server_of_the_compose_files_starts_from_the_dockerfile_with_setting
     exposed = set(re.search("^EXPOSE (.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1].split())
     assert settings.port == DEFAULTS.port and f"{settings.port}/udp" in inside <= exposed
     assert service["ulimits"]["nofile"] > settings.max_connections
+
+
+def in_this_shell(text, **variables):
+    """What Compose makes of a text: a variable, or one that must be there."""
+    return re.sub(r"\$\{(\w+)(:\?[^}]*)?\}", lambda found: variables[found[1]], text)
+
+
+@contextlib.contextmanager
+def with_relay(folder):
+    """A game of the server of compose-turn.yaml, which has coturn beside it, on loopback; and coturn's log."""
+    port, turn_port, log = free_port(), free_port(), folder / "turnserver.log"
+    variables = {"TURN_HOST": "127.0.0.1", "P2P_TURN_SECRET": "the secret"}
+    settings = {name: put(in_this_shell(text, **variables), *([("3478", str(turn_port))] if name == "P2P_TURN_URL" else []))
+                for name, text in WITH_TURN["p2pserver"]["environment"].items()}
+    arguments = [put(in_this_shell(text, **variables), *([("3478", str(turn_port))] if "listening-port" in text else []))
+                 for text in WITH_TURN["turn"]["command"]]
+    coturn = [program(*WITH_TURN["turn"]["entrypoint"]), *arguments, "--listening-ip=127.0.0.1", f"--userdb={folder / 'db'}", "--verbose"]
+    with log.open("w") as output, subprocess.Popen(coturn, stdout=output, stderr=output, cwd=folder) as process, \
+            started([sys.executable, ROOT / "p2pserver.py", "--host", "127.0.0.1", "--port", port], port, folder, **settings):
+        try:
+            with p2pclient.HostedGame(p2pclient.RendezvousClient(f"http://127.0.0.1:{port}"), "castle") as game:
+                yield game, log
+        finally:
+            process.terminate()
+
+
+def test_coturn_takes_the_arguments_of_compose_turn_and_gives_a_host_of_its_server_a_relay_with_no_way_into_private_networks(tmp_path):
+    with with_relay(tmp_path) as (game, log):
+        relay = wait_until(lambda: game.endpoint.candidates.relay)
+        ports = [int(re.search(rf"--{name}-port=(\d+)", " ".join(WITH_TURN["turn"]["command"]))[1]) for name in ("min", "max")]
+        assert ports[0] <= int(relay.rpartition(":")[2]) <= ports[1]
+        inside = ["10.0.0.1", "100.64.0.1", "127.0.0.1", "169.254.169.254", "172.31.255.254", "192.168.255.254", "240.0.0.1"]
+        for number, host in enumerate([*inside, "198.51.100.1"]):
+            game.endpoint.expect(p2pclient.Guest(f"session {number}", "key", [], host))
+        wait_until(lambda: log.read_text().count("CREATE_PERMISSION processed, error 403") == len(inside))
+        wait_until(lambda: "peer 198.51.100.1 lifetime updated" in log.read_text())
+        assert not re.search(r"(?i)unrecognized|unknown option|invalid", log.read_text())
+
+
+def test_every_private_network_is_denied_to_the_relay_of_compose_turn():
+    denied = [tuple(map(ipaddress.ip_address, each[len("--denied-peer-ip="):].split("-"))) for each in WITH_TURN["turn"]["command"] if "denied" in each]
+    special = map(ipaddress.ip_network, ("127.0.0.0/8", "169.254.0.0/16", "0.0.0.0/8", "::1", "fe80::/10"))
+    for network in [*(network for network, _ in addresses.PRIVATE), *special]:
+        assert any(first.version == network.version and first <= network[0] and network[-1] <= last for first, last in denied), network
 
 
 def test_behind_caddy_the_server_is_reached_by_nobody_else_and_believes_nobody_else():

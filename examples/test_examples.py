@@ -19,6 +19,8 @@ from aiortc import RTCPeerConnection, RTCSessionDescription
 from browsers import HERE, PAGE, ChromiumPage, run, run_chromium, run_firefox, run_server, wait_until
 from playwright.sync_api import sync_playwright
 
+from p2pclient import stun
+
 NO_GOOD_BYE = "() => { window.fetch = () => new Promise(() => {}); }"      # what a page that crashes says on its way out
 NO_WAY = 60     # seconds in which a browser notices that nothing gets through
 needs_firefox = pytest.mark.skipif(not browsers.FIREFOX, reason="there is no firefox-esr")
@@ -162,6 +164,18 @@ def test_the_page_asks_the_stun_of_the_rendezvous_server(castle, open_page, serv
     open_guest(open_page)
     metrics = requests.get(f"{server}/metrics", timeout=browsers.WAIT).text
     assert int(re.search(r'^p2pserver_stun_total{result="answer"} (\d+)$', metrics, re.MULTILINE)[1]) >= 2
+
+
+def test_the_page_of_a_host_asks_the_relay_that_the_server_hands_it(context):
+    """A TURN server's port that hears and says nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay:
+        relay.bind(("127.0.0.1", 0))
+        relay.settimeout(browsers.WAIT)
+        with run_server("--turn-url", f"turn:127.0.0.1:{relay.getsockname()[1]}", "--turn-secret", "a secret") as server:
+            open_page = functools.partial(ChromiumPage, context, server)
+            open_page().host("castle")
+            open_guest(open_page)
+            assert stun.decode(relay.recv(2048)).kind == stun.REQUEST       # a browser asks a TURN server where it is seen, too
 
 
 # ---- leaving and coming back ----------------------------------------------------------------------------------------

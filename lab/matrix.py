@@ -26,6 +26,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 README = os.path.join(HERE, "README.md")
 BEGIN, END = "<!-- matrix.py writes from here -->\n", "<!-- to here -->\n"
 AGENTS = ("ours", "aioice")
+RELAYED = "relayed"     # ours, with a relay for the host; only for the pairs that have no direct way
 PAIRS = list(itertools.combinations_with_replacement(natlab.KINDS, 2))
 PLAIN, FAR, LOSSY = LINKS = "without delay", "50 ms each way", "10% loss on each uplink"
 UPLINKS = {PLAIN: {}, FAR: {"delay_ms": 25}, LOSSY: {"loss": 10}}     # a way goes over two of them
@@ -35,7 +36,7 @@ AT_ONCE = 4         # attempts of which only the outcome counts
 
 def attempt(agent, pair, links=PLAIN):
     """Seconds until both were connected, or the errors of both peers as a text."""
-    with Stage() as stage:
+    with Stage(turn=agent == RELAYED) as stage:
         machines = [stage.site(name, nat=kind, **UPLINKS[links]).machine() for name, kind in zip(("host", "guest"), pair)]
         peers = [Program(machine, os.path.join(HERE, "peer.py"), agent, role, stage.server.address, PORT)
                  for machine, role in zip(machines, ("controlled", "controlling"))]
@@ -68,6 +69,16 @@ def measure(rounds):
             print(f"round {number + 1}: {agent:6} {' with '.join(pair)}, {links}: {said}", flush=True)
             times.setdefault((links, pair, agent), []).append(float("inf") if isinstance(result, str) else result)
     return times
+
+
+def with_relay(times, rounds):
+    """Seconds of the pairs that do not connect otherwise when the host has a relay, in Markdown."""
+    rows = [["host, guest", "with a relay"], ["---", "---"]]
+    for pair in [pair for pair in PAIRS if (PLAIN, pair, "ours") not in times]:
+        results = [attempt(RELAYED, pair) for _ in range(1 if "blocked" in pair else rounds)]
+        rows.append([" with ".join(pair), text_of([result for result in results if not isinstance(result, str)])])
+        print(f"{RELAYED} {rows[-1]}", flush=True)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 def text_of(seconds):
@@ -135,7 +146,7 @@ def main():
     if reason:
         sys.exit(f"the lab cannot run here: {reason}")
     times = measure(options.rounds)
-    result = "\n".join((conditions(options.rounds), matrix(times), summary(times)))
+    result = "\n".join((conditions(options.rounds), matrix(times), summary(times), with_relay(times, options.rounds)))
     print("\n" + result)
     for target, holds in targets(times):
         print(f"{'holds' if holds else 'FAILS'}: {target}")

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""One of two peers that connect while matrix.py measures: with our p2pclient, or with aioice, which is an ICE agent.
+"""One of two peers that connect while matrix.py measures: with our p2pclient, also with a relay for the
+controlled one, or with aioice, which is an ICE agent.
 
-usage: peer.py ours|aioice controlling|controlled STUN_HOST STUN_PORT
+usage: peer.py ours|relayed|aioice controlling|controlled STUN_HOST STUN_PORT
 
 What it says and hears is a line of JSON each. It says how it can be reached, hears the same of its peer, says null when it
 is ready, hears null as the signal to start, connects, sends a datagram again and again, for some are lost, waits for one,
@@ -29,10 +30,12 @@ def hear():
     return json.loads(sys.stdin.readline())
 
 
-def ours(controlling, stun_server):
+def ours(controlling, stun_server, has_relay=False):
     import p2pclient
 
     endpoint = p2pclient.Endpoint([stun_server])
+    if has_relay:
+        take_relay(endpoint, stun_server[0])
     say(endpoint.candidates.published)
     session = {"session_id": "0123456789abcdef", "session_key": "a key that only the two know", "addresses": hear()}
     say(None)
@@ -46,6 +49,18 @@ def ours(controlling, stun_server):
     threading.Thread(target=greet, args=(connection,), daemon=True).start()
     connection.recv(PATIENCE)
     say((time.monotonic() - start, connection.remote_address))
+
+
+def take_relay(endpoint, host):
+    from stage import TURN_PORT, TURN_SECRET
+
+    from p2pclient.relay import Relay
+    from p2pclient.turn import TurnServer
+
+    relay = Relay(endpoint, lambda is_refused: TurnServer((host, TURN_PORT), secret=TURN_SECRET), False, lambda line: None)
+    endpoint.send_relayed = relay.send
+    while not endpoint.candidates.relay:
+        time.sleep(0.01)
 
 
 def greet(connection):
@@ -84,7 +99,7 @@ async def aioice_greet(connection):
 def main(agent, role, host, port):
     arguments = role == "controlling", (host, int(port))
     try:
-        asyncio.run(aioice(*arguments)) if agent == "aioice" else ours(*arguments)
+        asyncio.run(aioice(*arguments)) if agent == "aioice" else ours(*arguments, agent == "relayed" and role == "controlled")
     except Exception as error:
         say(f"{type(error).__name__}: {error}")
     threading.Event().wait()

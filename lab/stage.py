@@ -11,6 +11,7 @@ import natlab
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PORT = 8000
+TURN_PORT, TURN_SECRET = 3478, "what the rendezvous server and the TURN server share"
 sys.path.insert(0, ROOT)
 
 
@@ -72,13 +73,17 @@ class Program:
 
 
 class Stage(natlab.Lab):
-    """A lab in which the real server runs. Its two public addresses serve as two STUN servers, unless it is to be without STUN."""
+    """A lab in which the real server runs. Its two public addresses serve as two STUN servers, unless it is to be without STUN. With turn a real
+    TURN server, coturn, runs at the first of them, and hosts are told of it."""
 
-    def __init__(self, stun=True):
+    def __init__(self, stun=True, turn=False):
         super().__init__()
         try:
             self.url = f"http://{self.server.address}:{PORT}"
             self._stun_servers = [f"{address}:{PORT}" for address in self.server.addresses] if stun else []
+            if turn:
+                self.start_turn("--use-auth-secret", f"--static-auth-secret={TURN_SECRET}")
+            self._turn_options = ["--turn-url", f"turn:{self.server.address}:{TURN_PORT}", "--turn-secret", TURN_SECRET] if turn else []
             self._serve()
         except BaseException:
             self.close()
@@ -86,7 +91,7 @@ class Stage(natlab.Lab):
 
     def _serve(self):
         self.rendezvous = Program(self.server, "p2pserver.py", "--host", "0.0.0.0", "--port", PORT, "--poll-after", "0.1",
-                                  *([] if self._stun_servers else ["--no-stun"]))
+                                  *([] if self._stun_servers else ["--no-stun"]), *self._turn_options)
         self.rendezvous.expect("listens")
 
     def restart_server(self):
@@ -94,6 +99,14 @@ class Stage(natlab.Lab):
         self.rendezvous.signal(signal.SIGKILL)
         self.rendezvous.wait()
         self._serve()
+
+    def start_turn(self, *options):
+        """Start coturn at the server's first address."""
+        command = ["turnserver", "-n", "--no-cli", "--no-tls", "--no-dtls", "--realm=lab", f"--listening-ip={self.server.address}",
+                   f"--listening-port={TURN_PORT}", "--log-file=stdout", "--pidfile=/dev/null", "-v", *options]
+        self.turn = self.server.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.turn_said = []
+        threading.Thread(target=self.turn_said.extend, args=(self.turn.stdout,), daemon=True).start()
 
     @property
     def _options(self):

@@ -40,6 +40,8 @@ The files, from leaf to root; none needs one below it:
     early.py        checks that come before the server has told of their session
     portmap.py      a public port from one's own router: PCP and NAT-PMP
     upnp.py         the same by UPnP
+    turn.py         an address of a TURN server, without socket or clock
+    relay.py        such an address kept for as long as a game is on offer
     forwarding.py   such a port kept for as long as a game is on offer
     whereabouts.py  a socket's candidates, kept up to date
     diagnosis.py    why there is no connection, in words
@@ -56,10 +58,10 @@ The files, from leaf to root; none needs one below it:
     commandline.py  what the doctor and the simulators share
     __main__.py     the doctor: python -m p2pclient check
 
-Threads: each Endpoint has one, which reads the socket and does what is due; each HostedGame has one, which polls, and one that keeps
-a port of the router; each connection of a guest has one, which starts the game again, held by the server until there is news. What becomes
-of these calls never ends a connection. All state of an Endpoint lies behind its one lock. Errors are RendezvousError (the server), ConnectFailed and
-PeerLost (the other player). Only the HTTP part needs a library, requests.
+Threads: each Endpoint has one, which reads the socket and does what is due; each HostedGame has one, which polls, one that keeps
+a port of the router, and one that keeps a relay where one is offered; each connection of a guest has one, which starts the game again, held by the
+server until there is news. What becomes of these calls never ends a connection. All state of an Endpoint lies behind its one lock. Errors are
+RendezvousError (the server), ConnectFailed and PeerLost (the other player). Only the HTTP part needs a library, requests.
 """
 
 import sys
@@ -84,6 +86,7 @@ from .diagnosis import ConnectFailed, describe  # noqa: E402
 from .endpoint import KEEPALIVE, Endpoint  # noqa: E402
 from .games import HostedGame, join_game  # noqa: E402
 from .rendezvous import GameInfo, Guest, Poll, Registration, RendezvousClient, Start, new_peer_id  # noqa: E402
+from .turn import TurnServer  # noqa: E402
 
 __all__ = ["KEEPALIVE", "ConnectFailed", "Connection", "Deadline", "Endpoint", "GameInfo", "Guest", "HostedGame", "PeerLost", "Poll", "Registration",
-           "RendezvousClient", "RendezvousError", "Start", "describe", "join_game", "new_peer_id"]
+           "RendezvousClient", "RendezvousError", "Start", "TurnServer", "describe", "join_game", "new_peer_id"]

@@ -15,9 +15,11 @@ from .diagnosis import ConnectFailed, describe_nat
 from .endpoint import Endpoint
 from .forwarding import try_forwarding
 from .games import HostedGame, default_stun, join_game
+from .relay import try_relay
 from .rendezvous import RendezvousClient, new_peer_id
 from .texts import printable
 
+NO_RELAY = "none is offered by this server (--turn-url): only needed where the NATs of both sides are hard"
 NO_PORT = "no router here forwards ports by itself (PCP, NAT-PMP, UPnP): only needed where the NAT is symmetric"
 
 
@@ -33,7 +35,7 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
     try:
         health = client.health()
         say(True, f"HTTP: p2pserver {health['version']} at {client.base_url} answers in {1000 * (time.monotonic() - began):.0f} ms")
-        client.register_game(name, peer_id, listed=False)       # which tells where it answers STUN
+        turn = client.register_game(name, peer_id, listed=False).turn       # which tells where it answers STUN, too
     except RendezvousError as error:
         return say(False, f"HTTP: {explain(error, base_url)}. Is the server started, the port open (TCP), the URL right?")
     servers = default_stun(client, stun_servers)
@@ -48,8 +50,11 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
     say(found.nat not in ("symmetric", "no answer", "not asked"), f"NAT: {describe_nat(found)}")
     if not client.on_loopback:
         say(True, f"PORTS: {try_forwarding(endpoint.socket.getsockname()[1]) or NO_PORT}")
+    works, line = try_relay(turn, found, client.on_loopback, endpoint.send) if turn else (True, NO_RELAY)
+    if turn or not client.on_loopback:
+        say(works, f"RELAY: {line}")
     try:
-        with HostedGame(client, name, listed=False, stun_servers=servers, peer_id=peer_id, port_mapping=False) as game, \
+        with HostedGame(client, name, listed=False, stun_servers=servers, peer_id=peer_id, port_mapping=False, relay=False) as game, \
                 join_game(RendezvousClient(base_url), game.name, endpoint=endpoint) as connection:
             connection.send(b"hello")
             game.accept(5.0).recv(5.0)
@@ -58,7 +63,7 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
         return say(False, f"CONNECTION: {error}")
     finally:
         endpoint.close()
-    return found.mapped is not None
+    return found.mapped is not None and works
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

@@ -15,6 +15,19 @@ PRIVATE = [(ipaddress.ip_network(text), bits) for text, bits in (
     ("10.0.0.0/8", 16), ("172.16.0.0/12", 16), ("192.168.0.0/16", 24), ("100.64.0.0/10", 16), ("fc00::/7", 48))]
 
 
+class Relayed(Tuple[str, int]):
+    """The address of a peer that is reached by way of our own relay. It equals no address that is reached directly, not even the same one."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Relayed) and tuple.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(("relayed", *self))
+
+
 def plain_ip(text: str) -> Any:
     """The IP address; an IPv4-mapped IPv6 address is the IPv4 one. ValueError if it is none."""
     ip = ipaddress.ip_address(text)

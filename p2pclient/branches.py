@@ -82,7 +82,7 @@ class Branches:
 
     def learn(self, session: Session, key: str, peer: PeerCandidates, now: float) -> None:
         """Take what a peer tells of itself, when its session begins or goes on."""
-        if session.selected is None:
+        if not session.is_direct:
             self._keys[session.session_id] = key
             self._searches.setdefault(session.session_id, PortSearch(session.is_guest, self._methods, now)).learn(peer, now)
 
@@ -105,7 +105,7 @@ class Branches:
         own = self._whereabouts.candidates
         for name, search in list(self._searches.items()):
             session = connections[name].session if name in connections else None
-            if session is None or session.selected or session.over:
+            if session is None or session.is_direct or session.over:
                 self._end_search(name)
             elif self._is_in_vain(session, search, now):
                 session.over = NO_WAY

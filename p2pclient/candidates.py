@@ -32,7 +32,7 @@ class Candidates:
     maps by destination, so nobody can be told where to send), "unknown" with a single STUN server to ask or one behind our own router,
     "no answer" if no STUN server answered, "not asked" if there is none. attempt: another text for each try of a guest, so that what it
     publishes is news to its host even if its addresses are not. ports: how a symmetric NAT allocates them, once that is known; probing: whether this
-    player has asked for it.
+    player has asked for it. relay: where a relay stands by, "ip:port", or "".
     """
 
     addresses: List[str]
@@ -42,10 +42,11 @@ class Candidates:
     attempt: str = ""
     ports: Optional[Ports] = None
     probing: bool = False
+    relay: str = ""
 
     @property
     def is_closed(self) -> bool:
-        """Whether the world of IPv4 reaches us where STUN has seen us, and nowhere else: no port is forwarded, and there is no relay."""
+        """Whether the world of IPv4 reaches us directly where STUN has seen us, and nowhere else: no port is forwarded."""
         seen = set(self.seen.values())
         return all(address in seen for address in public_ipv4(map(parse_candidate, self.addresses)))
 
@@ -56,21 +57,21 @@ class Candidates:
     @property
     def published(self) -> List[Any]:
         """What to tell the server: the addresses, and what a peer may know beside, which others ignore: {"p2p": {"pacing": milliseconds between
-        two of our checks, as RFC 8839's ice-pacing, "nat", "attempt", "ports" and "probing": as above}}. Who can be reached otherwise tells no ports."""
+        two of our checks, as RFC 8839's ice-pacing, "nat", "attempt", "ports", "probing" and "relay": as above}}. Who can be reached otherwise
+        tells no ports."""
         about: Dict[str, Any] = {"pacing": round(1000 * LEAST_PACING), "nat": self.nat}
-        if self.attempt:
-            about["attempt"] = self.attempt
+        about.update({name: text for name, text in (("attempt", self.attempt), ("relay", self.relay)) if text})
         if self.ports and self.nat == "symmetric" and self.is_closed:
             about["ports"] = self.ports.published
         if self.probing:
             about["probing"] = True
-        return [*self.addresses, {"p2p": about}]
+        return [*self.addresses, *filter(None, [self.relay]), {"p2p": about}]
 
 
 @dataclass(frozen=True)
 class PeerCandidates:
     """What a peer has published, as far as it is of use. addresses: to be checked, likeliest first, at most 16; pacing: in seconds; nat: as in
-    Candidates, or ""; attempt, ports, probing: likewise."""
+    Candidates, or ""; attempt, ports, probing: likewise; relay: the one of these addresses that is a relay's, the last of all."""
 
     addresses: List[Address]
     pacing: float = DEFAULT_PACING
@@ -78,6 +79,7 @@ class PeerCandidates:
     attempt: str = ""
     ports: Optional[Ports] = None
     probing: bool = False
+    relay: Optional[Address] = None
 
 
 def read_published(published: Iterable[Any], own: Candidates, loopback: bool) -> PeerCandidates:
@@ -90,26 +92,36 @@ def read_published(published: Iterable[Any], own: Candidates, loopback: bool) ->
     # Who shares our public address is a neighbour, whose private address is the best; so may be anybody as long as we do not know ours.
     is_neighbour = own.mapped is None or any(address[0] == own.mapped[0] for address in usable)
     has_ipv6 = any(":" in host and not private_network(host) for host in hosts)
+    relay = told_relay(published)
 
     def unlikelihood(address: Address) -> int:
+        if address == relay:
+            return 6
         if plain_ip(address[0]).is_loopback:
             return 0
         if private_network(address[0]):
             return 1 if is_neighbour else 4
         return 3 if ":" not in address[0] else 2 if has_ipv6 else 5
 
-    about = told_beside(published)
-    return PeerCandidates(sorted(usable, key=unlikelihood)[:MAX_CHECKED], *about_peer(published), Ports.of(about.get("ports")), about.get("probing") is True)
+    about, likeliest = told_beside(published), sorted(usable, key=unlikelihood)[:MAX_CHECKED]
+    ports, probing = Ports.of(about.get("ports")), about.get("probing") is True
+    return PeerCandidates(likeliest, *about_peer(published), ports, probing, relay if relay in likeliest else None)
 
 
-def told_beside(published: Sequence[Any]) -> Dict[str, Any]:
-    """What a peer tells of itself among its addresses."""
+def told_beside(published: Iterable[Any]) -> Dict[str, Any]:
+    """The object among the addresses in which a peer tells of itself; empty if there is none."""
     return next((each["p2p"] for each in published if isinstance(each, dict) and isinstance(each.get("p2p"), dict)), {})
 
 
 def public_ipv4(found: Iterable[Optional[Address]]) -> List[Address]:
     """Those of some addresses to which a NAT of IPv4 leads."""
     return [address for address in found if address and ":" not in address[0] and not private_network(address[0]) and not plain_ip(address[0]).is_loopback]
+
+
+def told_relay(published: Sequence[Any]) -> Optional[Address]:
+    """Which of its addresses a peer says is a relay's."""
+    relay = told_beside(published).get("relay")
+    return parse_candidate(relay) if isinstance(relay, str) else None
 
 
 def about_peer(published: Sequence[Any]) -> Tuple[float, str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from typing import Deque, Iterable, List, NamedTuple, Optional
 
-from .addresses import Address
+from .addresses import Address, Relayed
 from .pacing import DEFAULT_PACING, LEAST_PACING, Pace, UnheardBudget
 
 MAX_CHECKED = 16            # addresses of a peer
@@ -13,6 +13,9 @@ MAX_URGENT = 8              # addresses of a session that are checked at once wh
 MAX_CHECKS = 100            # a session, so that nobody can have us flood a third party (RFC 8445 section 19.5.1)
 RENEWAL_CHECKS = 40         # that a session has again when the peer was heard or has told new addresses
 RENEWAL_TIME = 5.0          # seconds of quick checks after that
+RELAY_DELAY = 1.0           # seconds that the direct ways have before a relay is checked,
+RELAYED_TIME = 2.0          # and seconds in which they are still checked quickly once it is in use
+RELAYED_INTERVAL = 5.0      # seconds between two of these checks from then on
 
 
 class Check(NamedTuple):
@@ -25,12 +28,13 @@ class Check(NamedTuple):
 
 class Checklist:
     """remotes: the peer's addresses, likeliest first, at most MAX_CHECKED; heard: an authentic message came from there, so the game's datagrams
-    may too; proven: our check to there was answered; sent: checks so far, but for those of consent."""
+    may too; proven: our check to there was answered; relay: the remote that is the peer's relay; sent: checks so far, but for those of consent."""
 
     def __init__(self, pace: Pace, is_host: bool, now: float) -> None:
         self.remotes: List[Address] = []
         self.heard: set[Address] = set()
         self.proven: set[Address] = set()
+        self.relay: Optional[Address] = None
         self.sent = 0
         self.pace, self.pacing = pace, DEFAULT_PACING
         self.budget = UnheardBudget(is_host)
@@ -38,6 +42,7 @@ class Checklist:
         self.triggered: Deque[Address] = collections.deque()    # to be checked before the others
         self.last_check = now - DEFAULT_PACING
         self.fast_until = now
+        self._relay_at, self._has_tried_relay = now + RELAY_DELAY, False
         self._turn = 0                                          # counts the checks that were in no queue
 
     def add(self, addresses: Iterable[Address], now: float, pacing: float, seen_at: str, selected: Optional[Address]) -> None:
@@ -74,6 +79,14 @@ class Checklist:
         self.heard.add(source)
         return is_new
 
+    def is_relayed(self, address: Optional[Address]) -> bool:
+        """Whether an address is reached by a relay, the peer's or ours."""
+        return isinstance(address, Relayed) or address is not None and address == self.relay
+
+    def next_while_relayed(self, now: float, connected_at: float) -> float:
+        """When the direct ways are to be checked next while a relay is in use."""
+        return self.last_check + (DEFAULT_PACING if now - connected_at <= RELAYED_TIME else RELAYED_INTERVAL)
+
     def trigger(self, source: Address, is_newly_heard: bool) -> None:
         """Have an address checked before the others because the peer has checked us from there (RFC 8445 section 7.3.1.4)."""
         if source not in self.proven and source not in self.triggered and source not in self.urgent:
@@ -82,6 +95,9 @@ class Checklist:
     def next(self, now: float, nominee: Optional[Address]) -> Optional[Address]:
         """Which address to check now; None: none of them may be, and the turn is lost. nominee: still to be told that it is the one."""
         self.last_check = now
+        if self.relay and self.relay in self.remotes and now >= self._relay_at and not self._has_tried_relay:
+            self._has_tried_relay = True
+            self.triggered.append(self.relay)
         for queue in (self.urgent, self.triggered):
             while queue:
                 address = queue.popleft()
@@ -130,6 +146,8 @@ class Checklist:
         return self.remotes[max(0, turn - 1) % len(self.remotes)]
 
     def _may_check(self, address: Address, now: float) -> bool:
+        if address == self.relay and now < self._relay_at:
+            return False
         return self._is_heard(address[0]) or self.budget.allows(address[0], now)
 
     def _is_heard(self, host: str) -> bool:

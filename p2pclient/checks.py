@@ -1,18 +1,7 @@
 """The connectivity checks of one session, after ICE (RFC 8445), without socket or clock.
 
-On the wire a check is a Binding request with
-
-    USERNAME            sessionId ":" sessionId: the username fragment of both sides is the sessionId, their password the sessionKey
-    ICE-CONTROLLING     from the guest, ICE-CONTROLLED from the host, with a random tie-breaker
-    PRIORITY            that of a peer-reflexive candidate
-    USE-CANDIDATE       if it nominates
-    P2P                 who sends it, and that it is no replay: see channel.py
-    MESSAGE-INTEGRITY   with the sessionKey
-    FINGERPRINT
-
-Its answer is a Binding success with XOR-MAPPED-ADDRESS, P2P, MESSAGE-INTEGRITY and FINGERPRINT. A good-bye is a Binding indication like a
-check, without PRIORITY and USE-CANDIDATE; it counts if its P2P has the nonces of both sides. A stock agent's check has no P2P, and then its
-answer has none; for its own role in a check it may get 487 (RFC 8445 section 7.3.1.1), and it gets no good-byes.
+docs/WIRE.md has the messages. A good-bye counts if its P2P has the nonces of both sides. A stock agent's check has no P2P, and then its answer
+has none; for its own role in a check it may get 487 (RFC 8445 section 7.3.1.1), and it gets no good-byes.
 """
 
 from __future__ import annotations
@@ -20,7 +9,7 @@ from __future__ import annotations
 import collections
 import secrets
 import struct
-from typing import Iterable, List, Optional, Tuple
+from typing import Iterable, List, Optional, Set, Tuple
 
 from . import stun
 from .addresses import Address, Sending
@@ -78,13 +67,25 @@ class Session:
         self._requests: collections.OrderedDict[bytes, Address] = collections.OrderedDict()   # that came, by transaction
 
     @property
+    def hosts(self) -> Set[str]:
+        """The IP addresses from which the peer may come."""
+        return {address[0] for address in self.remotes} | self._list.budget.trusted - {""}
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the peer is reached, and not by a relay."""
+        return self.selected is not None and not self._list.is_relayed(self.selected)
+
+    @property
     def sent(self) -> int:
         """Checks so far, but for those of consent."""
         return self._list.sent
 
-    def add(self, addresses: Iterable[Address], now: float, pacing: float = DEFAULT_PACING, seen_at: str = "") -> None:
+    def add(self, addresses: Iterable[Address], now: float, pacing: float = DEFAULT_PACING, seen_at: str = "",
+            relay: Optional[Address] = None) -> None:
         """Learn the peer's addresses, likeliest first, and its pacing. Once checks are under way they are later ones of a peer that has moved.
-        seen_at: the IP address from which the server is called by it."""
+        seen_at: the IP address from which the server is called by it; relay: the one of them that is a relay's."""
+        self._list.relay = relay or self._list.relay
         self._list.add(addresses, now, pacing, seen_at, self.selected)
 
     def tick(self, now: float) -> List[Sending]:
@@ -173,7 +174,7 @@ class Session:
 
     def probe(self, address: Address, now: float, is_probing: bool) -> List[Sending]:
         """A check to a port that may be the peer's, beside the list; what hits is answered with a check from there. is_probing: as Checklist.may_probe()."""
-        if self.over or self.selected or not self._list.may_probe(address[0], now, is_probing):
+        if self.over or self.is_direct or not self._list.may_probe(address[0], now, is_probing):
             return []
         return [(self._encode(stun.REQUEST, secrets.token_bytes(12), self.controlling), address)]
 
@@ -271,12 +272,15 @@ class Session:
         self._confirmed, self._nominated = not self.controlling, None
 
     def _is_better(self, address: Address, is_newly_proven: bool, now: float) -> bool:
-        """Whether a guest takes this address: the first, a more wanted one in the first moments, any when the old one went silent."""
+        """Whether a guest takes this address: the first, a direct one for a relay's, a better one in the first moments, any when the old one went silent."""
         if self.selected is None or self.connected_at is None:
             return True
+        is_silent, is_relayed = now - self._last_answer > 1.2 * self._consent_interval, self._list.is_relayed(self.selected)
+        if is_relayed != self._list.is_relayed(address):
+            return is_relayed or is_silent
         if now - self.connected_at <= FIRST_MOMENTS and self.selected in self.remotes:
             return is_newly_proven and self.remotes.index(address) < self.remotes.index(self.selected)
-        return now - self._last_answer > 1.2 * self._consent_interval
+        return is_silent
 
     def _nominate(self, address: Address, mark: Mark) -> None:
         """The guest has nominated an address. Of two nominations of one session the later one counts, whichever comes first."""
@@ -322,7 +326,8 @@ class Session:
             return self._list.last_check + CHECK_INTERVAL
         if self.selected:
             interval = SLOW_INTERVAL if now < self._list.fast_until else SILENT_INTERVAL
-            return max(self._list.last_check + interval, self._last_answer + SILENT_TIME)
+            silent = max(self._list.last_check + interval, self._last_answer + SILENT_TIME)
+            return min(silent, self._list.next_while_relayed(now, self.connected_at or now)) if self._list.is_relayed(self.selected) else silent
         return self._list.last_check + (CHECK_INTERVAL if self.sent < max(FAST_CHECKS, FAST_ROUNDS * len(self.remotes)) else SLOW_INTERVAL)
 
     def _in_first_moments(self, now: float) -> bool:

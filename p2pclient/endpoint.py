@@ -9,9 +9,9 @@ import selectors
 import socket
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
-from .addresses import Address, Sending, parse_candidate
+from .addresses import Address, Relayed, Sending, parse_candidate
 from .branches import Branches
 from .candidates import Candidates, about_peer, read_published
 from .checks import BEGUN_ANEW, CONSENT_INTERVAL, Session
@@ -58,6 +58,7 @@ class Endpoint:
         self._whereabouts = Whereabouts(self.socket, stun_servers, loopback, keepalive, [public_address] if public_address else [], report, time.monotonic,
                                         probing)
         self._report, self._consent_interval = report, consent_interval
+        self.send_relayed: Callable[[bytes, Address], None] = lambda datagram, peer: None       # by a relay, if there is one
         # The lock guards all below, and all sessions. Private methods need it.
         self._lock = threading.RLock()
         self._accepted = threading.Condition(self._lock)        # a guest has connected, or the endpoint is closed
@@ -100,12 +101,23 @@ class Endpoint:
         with self._lock:
             self._whereabouts.use_stun(servers, instead_of, time.monotonic())
 
-    def forward(self, address: str) -> bool:
-        """Publish an address that the router says it forwards to the socket, or with "" none any more. Whether it is published."""
+    def forward(self, address: str, is_relay: bool = False) -> bool:
+        """Publish an address that the router says it forwards to the socket, or a relay's, or with "" none any more. Whether it is published."""
         with self._lock:
-            is_published = self._whereabouts.forward(address)
+            is_published = self._whereabouts.forward(address, is_relay)
         self._wake()
         return is_published
+
+    def guest_hosts(self) -> Set[str]:
+        """The IP addresses from which guests may come."""
+        with self._lock:
+            return {host for connection in self._connections.values() for host in connection.session.hosts}
+
+    def take_relayed(self, datagram: bytes, source: Relayed) -> None:
+        """Take what has come by way of the relay."""
+        with self._lock:
+            self._take(datagram, source)
+        self._wake()
 
     def leave_loopback(self) -> bool:
         """Publish no loopback addresses from now on; False if there were none."""
@@ -144,7 +156,10 @@ class Endpoint:
 
     def send(self, datagram: bytes, address: Address) -> None:
         """Send as it is. For Connection."""
-        send_to(self._branches.routes.get(address, self.socket), datagram, address, self._whereabouts.nat64)
+        if isinstance(address, Relayed):
+            self.send_relayed(datagram, address)
+        else:
+            send_to(self._branches.routes.get(address, self.socket), datagram, address, self._whereabouts.nat64)
 
     def close(self) -> None:
         """End all connections and close the socket."""
@@ -180,7 +195,7 @@ class Endpoint:
                 self._whereabouts.ask_soon(now)     # a router may have forgotten us since the last keep-alive
             self._attempts[session_id] = peer.attempt
             trim(self._attempts)
-            connection.session.add(peer.addresses, now, peer.pacing, seen_at)
+            connection.session.add(peer.addresses, now, peer.pacing, seen_at, peer.relay)
             self._branches.learn(connection.session, session_key, peer, now)
             for message, source in self._early.take(session_id, now):
                 self._receive(connection, message, source, now)
@@ -196,8 +211,7 @@ class Endpoint:
 
     def _begin_anew(self, earlier: Session, now: float) -> Connection:
         """A connection with the same guest, who has lost the earlier one."""
-        connection = self._connections[earlier.session_id] = Connection(self, earlier.again(now, earlier.remotes), self._lock)
-        return connection
+        return self._connections.setdefault(earlier.session_id, Connection(self, earlier.again(now, earlier.remotes), self._lock))
 
     def _retire(self, connection: Connection) -> None:
         """Forget a session that is over, and wake who waits for it."""

@@ -16,9 +16,11 @@ from .diagnosis import ConnectFailed
 from .endpoint import KEEPALIVE, Endpoint, log
 from .forwarding import Forwarding
 from .presence import CLOSE_TIME, FAILED_PAUSE, WAIT, Presence, pause_after
+from .relay import Relay
 from .rendezvous import Poll, RendezvousClient, Start, new_peer_id
 from .repeater import Repeater, pause_between
 from .texts import line_of
+from .turn import TurnServer
 
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
 UNHEARD_TIME = 3.0      # seconds after which a guest is told what it waits for
@@ -32,24 +34,28 @@ class HostedGame:
     client: for this game alone; stun_servers: (host, port) each, the rendezvous server itself if not given; keepalive: seconds;
     report: takes a line for each thing that happens; peer_id: who has kept the one of an earlier run has its game again; port_mapping: whether
     the router is asked, in the background, to forward a port to the game (PCP, NAT-PMP or UPnP); not with a server on this very machine;
-    prediction, probing: as in Endpoint.
+    prediction, probing: as in Endpoint; relay: whether a relay is kept ready, in the background, for guests who cannot be reached directly; turn:
+    the TURN server to take it from, instead of the one that the rendezvous server hands its hosts, if any.
     RendezvousError from the constructor: the name is taken, or so.
     """
 
     def __init__(self, client: RendezvousClient, name: str, info: Optional[Dict[str, Any]] = None, listed: Optional[bool] = None,
                  stun_servers: Optional[Sequence[Address]] = None, keepalive: float = KEEPALIVE,
                  report: Callable[[str], None] = log.info, peer_id: Optional[str] = None, port_mapping: bool = True,
-                 prediction: bool = True, probing: bool = False) -> None:
+                 prediction: bool = True, probing: bool = False, relay: bool = True, turn: Optional[TurnServer] = None) -> None:
         self._peer_id = peer_id or new_peer_id()
         self._client, self._report = client, report
         self._cursor: Optional[int] = None
         self._trouble = ""          # why the latest poll failed, in a word
         self._repeater = Repeater("host", self._poll, self._failed)
         self._forwarding: Optional[Forwarding] = None
+        self._relay: Optional[Relay] = None
+        self._told_turn: Optional[TurnServer] = None        # by the rendezvous server
         gathering = gather(client, stun_servers, keepalive=keepalive, report=report, moved=self._moved, prediction=prediction, probing=probing)
         self.name = name
         try:
-            self.name = client.register_game(name, self._peer_id, info, listed).name
+            registration = client.register_game(name, self._peer_id, info, listed)
+            self.name, self._told_turn = registration.name, registration.turn
             self.endpoint = gathering.result()
         except BaseException as error:      # Ctrl-C while it gathers, too
             gathering.add_done_callback(close_gathered)
@@ -60,6 +66,9 @@ class HostedGame:
         self._repeater.begin_anew()
         if port_mapping and not client.on_loopback:
             self._forwarding = Forwarding(self.endpoint.socket.getsockname()[1], self.endpoint.forward, self._say)
+        if relay and (turn or self._told_turn):
+            self._relay = Relay(self.endpoint, (lambda is_refused: turn) if turn else self._turn, client.on_loopback, self._say)
+            self.endpoint.send_relayed = self._relay.send
 
     def accept(self, timeout: Optional[float] = None) -> Connection:
         """The next guest that has connected. TimeoutError; PeerLost: the game is closed."""
@@ -71,7 +80,7 @@ class HostedGame:
 
     def close(self) -> None:
         """End the game: its connections are closed, and it is deleted at the server, as far as that can be told within two seconds; the router
-        forwards no port to it any more."""
+        forwards no port to it any more, and a relay is given back."""
         if self._forwarding:
             self._forwarding.end()
         if not self._repeater.ended:
@@ -79,6 +88,9 @@ class HostedGame:
             self._delete()      # which answers the poll that the server holds
         self._repeater.join(0.4)
         self.endpoint.close()
+        if self._relay:     # which has sent the last good-byes
+            self._relay.end()
+            self._relay.join()
         if self._forwarding:
             self._forwarding.join()
 
@@ -97,8 +109,16 @@ class HostedGame:
         self._cursor = None
         if self._forwarding:
             self._forwarding.ask_soon()
+        if self._relay:
+            self._relay.ask_soon()
         self._client.reconnect()
         self._repeater.begin_anew()
+
+    def _turn(self, is_refused: bool) -> Optional[TurnServer]:
+        """The TURN server that the rendezvous server hands us, with new credentials where the old ones are old or were refused."""
+        if is_refused or not self._told_turn or not self._told_turn.fresh.left():
+            self._told_turn = self._client.renew_turn(self.name)
+        return self._told_turn
 
     def _poll(self, is_current: Callable[[], bool]) -> float:
         """Poll once. Seconds until the next time."""

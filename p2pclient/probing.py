@@ -72,7 +72,7 @@ def hard_ports(side: Candidates | PeerCandidates) -> Optional[Ports]:
 
 def steps_of(way: Way, own: Candidates, peer: PeerCandidates) -> List[Step]:
     """All datagrams of one side, in their order."""
-    public = public_ipv4(peer.addresses)
+    public = [address for address in public_ipv4(peer.addresses) if address != peer.relay]
     theirs = hard_ports(peer)
     if not public:
         return []
@@ -86,11 +86,11 @@ def steps_of(way: Way, own: Candidates, peer: PeerCandidates) -> List[Step]:
 
 def is_hopeless(own: Candidates, peer: PeerCandidates, methods: Methods) -> bool:
     """Whether it is certain that no check can get through: both kinds are known, at least one maps by destination, each side is to be reached at
-    its router's public IPv4 address alone, and there is no way to find the port."""
+    its router's public IPv4 address alone, there is no way to find the port, and no relay."""
     kinds = {own.nat, peer.nat}
     if "symmetric" not in kinds or not kinds <= {"symmetric", "endpoint-independent"} or way_of(own, peer, methods):
         return False
-    if not own.is_closed or peer.nat == "symmetric" and peer.ports is None:     # who has another address tells no ports
+    if own.relay or peer.relay or not own.is_closed or peer.nat == "symmetric" and peer.ports is None:     # who has another address tells no ports
         return False
     public = public_ipv4(peer.addresses)
     has_ipv6 = any(":" in address for address in own.addresses)

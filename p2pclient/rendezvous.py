@@ -13,19 +13,23 @@ import requests
 
 from .addresses import Address, plain_ip
 from .answers import Body, RendezvousError, RepeatedNotFound
+from .deadline import Deadline
 from .sockets import resolve
 from .transport import Transport
+from .turn import TurnServer, parse_turn_url
 
 
 @dataclass(frozen=True)
 class Registration:
-    """A game is offered. created: it is new; expires_in, poll_after: seconds; stun_ports: where the server answers STUN, None: it does not tell."""
+    """A game is offered. created: it is new; expires_in, poll_after: seconds; stun_ports: where the server answers STUN, None: it does not tell;
+    turn: a relay that it hands the host, or None."""
 
     name: str
     created: bool
     expires_in: float
     poll_after: float
     stun_ports: Optional[List[int]] = None
+    turn: Optional[TurnServer] = None
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,16 @@ class RendezvousClient:
         """Offer a game, or keep one's own alive."""
         body = without_none(name=name, peerId=peer_id, info=info, listed=listed)
         status, answer, _ = self._transport.call("POST", "/games/register", body)
-        registration = Registration(answer.text("name"), status == 201, answer.seconds("expiresIn"), answer.seconds("pollAfter"), answer.ports("stun"))
+        registration = Registration(answer.text("name"), status == 201, answer.seconds("expiresIn"), answer.seconds("pollAfter"), answer.ports("stun"),
+                                    turn_server(answer))
         self._registered[registration.name] = {**body, "name": registration.name}
         self.stun_ports = registration.stun_ports
         return registration
+
+    def renew_turn(self, name: str) -> Optional[TurnServer]:
+        """New credentials for the relay: by registering a game of ours again, which changes nothing else of it."""
+        registered = self._registered.get(normal(name))
+        return turn_server(self._transport.call("POST", "/games/register", registered).body) if registered else None
 
     def poll_game(self, name: str, peer_id: str, addresses: Sequence[Any], after: Optional[int] = None,
                   replies: Optional[Mapping[str, Sequence[Any]]] = None, wait: float = 0, dismiss: Optional[Sequence[str]] = None) -> Poll:
@@ -214,6 +224,16 @@ class RendezvousClient:
 
 def without_none(**fields: Any) -> Dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def turn_server(answer: Body) -> Optional[TurnServer]:
+    """The relay in the answer to a registration; None if there is none that can be used over UDP. RendezvousError: it is malformed."""
+    if "turn" not in answer:
+        return None
+    turn = Body(answer.mapping("turn"))
+    address = next(filter(None, map(parse_turn_url, turn.texts("urls"))), None)
+    username, password = turn.text("username"), turn.text("credential")
+    return TurnServer(address, username, password, fresh=Deadline(turn.seconds("ttl_seconds") / 2)) if address else None
 
 
 def normal(name: str) -> str:

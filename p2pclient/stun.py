@@ -1,4 +1,4 @@
-"""The codec of STUN (RFC 8489) as far as Binding goes, apart from any socket."""
+"""The codec of STUN (RFC 8489) as far as Binding goes, apart from any socket; turn.py has what TURN adds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import struct
 import zlib
-from typing import Dict, Iterable, NamedTuple, Optional, Tuple
+from typing import Dict, Iterable, NamedTuple, Optional, Tuple, Union
 
 from .addresses import Address, parse_candidate, plain_ip, text_of
 
@@ -18,6 +18,8 @@ PRIORITY, USE_CANDIDATE, FINGERPRINT, ICE_CONTROLLED, ICE_CONTROLLING = 0x0024, 
 P2P = 0xD7A2            # our own, comprehension-optional, of the range for designated experts (RFC 8489 section 18.3): see checks.py
 ROLE_CONFLICT = 487     # RFC 8445 section 7.3.1.1
 MAX_MESSAGE, MAX_ATTRIBUTES = 1500, 16      # bytes and attributes of a message that is looked at
+
+Key = Union[str, bytes]     # a sessionKey, or what TURN makes of a password
 
 
 class Message(NamedTuple):
@@ -31,7 +33,7 @@ class Message(NamedTuple):
     fingerprint: bool
 
 
-def encode(kind: int, transaction: bytes, attributes: Iterable[Tuple[int, bytes]] = (), key: Optional[str] = None) -> bytes:
+def encode(kind: int, transaction: bytes, attributes: Iterable[Tuple[int, bytes]] = (), key: Optional[Key] = None) -> bytes:
     """A STUN message with FINGERPRINT, and with MESSAGE-INTEGRITY if there is a key."""
     body = b"".join(attribute(*each) for each in attributes)
     if key is not None:
@@ -68,7 +70,7 @@ def decode(datagram: bytes) -> Optional[Message]:
     return Message(kind, transaction, attributes, signed, False)
 
 
-def authentic(message: Message, key: str) -> bool:
+def authentic(message: Message, key: Key) -> bool:
     """Whether who sent it knows the key."""
     return bool(message.signed) and hmac.compare_digest(message.attributes[MESSAGE_INTEGRITY], integrity(message.signed, key))
 
@@ -81,9 +83,9 @@ def attribute(name: int, value: bytes) -> bytes:
     return struct.pack(">HH", name, len(value)) + value + bytes(-len(value) % 4)
 
 
-def integrity(signed: bytes, key: str) -> bytes:
+def integrity(signed: bytes, key: Key) -> bytes:
     """RFC 8489 section 14.5: HMAC-SHA1 over the message so far, its length counting MESSAGE-INTEGRITY already."""
-    return hmac.new(key.encode("utf-8"), signed, hashlib.sha1).digest()
+    return hmac.new(key.encode("utf-8") if isinstance(key, str) else key, signed, hashlib.sha1).digest()
 
 
 def fingerprint(message: bytes) -> bytes:

@@ -34,6 +34,7 @@ class Whereabouts:
         self.loopback, self.is_news, self.is_asking = loopback, False, False
         self._socket, self._public, self._report = sock, public, report
         self._forwarded = ""                               # what the router says that it forwards to the socket
+        self._relay = ""                                   # where a relay stands by for it
         self._asked = bool(stun_servers)
         self._servers = resolve(stun_servers, sock.family == socket.AF_INET6, self.nat64)
         self._own = gather_addresses(sock, loopback, self._servers)
@@ -69,12 +70,15 @@ class Whereabouts:
             if not found and self.candidates.nat == "no answer":
                 self.candidates = dataclasses.replace(self.candidates, nat="not asked")
 
-    def forward(self, address: str) -> bool:
-        """Publish an address that the router says it forwards to the socket, or with "" none any more. Whether it is published: not while STUN sees
-        us elsewhere, for then it is behind another router, or somebody else's."""
-        self._forwarded = address
+    def forward(self, address: str, is_relay: bool = False) -> bool:
+        """Publish an address that the router says it forwards to the socket, or one at which a relay stands by, or with "" none any more. Whether it is
+        published: a router's not while STUN sees us elsewhere, for then it is behind another router, or somebody else's."""
+        if is_relay:
+            self._relay = address
+        else:
+            self._forwarded = address
         self._update(self.candidates.seen)
-        return address in self.candidates.addresses
+        return address in self.candidates.published
 
     def begin_attempt(self) -> None:
         """What is published from now on is news."""
@@ -146,5 +150,5 @@ class Whereabouts:
         is_ours = self._forwarded and (not outside or self._forwarded.partition(":")[0] in outside)
         public = [*self._public, self._forwarded] if is_ours else self._public
         found = candidates_from(self._own, seen, self._asked, public)
-        self.candidates = dataclasses.replace(found, attempt=before.attempt, ports=before.ports, probing=before.probing)
-        self.is_news = self.is_news or self.candidates.addresses != before.addresses
+        self.candidates = dataclasses.replace(found, attempt=before.attempt, ports=before.ports, probing=before.probing, relay=self._relay)
+        self.is_news = self.is_news or (self.candidates.addresses, self._relay) != (before.addresses, before.relay)
