@@ -158,6 +158,15 @@ def test_the_integrity_is_compared_in_constant_time(monkeypatch):
     assert not stun.authentic(message, KEY)
 
 
+def test_the_tag_of_a_datagram_is_compared_in_constant_time(monkeypatch):
+    near, far = channel.Direction("key", True, b"g" * 8, b"h" * 8), channel.Direction("key", False, b"h" * 8, b"g" * 8)
+    sealed = near.seal(1, b"content")
+    monkeypatch.setattr(channel.hmac, "compare_digest", lambda ours, theirs: False)
+    assert far.open(sealed) is None
+    monkeypatch.setattr(channel.hmac, "compare_digest", lambda ours, theirs: True)
+    assert far.open(sealed[:-1] + b"!") == b"conten!"
+
+
 # ---- candidates -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, address", [
