@@ -695,8 +695,11 @@ def test_in_the_first_moments_a_guest_prefers_what_the_host_wants_more():
     wire.way = way
     wire.run(0.12)
     assert wire.guest.selected == other
-    wire.run(0.3)
+    wire.run(0.3, step=0.001)
     assert wire.guest.selected == wanted
+    proof, nomination = [(when, stun.USE_CANDIDATE in stun.decode(datagram).attributes) for when, _, destination, datagram in wire.sent
+                         if destination == wanted and when > 1000.2][:2]
+    assert (proof[1], nomination[1]) == (False, True) and nomination[0] - proof[0] < 0.007, "a new nomination goes as soon as the pacing allows"
 
 
 def test_later_a_guest_stays_with_what_works():
