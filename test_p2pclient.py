@@ -171,6 +171,15 @@ def test_the_integrity_is_compared_in_constant_time(monkeypatch):
     assert not stun.authentic(message, KEY)
 
 
+def test_the_tag_of_a_datagram_is_compared_in_constant_time(monkeypatch):
+    near, far = channel.Direction("key", True, b"g" * 8, b"h" * 8), channel.Direction("key", False, b"h" * 8, b"g" * 8)
+    sealed = near.seal(1, b"content")
+    monkeypatch.setattr(channel.hmac, "compare_digest", lambda ours, theirs: False)
+    assert far.open(sealed) is None
+    monkeypatch.setattr(channel.hmac, "compare_digest", lambda ours, theirs: True)
+    assert far.open(sealed[:-1] + b"!") == b"conten!"
+
+
 # ---- candidates -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, address", [
@@ -699,8 +708,11 @@ def test_in_the_first_moments_a_guest_prefers_what_the_host_wants_more():
     wire.way = way
     wire.run(0.12)
     assert wire.guest.selected == other
-    wire.run(0.3)
+    wire.run(0.3, step=0.001)
     assert wire.guest.selected == wanted
+    proof, nomination = [(when, stun.USE_CANDIDATE in stun.decode(datagram).attributes) for when, _, destination, datagram in wire.sent
+                         if destination == wanted and when > 1000.2][:2]
+    assert (proof[1], nomination[1]) == (False, True) and nomination[0] - proof[0] < 0.007, "a new nomination goes as soon as the pacing allows"
 
 
 def test_later_a_guest_stays_with_what_works():
