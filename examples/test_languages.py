@@ -6,12 +6,13 @@ import contextlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 import requests
-from browsers import HERE, WAIT, run_server, wait_until
+from browsers import HERE, WAIT, run, run_server, wait_until
 
 # The programs that each takes, and what the last one of them runs.
 LANGUAGES = {"node": (["node"], "peer.mjs"), "lua": (["lua5.1"], "peer.lua"), "csharp": (["mcs", "mono"], "peer.exe")}
@@ -26,14 +27,23 @@ def executable(tmp_path_factory):
     return target
 
 
-@pytest.fixture(params=list(LANGUAGES))
-def example(request):
+def command_of(request):
     """The command that starts the example; role, name and server are to follow."""
     programs, script = LANGUAGES[request.param]
     missing = [program for program in programs if not shutil.which(program)]
     if missing:
         pytest.skip(f"there is no {' '.join(missing)}")
     return [programs[-1], request.getfixturevalue("executable") if request.param == "csharp" else HERE / request.param / script]
+
+
+@pytest.fixture(params=list(LANGUAGES))
+def example(request):
+    return command_of(request)
+
+
+@pytest.fixture(params=list(LANGUAGES))
+def other(request):
+    return command_of(request)
 
 
 @pytest.fixture
@@ -78,11 +88,10 @@ def run_guest(command):
     return done.stdout
 
 
-@pytest.mark.parametrize("language, most", [("node", 200), ("lua", 202), ("csharp", 280)])
-def test_an_example_has_no_more_than_so_many_lines_of_code_beside_what_its_language_lacks(language, most):
-    texts = {path.name: path.read_text(encoding="utf-8").splitlines() for path in (HERE / language).iterdir()}
-    assert max(len(line) for lines in texts.values() for line in lines) <= 150
-    assert len([line for name, lines in texts.items() for line in lines if name != "bytes.lua" and not re.fullmatch(r"\s*((--|//).*)?", line)]) <= most
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_an_example_has_at_most_200_lines_of_at_most_120_characters(language):
+    lines = [line for path in (HERE / language).iterdir() for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) <= 200 and max(map(len, lines)) <= 120
 
 
 def test_an_example_joins_a_host_in_python(example, server, tmp_path):
@@ -99,9 +108,11 @@ def test_a_guest_in_python_joins_an_example(example, server, tmp_path):
         assert re.search(r"candidates (\S+),", text)[1] == re.search(r"connected: (\S+) to", text)[1]       # the answer tells where it sees us
 
 
-def test_two_of_an_example_meet(example, server):
+def test_each_example_meets_each(example, other, server):
+    """The guest leaves when it ends: its place is free at once."""
     with run_host([*example, "host", "castle", server], server):
-        assert run_guest([*example, "join", "castle", server]).count("back came hello") == 5
+        assert run_guest([*other, "join", "castle", server]).count("back came hello") == 5
+        assert requests.get(f"{server}/games/castle", timeout=WAIT).json()["guests"] == 0
 
 
 def test_an_example_publishes_its_own_address_and_where_stun_sees_it(example, server):
@@ -120,3 +131,14 @@ def test_an_example_publishes_its_own_address_and_where_stun_sees_it(example, se
 def test_an_example_says_that_there_is_no_such_game(example, server):
     done = subprocess.run([*map(str, example), "join", "castle", server], capture_output=True, text=True, timeout=WAIT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "there is no game 'castle'\n")
+
+
+def test_the_example_in_csharp_sends_its_bodies_in_chunks(executable):
+    """As HttpClient's PostAsJsonAsync does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(WAIT)
+        with run("mono", executable, "join", "castle", f"http://127.0.0.1:{listener.getsockname()[1]}", stderr=subprocess.DEVNULL):
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rb") as stream:
+                head = b"".join(iter(stream.readline, b"\r\n")).lower()
+    assert b"transfer-encoding: chunked" in head and b"content-length" not in head
