@@ -46,7 +46,7 @@ class HostedGame:
         self._trouble = ""          # why the latest poll failed, in a word
         self._repeater = Repeater("host", self._poll, self._failed)
         self._forwarding: Optional[Forwarding] = None
-        gathering = gather(client, stun_servers, keepalive=keepalive, report=report, moved=self._moved, prediction=prediction, probing=probing)
+        gathering = gather(client, stun_servers, keepalive=keepalive, report=report, prediction=prediction, probing=probing)
         self.name = name
         try:
             self.name = client.register_game(name, self._peer_id, info, listed).name
@@ -56,6 +56,7 @@ class HostedGame:
             if not isinstance(error, RendezvousError):
                 self._delete()
             raise
+        self.endpoint.moved = self._moved
         use_told_stun(client, self.endpoint)
         self._repeater.begin_anew()
         if port_mapping and not client.on_loopback:
