@@ -12,7 +12,7 @@ COPY redis_registry.py /redis_registry.py
 RUN chmod 0444 /redis_registry.py
 ENV PYTHONDONTWRITEBYTECODE=1
 USER 65534:65534
-EXPOSE 8000/tcp 8000/udp
+EXPOSE 8000/tcp 8000/udp 8001/udp
 
 # It asks the address, port and protocol that the environment says, and for itself it need not verify the certificate.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=5s CMD ["python", "-c", "import http.client as h, os, ssl; v = os.environ.get; port = int(next(filter(str.isdigit, (v('P2P_PORT', ''), v('PORT', ''), '8000')))); tls = {'context': ssl._create_unverified_context()} if v('P2P_TLS_CERT') else {}; c = (h.HTTPSConnection if tls else h.HTTPConnection)(v('P2P_HOST') or 'localhost', port, timeout=4, **tls); c.request('GET', '/healthz'); raise SystemExit(c.getresponse().status != 200)"]

@@ -19,7 +19,7 @@ directly from then on. JSON over HTTP/1.1; fields in brackets are optional:
 
     register, 201 or 200   {name, stun, [turn], expiresIn, pollAfter}
     poll, 200              {name, guests: [{sessionId, sessionKey, addresses, from}], cursor, left, gone, expiresIn, pollAfter}
-    start, 200 or 202      {name, sessionId, sessionKey, addresses, cursor, stun, expiresIn, pollAfter}
+    start, 200 or 202      {name, sessionId, sessionKey, addresses, [from], cursor, stun, expiresIn, pollAfter}
     list, 200              {games: [{name, info, guests, ready}]}       one game, and PATCH: {name, info, guests, ready}
     any error              application/problem+json (RFC 9457): {type, title, status, detail, [errors: {field: rule}]}
 
@@ -466,7 +466,7 @@ class Waiter:
 class Session(NamedTuple):
     """What one of a pair of host and guest may know: the session that the two share, and the addresses of the other as JSON text.
 
-    seen_at: the IP address from which a guest called, as text.
+    seen_at: the IP address from which the other called, as text; of a host only if it is among these addresses.
     """
 
     session_id: str
@@ -516,7 +516,7 @@ class GameRegistry(Protocol):
         taken. Full. TooMany."""
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
-                  dismiss: Sequence[str] = (), wake: Wake = None) -> News:
+                  dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
         """Publish the host's addresses and replies, where given; learn of the guests that came, moved or left since the cursor after, or of all there are.
 
         A reply that was made before after, without the guest's present addresses, is ignored. dismiss: sessions of guests to be sent away.
@@ -559,13 +559,14 @@ class GameRegistry(Protocol):
 class Entry:
     """What games and guests have in common. Versions are values of the registry's cursor; 0 stands for never."""
 
-    __slots__ = ("digest", "client", "addresses", "changed", "size")
+    __slots__ = ("digest", "client", "addresses", "changed", "size", "seen_at")
     own_size: int
     texts: Tuple[str, ...]
 
     def __init__(self, digest: bytes, client: bytes, addresses: bytes) -> None:
         self.digest, self.client = digest, client       # of its owner
         self.addresses, self.changed = addresses, 0     # of its owner, and their version; a host's are for every guest
+        self.seen_at = ""                               # the IP address from which its owner called last
         self.size = 0                                   # bytes that are counted for it; 0: it is new
 
     def size_with(self, changes: Mapping[str, Any]) -> int:
@@ -594,13 +595,12 @@ class Game(Entry):
 class Guest(Entry):
     """One guest's session with one game."""
 
-    __slots__ = ("game", "session_id", "session_key", "seen_at", "reply", "replied")
+    __slots__ = ("game", "session_id", "session_key", "reply", "replied")
     own_size, texts = GUEST_SIZE, ("addresses", "reply")
 
     def __init__(self, game: Game, digest: bytes, client: bytes, session_id: str, session_key: str) -> None:
         super().__init__(digest, client, b"")       # so that its first addresses are news, even if there are none
         self.game, self.session_id, self.session_key = game, session_id, session_key
-        self.seen_at = ""                           # the IP address from which it called last
         self.reply = b""                            # what the host offers this guest in place of the game's addresses, if anything
         self.replied = 0                            # version of reply
 
@@ -608,6 +608,11 @@ class Guest(Entry):
     def offer(self) -> Tuple[bytes, int]:
         """The addresses that it gets, and their version."""
         return (self.reply, self.replied) if self.reply else (self.game.addresses, self.game.changed)
+
+
+def published_at(host: str, addresses: bytes) -> str:
+    """The IPv4 address from which a host called, if that is among the addresses that it publishes; "" otherwise: no guest learns what it hides."""
+    return host if f'"{host}:'.encode() in addresses else ""
 
 
 VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # attributes that have a version; for all others the game's line is made anew
@@ -687,10 +692,11 @@ class Registry:
             return is_new
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
-                  dismiss: Sequence[str] = (), wake: Wake = None) -> News:
+                  dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
         with self._lock:
             game = self._find(name, digest)
             self._keep_alive(game)
+            game.seen_at = seen_at or game.seen_at
             since, is_same = self._since(after), addresses in (None, game.addresses)
             game.told = self._cursor if after is None else since
             gone = [] if is_same and replies is None else self._publish(game, addresses, replies)
@@ -731,7 +737,7 @@ class Registry:
             offer, version = guest.offer
             has_news = offer != NO_ADDRESSES and version > self._since(after)
             waiter = self._wait(guest, name, after, wake, has_news, addresses is None, not has_moved)
-            return News(name, [Session(guest.session_id, guest.session_key, offer)], version, waiter)
+            return News(name, [Session(guest.session_id, guest.session_key, offer, published_at(game.seen_at, offer))], version, waiter)
 
     def leave_game(self, name: str, digest: bytes) -> None:
         with self._lock:
@@ -1147,7 +1153,8 @@ def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
     fields = request.fields
     polled = server.registry.poll_game(
-        request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake)
+        request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake,
+        request.client.address.replace(UNKNOWN, ""))
     body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
     has_news = bool(polled.peers or polled.left or polled.gone)
     return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, has_news)

@@ -218,10 +218,12 @@ local function publish(g, addresses, replies, sessions)         -- the sessions 
   end
   return gone
 end
-function ops.poll_game(name, owner, addresses, after, token, replies, dismiss)
+function ops.poll_game(name, owner, addresses, after, token, replies, dismiss, seen_at)
   local g = owned(name, owner)
   keep_alive(g.gid, '')
   local since, told, sessions, guests, left, gone = since_of(after), g.told, {}, {}, {}, {}
+  local has_moved = seen_at ~= '' and seen_at ~= g.seen_at
+  g.seen_at = given(seen_at) or g.seen_at
   for who, guest in pairs(g.guests) do sessions[guest.id] = who end
   local is_again, answers = addresses == '', given(replies) and cjson.decode(replies)
   addresses = given(addresses) or g.addresses
@@ -235,7 +237,7 @@ function ops.poll_game(name, owner, addresses, after, token, replies, dismiss)
       remove_guest(g, who, 'dismiss_guest')
     end
   end
-  if g.told ~= told then save(g) end
+  if g.told ~= told or has_moved then save(g) end
   if g.news > since then
     for _, each in ipairs(after ~= '' and g.left or {}) do if each[1] > since then left[#left + 1] = each[2] end end
     for _, guest in pairs(g.guests) do
@@ -266,7 +268,7 @@ function ops.start_game(name, who, addresses, after, token, client, seen_at, id,
   if is_new then event(op, g.name, 'guests: ' .. guests_of(g), client) end
   local text, its_version = offer(g, guest)
   local waits = wait(g.gid, who, token, text ~= '[]' and its_version > since_of(after), addresses == '', not has_moved)
-  return {g.gid, g.name, its_version, guest.id, guest.sessionKey, text, waits}
+  return {g.gid, g.name, its_version, guest.id, guest.sessionKey, text, g.seen_at or '', waits}
 end
 function ops.leave_game(name, who)
   local g = found(name)
@@ -447,19 +449,20 @@ class RedisRegistry:
         return bool(self._ask("register_game", quoted(name), digest.hex(), client.hex(), *shown_as_text(**shown))[0])
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
-                  dismiss: Sequence[str] = (), wake: Wake = None) -> News:
+                  dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
         flat = "" if replies is None else json.dumps([text for session_id, reply in replies.items() for text in (session_id, reply.decode())])
         (cursor, guests, left, gone), name, waiter = self._meet(
-            ("poll_game", name, digest, addresses, after), wake, flat, json.dumps(dismiss) if dismiss else "")
+            ("poll_game", name, digest, addresses, after), wake, flat, json.dumps(dismiss) if dismiss else "", seen_at)
         peers = [Session(session_id.decode(), key.decode(), texts, seen_at.decode())
                  for _, session_id, key, texts, seen_at in sorted(guests, key=lambda guest: int(guest[0]))]
         return News(name, peers, cursor, waiter, [each.decode() for each in left], [each.decode() for each in gone])
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
                    wake: Wake = None) -> News:
-        (cursor, session_id, key, offer), name, waiter = self._meet(
+        (cursor, session_id, key, offer, host), name, waiter = self._meet(
             ("start_game", name, digest, addresses, after), wake, client.hex(), seen_at, p2pserver.new_session_id(), p2pserver.new_session_id())
-        return News(name, [Session(session_id.decode(), key.decode(), offer)], cursor, waiter)
+        peer = Session(session_id.decode(), key.decode(), offer, p2pserver.published_at(host.decode(), offer))
+        return News(name, [peer], cursor, waiter)
 
     def leave_game(self, name: str, digest: bytes) -> None:
         self._ask("leave_game", quoted(name), digest.hex())

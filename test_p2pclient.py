@@ -2530,6 +2530,7 @@ def test_a_guest_that_moves_tells_its_host_where_it_is(start_server):
     with p2pclient.HostedGame(host, "castle", peer_id="ada") as game, p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", peer_id="ben") as guest:
         game.accept(5)
         own = guest._endpoint
+        wait_until(lambda: len(own.candidates.seen) == 2)       # STUN has nothing more to say for a while
         own._whereabouts.candidates = candidates.Candidates(["127.0.0.1:5000"])
         own.moved()
         told = wait_until(lambda: [each for each in p2pclient.RendezvousClient(url).poll_game("castle", "ada", ["127.0.0.1:4000"]).guests

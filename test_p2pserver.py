@@ -880,6 +880,15 @@ def test_a_host_is_told_from_where_its_guest_called_last(registry):
     assert [guest.seen_at for guest in registry.poll_game("g", BY_HOST).peers] == ["192.0.2.2"]
 
 
+def test_a_guest_is_told_from_where_its_host_called_last_if_the_host_publishes_that_address(registry):
+    registry.register_game("g", BY_HOST)
+    told = []
+    for address, published in (("192.0.2.1", b'["192.0.2.1:5000"]'), ("192.0.2.2", None), ("", b'["192.0.2.2:5000"]'), ("92.0.2.2", b'["192.0.2.2:5000"]')):
+        registry.poll_game("g", BY_HOST, published, seen_at=address)
+        told.append(registry.start_game("g", BY_GUEST, TWO).peers[0].seen_at)
+    assert told == ["192.0.2.1", "", "192.0.2.2", ""]
+
+
 def test_the_list_is_oldest_first_also_after_a_rename(registry):
     for game in ("b", "c", "a"):
         registry.register_game(game, BY_HOST)
@@ -1461,7 +1470,8 @@ def at_random(chance, number):
     client = b"client %d" % chance.randrange(4)
     return chance.choice([
         ("register_game", game, {"digest": host, "client": client, "info": info, "listed": listed}),
-        ("poll_game", game, {"digest": host, "addresses": chance.choice(ADDRESSES), "after": after, "wakes": wakes}),
+        ("poll_game", game, {"digest": host, "addresses": chance.choice([*ADDRESSES, b'["192.0.2.1:5000"]']), "after": after, "wakes": wakes,
+                             "seen_at": chance.choice(["", "192.0.2.1", "192.0.2.2"])}),
         ("poll_game", game, {"digest": host, "addresses": chance.choice(ADDRESSES), "after": after, "wakes": wakes,
                              "replied": {chance.randrange(40): chance.choice(ADDRESSES) for _ in range(chance.randrange(4))}}),
         ("poll_game", game, {"digest": host, "addresses": ONE, "after": after, "sessions": [chance.randrange(40)]}),
@@ -3996,6 +4006,17 @@ def test_a_host_is_told_where_a_guest_behind_a_proxy_calls_from(serve, forwarded
     assert [guest.get("from") for guest in api.poll_game("castle").json()["guests"]] == [told]
 
 
+def test_a_guest_is_told_where_its_host_behind_a_proxy_calls_from_if_the_host_publishes_it(serve):
+    api = serve(trusted_proxies="127.0.0.1")
+    api.register_game("castle")
+    poll = {"name": "castle", "peerId": HOST, "addresses": ["198.51.100.1:5000"]}
+    told = []
+    for forwarded in ("198.51.100.1", "198.51.100.2"):
+        api.call("POST", "/games/poll", poll, headers={"X-Forwarded-For": forwarded})
+        told.append(api.start_game("castle").json().get("from"))
+    assert told == ["198.51.100.1", None]
+
+
 def test_a_client_over_its_rate_does_not_stop_others_on_the_connection_of_their_proxy(serve, clock):
     api = serve(trusted_proxies="127.0.0.1")
     limited(api, clock, 0.001, 10)
@@ -4906,7 +4927,7 @@ def test_every_flag_is_documented_with_its_default():
     assert set(rows) == {option.flag for option in p2pserver.OPTIONS} | {"--version"}
     for option in p2pserver.OPTIONS:
         said = rows[option.flag]
-        if said in ("", "all addresses", "as `--port`", "none", "this machine"):
+        if said in ("", "all addresses", "as `--port`", "the next port", "none", "this machine"):
             assert not option.default, option.flag
         else:
             assert said == (f"{option.default:g}" if isinstance(option.default, float) else str(option.default)), option.flag

@@ -153,6 +153,7 @@ def test_the_servers_of_the_compose_file_start_with_settings_that_exist_behind_i
         service = SERVICES[name]
         settings = p2pserver.parse_settings([], {key: str(value) for key, value in service["environment"].items()})
         assert service["build"]["args"] == {"STORE": "yes"} and settings.store == "valkey://valkey:6379/0"
-        assert service["ports"] == [f"{settings.stun_port or settings.port}:{settings.stun_port or settings.port}/udp"]
+        first = settings.stun_port or settings.port
+        assert service["ports"] == [f"{port}:{port}/udp" for port in (first, first + 1)]
         assert settings.trusted_proxies == SERVICES["haproxy"]["networks"]["inside"]["ipv4_address"]
     assert int(re.search(r"timeout server (\d+)s", (HERE / "haproxy-cluster.cfg").read_text())[1]) > p2pserver.Settings().max_wait + 10

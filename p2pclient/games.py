@@ -51,7 +51,7 @@ class HostedGame:
         self._forwarding: Optional[Forwarding] = None
         self._relay: Optional[Relay] = None
         self._told_turn: Optional[TurnServer] = None        # by the rendezvous server
-        gathering = gather(client, stun_servers, keepalive=keepalive, report=report, moved=self._moved, prediction=prediction, probing=probing)
+        gathering = gather(client, stun_servers, keepalive=keepalive, report=report, prediction=prediction, probing=probing)
         self.name = name
         try:
             registration = client.register_game(name, self._peer_id, info, listed)
@@ -62,6 +62,7 @@ class HostedGame:
             if not isinstance(error, RendezvousError):
                 self._delete()
             raise
+        self.endpoint.moved = self._moved
         use_told_stun(client, self.endpoint)
         self._repeater.begin_anew()
         if port_mapping and not client.on_loopback:

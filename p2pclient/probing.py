@@ -102,8 +102,9 @@ def is_hopeless(own: Candidates, peer: PeerCandidates, methods: Methods) -> bool
 class PortSearch:
     """One side's search for one peer. It is told the time and what is known, and returns what to send.
 
-    A side whose router allocates in another way than by endpoint measures it anew first, opens its mappings, and publishes that as a new round; the other
-    one begins when it hears of that round. A host's rounds are for all its guests, so one that was there when the session began means nothing.
+    A side whose router is symmetric measures it anew first, opens its mappings, and publishes that as a new round; the other one begins when it hears of
+    that round. In probing neither waits for the other. A host's rounds are for all its guests, so one that was there when the session began means
+    nothing.
     """
 
     def __init__(self, is_guest: bool, methods: Methods, now: float) -> None:
@@ -137,7 +138,8 @@ class PortSearch:
         """Whether our own NAT is to be measured now; told once."""
         if self.way or self._measured is not None or now < self._begin_at or own.ports is None or own.nat != "symmetric":
             return False
-        if way_of(own, self.peer, self._methods) is None:
+        way = way_of(own, self.peer, self._methods)
+        if way is None or way.is_probing:
             return False
         self._measured = own.ports.round
         return True
@@ -146,9 +148,10 @@ class PortSearch:
         """Do what is due."""
         if self.way is None:
             self._next = max(self._begin_at, now + LOOK_INTERVAL)
-            self.way = way_of(own, self.peer, self._methods) if now >= self._begin_at and self._is_ready(own) else None
-            if self.way is None:
+            way = way_of(own, self.peer, self._methods)
+            if way is None or now < self._begin_at or not (way.is_probing or self._is_ready(own)):
                 return []
+            self.way = way
             self._steps.extend(steps_of(self.way, own, self.peer))
             self._next = now
         if now < self._next or not self._steps:
