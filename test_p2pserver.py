@@ -1470,7 +1470,7 @@ def test_operations_at_random_have_the_same_outcomes_in_memory_and_in_a_store(se
     limits = {"max_games": 5, "max_guests": 4, "max_games_per_client": 3, "max_guests_per_client": 2, "store": store.url}
     with contextlib.closing(redis_registry.RedisRegistry(Settings(**limits), clock)) as stored:
         compare(clock, random.Random(seed), [Twin(Registry(Settings(**limits), clock)), Twin(Direct(stored))])
-    assert {key.decode().rpartition("}:")[2].partition(":")[0] for key in store.redis.scan_iter()} <= {"cursor", "secret", "list", "stored", "alive"}
+    assert {key.decode().rpartition("}:")[2].partition(":")[0] for key in store.redis.scan_iter()} <= {"cursor", "secret", "list", "stored", "wake"}
 
 
 def test_a_request_under_a_condition_has_the_outcome_of_both_operations_where_the_registry_answers_later(store):
