@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -275,11 +276,10 @@ return cjson.encode({ok = ok, result = result, woken = woken, events = events, n
 LIMITS = ("game_ttl", "guest_ttl", "max_games", "max_guests", "max_games_per_client", "max_guests_per_client", "max_memory", "max_waiting")
 # Bytes that one takes in the store beside its texts (bench/store.py measures it).
 SIZES = {"game_size": 1000, "guest_size": 350, "member_size": p2pserver.MEMBER_SIZE, "max_remembered": p2pserver.MAX_REMEMBERED}
-PREFIX, MAX_BATCH = "p2p:{lobby}:", 256     # of all keys; calls in one round trip
+PREFIX, MAX_BATCH = "p2p:{lobby}:", 256         # of all keys; calls in one round trip
 TIMEOUT, SILENCE = 2.0, 0.7     # seconds for the store to answer, and to say that nobody is to be woken, which it does four times a second
-HERE = threading.local()        # calls: those whose answers this thread takes, by operation
 DOWN = Full("the store of games does not answer", limit="store", Retry_After="1")
-encode = json.JSONEncoder(default=bytes.decode).encode
+HERE = threading.local()        # calls: those whose answers this thread takes, by operation
 
 
 class Call(Later):
@@ -288,7 +288,7 @@ class Call(Later):
     def __init__(self, registry: RedisRegistry, operation: str, values: Mapping[str, Any], waiter: Optional[Waiter] = None) -> None:
         super().__init__(operation)
         self.registry, self.operation, self.waiter = registry, operation, waiter
-        self.text = encode({name: value for name, value in values.items() if value is not None})
+        self.text = json.dumps({name: value for name, value in values.items() if value is not None}, default=bytes.decode)
         self.earlier: Dict[str, Call] = getattr(HERE, "calls", {})      # of the same request
         self.answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
@@ -318,15 +318,14 @@ class RedisRegistry:
         self._waiters: Dict[str, Waiter] = {}       # by token; also of calls that are on their way
         self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
         self._queue: queue.SimpleQueue[Call] = queue.SimpleQueue()      # calls that are not sent yet
-        self._up_since, self._stopping = 0.0, False         # by time.monotonic(); 0 while the store is down
+        self._is_up = self._stopping = False
         try:
             path = os.environ.get("P2P_STORE_SECRET_FILE")
             self._given = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get("P2P_STORE_SECRET", "")
             self._secret = p2pserver.keyed_digest(self._given, b"") if self._given else os.urandom(16)
-            self._redis = self._connect(TIMEOUT)
             self._greet()
         except (redis.RedisError, ValueError, OSError) as error:
-            raise CannotStart(f"the store that --store names cannot be used: {type(error).__name__}; it must be Redis 6.2 or newer, or Valkey") from None
+            raise CannotStart(f"the store that --store names cannot be used, Redis 6.2 or newer, or Valkey: {type(error).__name__}") from None
         for work in (self._work, self._listen):
             threading.Thread(target=work, daemon=True).start()
 
@@ -377,34 +376,32 @@ class RedisRegistry:
         """Have the store do so, as with each call; and see, ten times a second, whether it is there."""
         self._queue.put(Call(self, "counts", {}))
 
-    def _ask(self, operation: str, **values: Any) -> Any:
+    def _ask(self, operation: str, waiter: Optional[Waiter] = None, **values: Any) -> Any:
         """The store's answer to the call that is repeated. Later: it is made for the first time. Problem."""
-        call: Optional[Call] = getattr(HERE, "calls", {}).get(operation)
-        if call is None:
-            raise Call(self, operation, values)
-        return call.answer.result()
+        if operation not in getattr(HERE, "calls", {}):
+            raise Call(self, operation, values, waiter)
+        return HERE.calls[operation].answer.result()
 
     def _meet(self, operation: str, name: str, digest: bytes, after: Optional[int], wake: Wake, **values: Any) -> News:
         """What the store answers to a poll or start. Later. Problem."""
         call: Optional[Call] = getattr(HERE, "calls", {}).get(operation)
-        if call is None:
-            waiter = Waiter(("", os.urandom(8).hex()), name, digest, after, wake) if wake and len(self._waiters) < self._settings.max_waiting else None
-            if waiter:      # it is known before the call is sent: news may come before the answer does
-                self._waiters[waiter.entry[1]] = waiter
-            token = waiter and waiter.entry[1]
-            raise Call(self, operation, {"name": name, "digest": digest.hex(), "after": after, "token": token, **values}, waiter)
-        answer, waiter = call.answer.result(), call.waiter
+        waiter = call.waiter if call else None
+        if not call and wake and len(self._waiters) < self._settings.max_waiting:
+            waiter = Waiter(("", os.urandom(8).hex()), name, digest, after, wake)
+            self._waiters[waiter.entry[1]] = waiter     # before the call is sent: news may come before the answer does
+        token = waiter.entry[1] if waiter else None
+        answer = self._ask(operation, waiter, name=name, digest=digest.hex(), after=after, token=token, **values)
         if waiter and answer["waits"]:
-            waiter.entry, waiter.name = (answer["key"], waiter.entry[1]), answer["name"]
-            if waiter.entry[1] not in self._waiters:
+            waiter.entry, waiter.name = (answer["key"], token), answer["name"]
+            if token not in self._waiters:
                 waiter.wake()       # once more: when it was woken, nobody waited
         peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in answer["peers"]]
-        gone, left = list(answer["gone"]), [each["id"] for each in answer["left"]]
-        return News(answer["name"], peers, answer["cursor"], waiter if answer["waits"] else None, left, gone)
+        left = [each["id"] for each in answer["left"]]
+        return News(answer["name"], peers, answer["cursor"], waiter if answer["waits"] else None, left, list(answer["gone"]))
 
     def send(self, call: Call) -> None:
         """Have a call sent. While the store is down it ends at once."""
-        if self._up_since:
+        if self._is_up:
             self._queue.put(call)
         else:
             self._end(call, DOWN)
@@ -420,13 +417,12 @@ class RedisRegistry:
         self._stopping = True
         self.expire_games()     # ends the wait for a call
 
-    def _connect(self, timeout: float) -> redis.Redis:
-        url = self._settings.store
-        return redis.Redis.from_url("redis" + url[len("valkey"):] if url.startswith("valkey") else url, protocol=2, decode_responses=True,
-                                    socket_timeout=timeout, socket_connect_timeout=timeout, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
-
     def _greet(self) -> None:
-        """Learn what time it is in a store, and the secret that its servers share. RedisError. CannotStart: it has another one."""
+        """Connect, and learn the secret that all servers share. RedisError. CannotStart: the store has another one."""
+        url = self._settings.store
+        connect = functools.partial(redis.Redis.from_url, "redis" + url[len("valkey"):] if url.startswith("valkey") else url, protocol=2,
+                                    decode_responses=True, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0), socket_connect_timeout=TIMEOUT)
+        self._redis, self._reader = connect(socket_timeout=TIMEOUT), connect(socket_timeout=SILENCE)
         limits = {**{name: getattr(self._settings, name) for name in LIMITS}, **SIZES}
         flags = "#!lua flags=allow-oom\n" if int(self._redis.info("server")["redis_version"].partition(".")[0]) >= 7 else ""
         self._script = flags + f"local limit = {{{', '.join([f'{name} = {value:.15g}' for name, value in limits.items()])}}}\n" + LUA
@@ -439,14 +435,14 @@ class RedisRegistry:
             self._secret = bytes.fromhex(made)
         if digest != self.peer_digest("").hex():
             raise CannotStart("the servers that share a store need the same P2P_STORE_SECRET")
-        self._up_since = time.monotonic()
+        self._is_up = True
         threading.Thread(target=self._wake_all, daemon=True).start()
 
     def _work(self) -> None:
         while not self._stopping:
             calls = [self._queue.get(), *[self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH))]]
             try:
-                if not self._up_since:
+                if not self._is_up:
                     self._greet()
                     log.info("the store answers again")
                 self._exchange(calls)
@@ -477,32 +473,32 @@ class RedisRegistry:
             self.events.append((operation, name, f"renamed to {detail!r}" if operation == "update_game" else detail, bytes.fromhex(client)))
         for token in answer["woken"]:
             self._wake(token)
-        result = answer.get("result")
-        if not answer["ok"]:
-            kind, limit, text, *words = result
-            result = getattr(p2pserver, kind)(text.format(*words), limit=limit)
-        self._end(call, result)
+        if answer["ok"]:
+            self._end(call, answer.get("result"))
+        else:
+            kind, limit, text, *words = answer["result"]
+            self._end(call, getattr(p2pserver, kind)(text.format(*words), limit=limit))
 
     def _fail(self, calls: List[Call], error: Exception) -> None:
         """The store is down: end all calls."""
-        if self._up_since:
+        if self._is_up:
             log.error("the store does not answer: %s", type(error).__name__)
-        self._up_since = 0.0
-        self._redis.close()     # by now its name may lead elsewhere
+        self._is_up = False
         for call in [*calls, *[self._queue.get() for _ in range(self._queue.qsize())]]:
             if not call.answer.done():
                 self._end(call, DOWN)
 
     def _listen(self) -> None:
         """Wake whom the store names. What is not read yet stays there, so that a cut loses nothing."""
-        up_since, last, stream = -1.0, "", f"{PREFIX}wake:{self._process}"
+        reader, last = self._reader, "0"
         while not self._stopping:
-            if up_since != self._up_since:
-                up_since, last, store = self._up_since, "0", self._connect(SILENCE)
+            if reader is not self._reader:      # the store has failed, and may be another one now
+                reader, last = self._reader, "0"
             try:
-                answer = store.xread({stream: last}, block=250)
-                for last, fields in answer[0][1] if answer else ():
+                answer = reader.xread({f"{PREFIX}wake:{self._process}": last}, block=250)
+                for each, fields in answer[0][1] if answer else ():
                     self._wake(fields["token"])
+                    last = each
             except (redis.RedisError, OSError):
                 time.sleep(0.05)
 

@@ -227,7 +227,7 @@ def test_ten_thousand_who_wait_are_asked_again_spread_over_a_second_after_a_cut(
             at_once(registry, "counts", [()])
         store.process.send_signal(signal.SIGCONT)
         wait_until(lambda: registry.expire_games() or len(asked) == 10_000)
-        assert 0.8 < asked[-1] - asked[0]
+        assert asked[-1] - asked[0] > 0.8
         assert max(sum(asked[0] + i / 10 <= when < asked[0] + (i + 1) / 10 for when in asked) for i in range(100)) < 2_500
 
 
@@ -288,7 +288,8 @@ def test_a_replica_that_is_promoted_takes_over_behind_the_same_address(store, re
         store.redis.replicaof("127.0.0.1", free_port())     # from now on it refuses to write, and knows nothing new
         wait_until(lambda: status(server) == 200 and call(server, "POST", "/games/register", {"name": "new", "peerId": "host"}).status == 201)
         assert call(server, "GET", "/games/game%200").status == 200 and replica.redis.hexists("p2p:{lobby}:names", "new")
-        assert "the store does not answer: ReadOnlyError" in server.err and server.err.count("ERROR") < 5, "it does not go on asking the old one"
+        wait_until(lambda: re.search("the store does not answer: Re(adOnly|sponse)Error", server.err))
+        assert server.err.count("ERROR") < 5, "it does not go on asking the old one"
 
 
 def test_scripts_that_are_flushed_are_loaded_again_without_anybody_noticing(store):
