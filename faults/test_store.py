@@ -91,6 +91,12 @@ def relay(store):
     relay.close()
 
 
+def listens(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
 def waiting(server, **fields):
     """The connection of a host whose poll waits for news."""
     call(server, "POST", "/games/register", {"name": "castle", "peerId": "host"})
@@ -142,6 +148,21 @@ def test_servers_with_another_secret_than_the_stores_do_not_start(store, tmp_pat
     with serving("--store", store.url, env={"P2P_STORE_SECRET_FILE": str(file)}), serving("--store", store.url, env={"P2P_STORE_SECRET": "of the operator"}):
         assert store.redis.get("p2p:{lobby}:secret").endswith(b":"), "the store does not have it"
         assert "P2P_STORE_SECRET" in refusal(ROOT / "p2pserver.py", "--store", store.url)
+
+
+def test_a_store_behind_tls_must_have_a_certificate_that_is_trusted(tmp_path):
+    port, key, certificate = free_port(), tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=store",
+                    "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    with subprocess.Popen(["redis-server", "--port", "0", "--tls-port", str(port), "--tls-cert-file", certificate, "--tls-key-file", key,
+                           "--tls-auth-clients", "no", "--save", "", "--dir", tmp_path], stdout=subprocess.DEVNULL) as store:
+        try:
+            wait_until(lambda: listens(port))
+            assert "--store" in refusal(ROOT / "p2pserver.py", "--store", f"rediss://127.0.0.1:{port}/0")
+            with sharing(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}", 1) as (server,):
+                assert register(server, 1) == ["game 0"]
+        finally:
+            store.kill()
 
 
 def test_what_the_store_has_is_what_the_documentation_says(store):
@@ -312,7 +333,7 @@ def test_a_store_at_its_maxmemory_still_serves_and_frees(store):
 
 
 def test_limits_hold_across_servers(store):
-    with sharing(store.url, 2, "--max-games", "10") as servers:
+    with sharing(store.url.replace("redis", "valkey", 1), 2, "--max-games", "10") as servers:
         statuses = [call(server, "POST", "/games/register", {"name": f"{i} {server.port}", "peerId": "host"}).status for i in range(10) for server in servers]
         assert statuses.count(201) == 10 and statuses.count(503) == 10
 
