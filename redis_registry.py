@@ -97,10 +97,8 @@ local function wake(key, mark)              -- mark: "!": it is to be answered n
   else call('XADD', P .. 'wake:' .. its_process, 'NOMKSTREAM', 'MAXLEN', '~', limit.max_waiting, '*', 'token', token .. mark) end
 end
 local function wait(key, has_news, is_busy)         -- whether it waits now, in place of an earlier one
-  if call('HEXISTS', P .. 'held', key) == 1 then
-    if not a.addresses then return false end        -- it is asked again
-    wake(key, is_busy and '!!' or '!')
-  end
+  if not a.addresses and call('HEXISTS', P .. 'held', key) == 1 then return false end      -- it is asked again
+  wake(key, is_busy and '!!' or '!')
   if has_news or not a.token then return false end
   call('HSET', P .. 'held', key, process .. '/' .. a.token)
   return true
@@ -260,8 +258,8 @@ function ops.update_game()
 end
 function ops.delete_game() remove_game(find_game(a.digest), op) end
 function ops.counts()
-  local games, stored = call('HLEN', P .. 'names'), tonumber(call('GET', P .. 'stored') or 0)
-  return {games = games, guests = call('ZCARD', P .. 'ends') - games, stored_bytes = stored}
+  local games = call('HLEN', P .. 'names')
+  return {games = games, guests = call('ZCARD', P .. 'ends') - games, stored_bytes = tonumber(call('GET', P .. 'stored') or 0)}
 end
 
 if real > deadline then return redis.error_reply("LATE nobody waits for it any more") end
@@ -386,32 +384,28 @@ class RedisRegistry:
         """What the store answers to a poll or start. Later. Problem."""
         call: Optional[Call] = getattr(HERE, "calls", {}).get(operation)
         waiter = call.waiter if call else None
-        if not call and wake and len(self._waiters) < self._settings.max_waiting:
+        if call is None and wake and len(self._waiters) < self._settings.max_waiting:
             waiter = Waiter(("", os.urandom(8).hex()), name, digest, after, wake)
             self._waiters[waiter.entry[1]] = waiter     # before the call is sent: news may come before the answer does
         token = waiter.entry[1] if waiter else None
+        if waiter and call and (call.answer.exception() or not call.answer.result()["waits"]):
+            self._waiters.pop(waiter.entry[1], None)
+            waiter = None
         answer = self._ask(operation, waiter, name=name, digest=digest.hex(), after=after, token=token, **values)
-        if waiter and answer["waits"]:
+        if call and waiter:
             waiter.entry, waiter.name = (answer["key"], token), answer["name"]
             if token not in self._waiters:
                 waiter.wake()       # once more: when it was woken, nobody waited
         peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in answer["peers"]]
         left = [each["id"] for each in answer["left"]]
-        return News(answer["name"], peers, answer["cursor"], waiter if answer["waits"] else None, left, list(answer["gone"]))
+        return News(answer["name"], peers, answer["cursor"], waiter, left, list(answer["gone"]))
 
     def send(self, call: Call) -> None:
         """Have a call sent. While the store is down it ends at once."""
         if self._is_up:
             self._queue.put(call)
         else:
-            self._end(call, DOWN)
-
-    def _end(self, call: Call, answer: Any) -> None:
-        """Give a call its answer, or its problem."""
-        is_problem = isinstance(answer, Exception)
-        if call.waiter and (is_problem or not answer["waits"]):
-            self._waiters.pop(call.waiter.entry[1], None)
-        (call.answer.set_exception if is_problem else call.answer.set_result)(answer)
+            call.answer.set_exception(DOWN)
 
     def close(self) -> None:
         self._stopping = True
@@ -447,7 +441,12 @@ class RedisRegistry:
                     log.info("the store answers again")
                 self._exchange(calls)
             except (redis.RedisError, OSError, CannotStart) as error:
-                self._fail(calls, error)
+                if self._is_up:
+                    log.error("the store does not answer: %s", type(error).__name__)
+                self._is_up = False
+                calls += [self._queue.get() for _ in range(self._queue.qsize())]
+                for call in [call for call in calls if not call.answer.done()]:
+                    call.answer.set_exception(DOWN)
 
     def _exchange(self, calls: List[Call]) -> None:
         """Send calls, all at once, and have them answered. RedisError: the store is down, has come back empty, or cannot be written to."""
@@ -474,19 +473,10 @@ class RedisRegistry:
         for token in answer["woken"]:
             self._wake(token)
         if answer["ok"]:
-            self._end(call, answer.get("result"))
+            call.answer.set_result(answer.get("result"))
         else:
             kind, limit, text, *words = answer["result"]
-            self._end(call, getattr(p2pserver, kind)(text.format(*words), limit=limit))
-
-    def _fail(self, calls: List[Call], error: Exception) -> None:
-        """The store is down: end all calls."""
-        if self._is_up:
-            log.error("the store does not answer: %s", type(error).__name__)
-        self._is_up = False
-        for call in [*calls, *[self._queue.get() for _ in range(self._queue.qsize())]]:
-            if not call.answer.done():
-                self._end(call, DOWN)
+            call.answer.set_exception(getattr(p2pserver, kind)(text.format(*words), limit=limit))
 
     def _listen(self) -> None:
         """Wake whom the store names. What is not read yet stays there, so that a cut loses nothing."""
