@@ -262,7 +262,7 @@ function ops.counts()
   return {games = games, guests = call('ZCARD', P .. 'ends') - games, stored_bytes = tonumber(call('GET', P .. 'stored') or 0)}
 end
 
-if real > deadline then return redis.error_reply("LATE nobody waits for it any more") end
+if real > deadline then return redis.error_reply('LATE nobody waits for it any more') end
 -- The first write: a replica refuses it before anything has changed, and Redis 6.2, when it is full, lets go on who has written already.
 if call('PEXPIRE', P .. 'wake:' .. process, 10000) == 0 and op ~= 'greet' then return redis.error_reply('LOST the store came back empty') end
 expire()
@@ -368,7 +368,7 @@ class RedisRegistry:
         self._ask("delete_game", name=name, digest=digest.hex())
 
     def counts(self) -> Dict[str, int]:
-        return {**self._ask("counts"), "waiting": len(self._waiters)}
+        return {**self._ask("counts"), "waiting": sum([waiter.entry[0] != "" for waiter in list(self._waiters.values())])}
 
     def expire_games(self) -> None:
         """Have the store do so, as with each call; and see, ten times a second, whether it is there."""

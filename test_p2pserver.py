@@ -3806,6 +3806,35 @@ def test_a_change_for_which_there_is_no_memory_is_not_made_by_halves(make_regist
     assert started(registry, "castle")
 
 
+def test_a_tenth_of_the_memory_is_kept_for_games_that_are_there(make_registry):
+    registry = make_registry(max_memory=1)
+    registry.register_game("castle", BY_HOST)
+    registry.poll_game("castle", BY_HOST, NO_ADDRESSES + b" " * 950_000)
+    with pytest.raises(Full):
+        registry.register_game("tower", BY_OTHER)
+    with pytest.raises(Full):
+        started(registry, "castle")
+    registry.poll_game("castle", BY_HOST, NO_ADDRESSES + b" " * 960_000)
+
+
+def test_a_host_that_is_woken_has_its_whole_time_to_ask_again(registry, clock, wakes):
+    registry.register_game("castle", BY_HOST)
+    assert registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
+    clock.tick(59)
+    assert started(registry, "castle") and wakes[0].calls == 1
+    clock.tick(59)
+    assert registry.get_game("castle")
+
+
+def test_a_host_whose_wait_ends_without_news_has_its_whole_time_to_ask_again(registry, clock, wakes):
+    registry.register_game("castle", BY_HOST)
+    waiter = registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
+    clock.tick(59)
+    registry.forget_waiter(waiter)
+    clock.tick(59)
+    assert registry.get_game("castle")
+
+
 def test_a_start_for_which_there_is_no_memory_leaves_the_one_that_waits(make_registry, wakes):
     registry = make_registry(max_memory=1)
     registry.register_game("castle", BY_HOST)

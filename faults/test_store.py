@@ -16,7 +16,7 @@ import pytest
 from stage import HERE, ROOT, THERE, Connection, call, free_port, metric, poll, register, request, serving, wait_until
 
 import p2pserver
-from test_p2pserver import Store
+from test_p2pserver import Direct, Store
 
 redis = pytest.importorskip("redis", reason="the library redis is not here")
 redis_registry = pytest.importorskip("redis_registry")
@@ -198,6 +198,19 @@ def test_news_reach_a_host_also_when_the_subscription_is_cut(trouble, store, rel
         assert len(host.answer().json["guests"]) == 1
 
 
+def test_a_poll_that_was_replaced_at_another_server_cannot_end_the_one_that_took_its_place(store, relay):
+    first, second = [redis_registry.RedisRegistry(p2pserver.Settings(store=url)) for url in (relay.url, store.url)]
+    with contextlib.closing(first), contextlib.closing(second):
+        woken = threading.Event()
+        Direct(first).register_game("castle", b"host")
+        replaced = Direct(first).poll_game("castle", b"host", b"[]", wake=int).waiter
+        relay.is_mute = True
+        assert Direct(second).poll_game("castle", b"host", b"[]", wake=woken.set).waiter
+        Direct(first).forget_waiter(replaced)
+        Direct(first).start_game("castle", b"guest", b"[]")
+        assert woken.wait(20)
+
+
 def test_who_may_have_missed_something_is_asked_again_spread_over_a_second(store):
     with sharing(store.url, 1) as (server,):
         call(server, "GET", "/")
@@ -279,6 +292,16 @@ def test_a_store_that_restarts_empty_is_told_as_503_and_then_all_goes_on(store):
             wait_until(lambda: all(status(server) == 200 for server in servers))
             assert call(servers[1], "POST", "/games/register", {"name": "castle", "peerId": "host"}).status == 201
             assert call(servers[0], "POST", "/games/poll", {**MEETING, "after": 0}).json["cursor"] > cursor
+
+
+def test_a_store_that_is_emptied_has_hosts_register_again_and_wakes_them_as_before(store):
+    with sharing(store.url, 2) as (first, second), waiting(first) as host:
+        store.redis.flushall()
+        assert host.answer().status == 404
+        wait_until(lambda: status(first) == status(second) == 200)
+        with waiting(first) as host:
+            assert start(second).status == 200
+            assert [guest["addresses"] for guest in host.answer().json["guests"]] == [THERE]
 
 
 def test_a_store_that_hangs_is_told_as_503_and_what_was_given_up_is_not_done_later(store):
