@@ -1490,7 +1490,7 @@ def test_operations_at_random_have_the_same_outcomes_in_memory_and_in_a_store(se
     limits = {"max_games": 5, "max_guests": 4, "max_games_per_client": 3, "max_guests_per_client": 2, "store": store.url}
     with contextlib.closing(redis_registry.RedisRegistry(Settings(**limits), clock)) as stored:
         compare(clock, random.Random(seed), [Twin(Registry(Settings(**limits), clock)), Twin(Direct(stored))])
-    assert {key.decode().rpartition("}:")[2].partition(":")[0] for key in store.redis.scan_iter()} <= {"cursor", "secret", "list", "stored", "alive"}
+    assert {key.decode().rpartition("}:")[2].partition(":")[0] for key in store.redis.scan_iter()} <= {"cursor", "secret", "list", "stored", "wake"}
 
 
 def test_a_request_under_a_condition_has_the_outcome_of_both_operations_where_the_registry_answers_later(store):
@@ -3896,6 +3896,35 @@ def test_a_change_for_which_there_is_no_memory_is_not_made_by_halves(make_regist
     assert listed(registry) == before and games_and_guests(registry) == (2, 0)
     registry.poll_game("filler", BY_OTHER, NO_ADDRESSES)
     assert started(registry, "castle")
+
+
+def test_a_tenth_of_the_memory_is_kept_for_games_that_are_there(make_registry):
+    registry = make_registry(max_memory=1)
+    registry.register_game("castle", BY_HOST)
+    registry.poll_game("castle", BY_HOST, NO_ADDRESSES + b" " * 950_000)
+    with pytest.raises(Full):
+        registry.register_game("tower", BY_OTHER)
+    with pytest.raises(Full):
+        started(registry, "castle")
+    registry.poll_game("castle", BY_HOST, NO_ADDRESSES + b" " * 960_000)
+
+
+def test_a_host_that_is_woken_has_its_whole_time_to_ask_again(registry, clock, wakes):
+    registry.register_game("castle", BY_HOST)
+    assert registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
+    clock.tick(59)
+    assert started(registry, "castle") and wakes[0].calls == 1
+    clock.tick(59)
+    assert registry.get_game("castle")
+
+
+def test_a_host_whose_wait_ends_without_news_has_its_whole_time_to_ask_again(registry, clock, wakes):
+    registry.register_game("castle", BY_HOST)
+    waiter = registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
+    clock.tick(59)
+    registry.forget_waiter(waiter)
+    clock.tick(59)
+    assert registry.get_game("castle")
 
 
 def test_a_start_for_which_there_is_no_memory_leaves_the_one_that_waits(make_registry, wakes):
