@@ -90,17 +90,14 @@ class Session:
 
     def tick(self, now: float) -> List[Sending]:
         """Do what is due."""
+        if self.selected is None and now - self.began >= CHECK_TIME:
+            self.over = self.over or NO_WAY
+        if self.selected is not None and now - self._last_answer >= CONSENT_TIME:
+            self.over = self.over or f"the other player has been silent for {now - self._last_answer:.0f} seconds"
         if self.over:
             return []
-        if self.selected is None and now - self.began >= CHECK_TIME:
-            self.over = NO_WAY
-            return []
-        if self.selected is not None and now - self._last_answer >= CONSENT_TIME:
-            self.over = f"the other player has been silent for {now - self._last_answer:.0f} seconds"
-            return []
         sendings = self._consent(now) or self._paced(now)
-        consent = max(self._next_consent, self._list.pace.next)
-        end = min(consent, self._last_answer + CONSENT_TIME) if self.selected else self.began + CHECK_TIME
+        end = min(max(self._next_consent, self._list.pace.next), self._last_answer + CONSENT_TIME) if self.selected else self.began + CHECK_TIME
         self.due = min(end, self._next_check(now))
         return sendings
 

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
 import selectors
 import socket
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Optional, Sequence, Set
 
 from .addresses import Address, Relayed, Sending, parse_candidate
+from .attempts import Attempts
 from .branches import Branches
-from .candidates import Candidates, about_peer, read_published
+from .candidates import Candidates, read_published
 from .checks import BEGUN_ANEW, CONSENT_INTERVAL, Session
 from .connection import MAX_DATAGRAM, Connection, PeerLost
 from .diagnosis import why_not
 from .early import EarlyChecks
+from .farewells import Farewells
 from .pacing import Pace, UnheardLimiter, trim
 from .probing import Methods
 from .rendezvous import Guest, Start
 from .sockets import open_socket, plain_source, send_to
 from .stun import ERROR, SUCCESS, USERNAME, Message, decode
+from .texts import log
 from .whereabouts import KEEPALIVE as KEEPALIVE
 from .whereabouts import Whereabouts
 
-log = logging.getLogger("p2pclient")
-
 MAX_SESSIONS = 64           # with guests at once, whatever the server says
-FAREWELLS = (0.1, 0.3)      # seconds after which a good-bye is said again; when the endpoint is closed,
-LAST_FAREWELLS = 0.02       # seconds between them
+LAST_FAREWELLS = 0.02       # seconds between the good-byes that are said again when the endpoint is closed
 CALL_INTERVAL = 3.0         # seconds between two calls of moved() while a peer is silent
 LONGEST_PAUSE = 0.5         # seconds after which the thread looks who is silent
 SUSPENSION = 1.0            # seconds more than that in which the thread did not run
@@ -64,10 +63,8 @@ class Endpoint:
         self._accepted = threading.Condition(self._lock)        # a guest has connected, or the endpoint is closed
         self._connections: Dict[str, Connection] = {}           # by sessionId, whether connected yet or not
         self._ended: collections.OrderedDict[str, Session] = collections.OrderedDict()  # sessions that are over
-        self._attempts: collections.OrderedDict[str, str] = collections.OrderedDict()   # of guests, the latest by sessionId
         self._backlog: Deque[Connection] = collections.deque()  # guests that accept() has not returned yet
-        self._early, self._unheard, self._pace = EarlyChecks(), UnheardLimiter(), Pace()
-        self._farewells: List[Tuple[float, List[Sending]]] = []     # good-byes to be said again, and when
+        self._attempts, self._early, self._farewells, self._unheard, self._pace = Attempts(), EarlyChecks(), Farewells(), UnheardLimiter(), Pace()
         self._next_call, self._must_call = 0.0, False           # of moved(), for who is silent
         self._expected, self._closed = time.monotonic(), False  # when the thread is to run again at the latest; it is not to run any more
         self._waker, self._wakened = socket.socketpair()        # a byte through these ends the thread's waiting
@@ -86,7 +83,7 @@ class Endpoint:
     def expect(self, guest: Guest) -> None:
         """Begin to connect with a guest that a poll told of, or learn its new addresses; accept() returns it when that has worked."""
         with self._lock:
-            session_id = self._session_of(guest)
+            session_id = self._attempts.session_of(guest, self._connections)
             if session_id in self._connections or len(self._connections) < MAX_SESSIONS:
                 self._begin(session_id, guest.session_key, guest.addresses, is_guest=False, seen_at=guest.seen_at)
 
@@ -150,8 +147,7 @@ class Endpoint:
             goodbye = connection.session.goodbye()
             if is_first:
                 self._send(goodbye)
-                now = time.monotonic()
-                self._farewells += [(now + pause, goodbye) for pause in FAREWELLS if goodbye]
+                self._farewells.add(goodbye, time.monotonic())
             self._retire(connection)
 
     def send(self, datagram: bytes, address: Address) -> None:
@@ -166,10 +162,10 @@ class Endpoint:
         with self._lock:
             for connection in list(self._connections.values()):
                 self.end(connection)
-            farewells = {id(sendings): sendings for _, sendings in self._farewells}
-        for sendings in [*farewells.values()] * len(FAREWELLS):
+            farewells = self._farewells.take()
+        for sending in farewells:
             time.sleep(LAST_FAREWELLS)
-            self._send(sendings)
+            self._send([sending])
         with self._lock:
             self._closed = True
             self._accepted.notify_all()
@@ -188,13 +184,12 @@ class Endpoint:
                 connection = Connection(self, session, self._lock)
                 if self._closed:
                     session.over = "the endpoint is closed"
-                is_known = earlier is not None and set(peer.addresses) <= set(earlier.remotes) and peer.attempt == self._attempts.get(session_id, "")
+                is_known = earlier is not None and set(peer.addresses) <= set(earlier.remotes) and peer.attempt == self._attempts.of(session_id)
                 if self._closed or is_known and not is_guest:
                     return connection
                 self._connections[session_id] = connection
                 self._whereabouts.ask_soon(now)     # a router may have forgotten us since the last keep-alive
-            self._attempts[session_id] = peer.attempt
-            trim(self._attempts)
+            self._attempts.note(session_id, peer.attempt)
             connection.session.add(peer.addresses, now, peer.pacing, seen_at, peer.relay)
             self._branches.learn(connection.session, session_key, peer, now)
             for message, source in self._early.take(session_id, now):
@@ -202,12 +197,6 @@ class Endpoint:
             self._send_for(connection.session, connection.session.tick(now), now)
         self._wake()
         return connection
-
-    def _session_of(self, guest: Guest) -> str:
-        """The sessionId under which we know a guest: a restarted server gives it another one, but the attempt is still the same."""
-        attempt = about_peer(guest.addresses)[2]
-        known = (name for name in self._connections if attempt and self._attempts.get(name) == attempt)
-        return guest.session_id if guest.session_id in self._connections else next(known, guest.session_id)
 
     def _begin_anew(self, earlier: Session, now: float) -> Connection:
         """A connection with the same guest, who has lost the earlier one."""
@@ -258,8 +247,10 @@ class Endpoint:
         """Do what is due, wait for what comes, and take it. Takes the lock itself, and waits without it."""
         with self._lock:
             now = time.monotonic()
-            if now - self._expected >= SUSPENSION:
-                self._forgive(now - self._expected, now)
+            if now - self._expected >= SUSPENSION:      # this program was stopped: nobody could be heard meanwhile, and we may be elsewhere
+                for connection in self._connections.values():
+                    connection.session.forgive(now - self._expected, now)
+                self._whereabouts.ask_soon(now)
             pause = self._do_what_is_due(now)
             self._expected = time.monotonic() + pause
         for key, _ in self._selector.select(pause):
@@ -268,17 +259,9 @@ class Endpoint:
             elif isinstance(key.fileobj, socket.socket):
                 self._read(key.fileobj)
 
-    def _forgive(self, seconds: float, now: float) -> None:
-        """This program was stopped for so long. Nobody could be heard meanwhile, and we may be elsewhere."""
-        for connection in list(self._connections.values()):
-            connection.session.forgive(seconds, now)
-        self._whereabouts.ask_soon(now)
-
     def _do_what_is_due(self, now: float) -> float:
         """Seconds until the next thing is due."""
-        for _, sendings in [each for each in self._farewells if each[0] <= now]:
-            self._send(sendings)
-        self._farewells = [each for each in self._farewells if each[0] > now]
+        self._send(self._farewells.take(now))
         if now >= self._next_call and any(connection.session.is_silent(now) for connection in self._connections.values()):
             self._next_call, self._must_call = now + CALL_INTERVAL, True
             self._whereabouts.ask_soon(now)
@@ -289,9 +272,8 @@ class Endpoint:
             if connection.session.due <= now:
                 self._send_for(connection.session, connection.session.tick(now), now)
             self._notice(connection)
-        dues = [connection.session.due for connection in self._connections.values()] + [due for due, _ in self._farewells]
-        dues += [self._whereabouts.due, branches_due, now + LONGEST_PAUSE]
-        return max(0.0, min(dues) - now)
+        dues = [connection.session.due for connection in self._connections.values()]
+        return max(0.0, min(*dues, self._farewells.due, self._whereabouts.due, branches_due, now + LONGEST_PAUSE) - now)
 
     def _tell_if_moved(self) -> None:
         """Call moved() if the candidates have changed, or if a peer is silent and STUN has been asked."""

@@ -13,13 +13,13 @@ from .answers import RendezvousError
 from .connection import Connection
 from .deadline import Deadline, told_if_slow
 from .diagnosis import ConnectFailed
-from .endpoint import KEEPALIVE, Endpoint, log
+from .endpoint import KEEPALIVE, Endpoint
 from .forwarding import Forwarding
 from .presence import CLOSE_TIME, FAILED_PAUSE, WAIT, Presence, pause_after
 from .relay import Relay
 from .rendezvous import Poll, RendezvousClient, Start, new_peer_id
 from .repeater import Repeater, pause_between
-from .texts import line_of
+from .texts import line_of, log
 from .turn import TurnServer
 
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server

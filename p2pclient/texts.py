@@ -1,6 +1,10 @@
-"""Texts from the network, made harmless."""
+"""The log, and texts from the network, made harmless for it."""
 
 from __future__ import annotations
+
+import logging
+
+log = logging.getLogger("p2pclient")
 
 MAX_LINE = 500      # characters of a text from the network that are shown in one line
 
