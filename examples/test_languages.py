@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import time
+import zlib
 
 import pytest
 import requests
@@ -142,3 +146,56 @@ def test_the_example_in_csharp_sends_its_bodies_in_chunks(executable):
             with connection, connection.makefile("rb") as stream:
                 head = b"".join(iter(stream.readline, b"\r\n")).lower()
     assert b"transfer-encoding: chunked" in head and b"content-length" not in head
+
+
+def attribute(kind, value=b""):
+    return struct.pack(">HH", kind, len(value)) + value + bytes(-len(value) % 4)
+
+
+def stun(kind, transaction, key, *attributes):
+    """A signed STUN message, as docs/WIRE.md describes it."""
+    def extended(body, by):
+        return struct.pack(">HHI", kind, len(body) + by, 0x2112a442) + transaction + body
+    body = b"".join(attributes)
+    body += attribute(0x0008, hmac.digest(key, extended(body, 24), "sha1"))
+    return extended(body, 8) + attribute(0x8028, struct.pack(">I", zlib.crc32(extended(body, 8)) ^ 0x5354554e))
+
+
+def checks_of(peer, key, nomination):
+    """When each check of the other comes, and it; each is answered, and followed by a check of ours if there is one."""
+    while True:
+        datagram, sender = peer.recvfrom(2048)
+        if datagram[:2] == b"\0\1":
+            peer.sendto(stun(0x0101, datagram[8:20], key, attribute(0x0020, bytes(8))), sender)
+            if nomination:
+                peer.sendto(nomination, sender)
+            yield time.monotonic(), datagram
+
+
+@pytest.mark.parametrize("role", ["host", "join"])
+def test_an_example_keeps_its_connection_alive_and_a_guest_nominates_it(example, role, server):
+    """A peer by hand answers it. Once it has selected the address, checks come at intervals of seconds for as long as it plays."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        peer.bind(("127.0.0.1", 0))
+        peer.settimeout(WAIT)
+        fields = {"name": "castle", "peerId": "ada", "addresses": [f"127.0.0.1:{peer.getsockname()[1]}"]}
+
+        def ask(what):
+            return requests.post(f"{server}/games/{what}", json=fields, timeout=WAIT).json()
+        if role == "join":
+            ask("register")
+            ask("poll")
+        with run(*map(str, example), role, "castle", server, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process, process.stdin:
+            if role == "host":
+                wait_until(lambda: offered(server))
+            session = ask("start") if role == "host" else wait_until(lambda: ask("poll")["guests"])[0]
+            key, user = session["sessionKey"].encode(), f"{session['sessionId']}:{session['sessionId']}".encode()
+            nomination = stun(0x0001, bytes(12), key, attribute(0x0006, user), attribute(0x802a, bytes(8)),
+                              attribute(0x0024, b"\x6e\xff\xff\xff"), attribute(0x0025))
+            checks = checks_of(peer, key, nomination if role == "host" else None)
+            last, _ = next(checks)
+            moment, check = next(checks)
+            while moment - last < 3:
+                last = moment
+                moment, check = next(checks)        # TimeoutError: no more come
+    assert (attribute(0x0006, user) in check, attribute(0x0025) in check) == (True, role == "join")
