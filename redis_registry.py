@@ -275,7 +275,7 @@ return cjson.encode({ok = ok, result = result, woken = woken, events = events, n
 
 LIMITS = ("game_ttl", "guest_ttl", "max_games", "max_guests", "max_games_per_client", "max_guests_per_client", "max_memory", "max_waiting")
 # Bytes that one takes in the store beside its texts (bench/store.py measures it).
-SIZES = {"game_size": 1000, "guest_size": 350, "member_size": p2pserver.MEMBER_SIZE, "max_remembered": p2pserver.MAX_REMEMBERED}
+SIZES = {"game_size": 800, "guest_size": 400, "member_size": p2pserver.MEMBER_SIZE, "max_remembered": p2pserver.MAX_REMEMBERED}
 PREFIX, MAX_BATCH = "p2p:{lobby}:", 256         # of all keys; calls in one round trip
 TIMEOUT, SILENCE = 2.0, 0.7     # seconds for the store to answer, and to say that nobody is to be woken, which it does four times a second
 DOWN = Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"})
