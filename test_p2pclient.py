@@ -46,7 +46,9 @@ from p2pclient import (
     games,
     pacing,
     portmap,
+    prediction,
     presence,
+    probing,
     relay,
     sockets,
     stun,
@@ -357,6 +359,180 @@ def test_behind_a_nat64_an_ipv4_address_is_synthesised_with_the_prefix_that_dns_
 
 def test_without_a_nat64_there_is_no_prefix():
     assert sockets.Nat64.of(["2001:db8::1"]) is None and sockets.Nat64.of([]) is None
+
+
+# ---- prediction and probing -----------------------------------------------------------------------------------------
+
+SEQUENTIAL, BLOCK, RANDOM = (prediction.Ports(kind, *values) for kind, *values in (("sequential", 40007, 1), ("block", 40000, 0, 40099), ("random",)))
+
+
+@pytest.mark.parametrize("samples, ports", [
+    ([40000, 40001, 40002, 40003, 40004], ("sequential", 40004, 1)),
+    ([40000, 40001, 40004, 40005, 40007, 40008], ("sequential", 40008, 1)),     # others behind the router take some
+    ([40000, 40008, 40016, 40024], ("sequential", 40024, 8)),
+    ([40003, 40002, 40001, 40000], ("sequential", 40000, -1)),
+    ([65533, 65534, 65535, 1024, 1025, 1026], ("sequential", 1026, 1)),         # the range begins again
+    ([40010, 40300, 40050, 40490, 40007, 40111], ("block", 40007, 0, 40490)),
+    ([1500, 61000, 20000, 33000, 50000, 9000], ("random",)),
+    ([1500, 61000, 20000], None),
+])
+def test_how_a_nat_allocates_ports_is_learnt_from_a_few_mappings(samples, ports):
+    assert prediction.learn(samples) == (ports and prediction.Ports(*ports))
+
+
+@pytest.mark.parametrize("ports, likely", [
+    (SEQUENTIAL, [40008, 40009, 40010]), (prediction.Ports("sequential", 65530, 4), [65534]), (prediction.Ports("sequential", 1030, -5), [1025]),
+])
+def test_the_likely_ports_of_a_sequential_nat_are_the_next_ones(ports, likely):
+    assert ports.likely(3) == likely
+
+
+def test_the_likely_ports_of_a_block_are_in_it_and_each_is_tried_once():
+    assert sorted(BLOCK.likely(1000)) == list(range(40000, 40100))
+    found = RANDOM.likely(1024)
+    assert len(set(found)) == 1024 and min(found) >= 1024 and max(found) <= 65535
+
+
+@pytest.mark.parametrize("ports", [SEQUENTIAL, BLOCK, RANDOM._replace(round=3)])
+def test_what_a_peer_tells_of_its_ports_is_read_as_it_was_meant(ports):
+    assert prediction.Ports.of(json.loads(json.dumps(ports.published))) == ports
+
+
+@pytest.mark.parametrize("odd", [
+    None, [], "x", {}, {"round": True}, {"round": -1}, {"round": 10 ** 9}, {"round": 0, "last": 5, "step": 1}, {"round": 0, "last": 40000, "step": 0},
+    {"round": 0, "last": 40000}, {"round": 0, "last": 40000, "step": 2000}, {"round": 0, "low": 40000, "high": 60000},
+    {"round": 0, "low": 40000, "high": 39000}, {"round": 0, "low": "40000", "high": 40001}, {"round": 0, "last": 40000.5, "step": 1},
+])
+def test_odd_words_of_a_peer_on_its_ports_are_as_if_it_had_said_nothing(odd):
+    assert prediction.Ports.of(odd) is None
+
+
+def own_of(nat, ports=None, addresses=("198.51.100.1:6000",), probing=False):
+    seen = {STUN_A: ("198.51.100.1", 6000)}
+    return candidates.Candidates(["192.168.0.2:5000", *addresses], ("198.51.100.1", 6000), nat, seen, ports=ports, probing=probing)
+
+
+def peer_of(nat, ports=None, found=(("203.0.113.1", 6000),), probing=False):
+    return candidates.PeerCandidates(list(found), nat=nat, ports=ports, probing=probing)
+
+
+EASY_ONE, HARD_ONES = ("endpoint-independent", None), [("symmetric", ports) for ports in (SEQUENTIAL, BLOCK, RANDOM)]
+
+
+@pytest.mark.parametrize("mine, theirs, sent, probed", [
+    (EASY_ONE, EASY_ONE, None, None),
+    (HARD_ONES[0], EASY_ONE, 12, 12), (HARD_ONES[1], EASY_ONE, 24, 64), (HARD_ONES[2], EASY_ONE, None, 256),
+    (EASY_ONE, HARD_ONES[0], 24, 24), (EASY_ONE, HARD_ONES[1], 24, 100), (EASY_ONE, HARD_ONES[2], None, 1024),
+    (HARD_ONES[0], HARD_ONES[0], 24, 24), (HARD_ONES[0], HARD_ONES[1], None, None), (HARD_ONES[0], HARD_ONES[2], None, None),
+    (HARD_ONES[2], HARD_ONES[2], None, None), (("symmetric", None), EASY_ONE, None, None), (("no answer", None), HARD_ONES[0], None, None),
+], ids=str)
+def test_a_side_sends_24_datagrams_at_most_and_more_only_where_both_want_to_probe(mine, theirs, sent, probed):
+    for is_probing, expected in ((False, sent), (True, probed)):
+        own, peer = own_of(*mine, probing=True), peer_of(*theirs, probing=is_probing)
+        way = probing.way_of(own, peer, probing.Methods(probing=True))
+        assert (way and len(probing.steps_of(way, own, peer))) == expected
+        one_sided = probing.way_of(own, peer_of(*theirs, probing=True), probing.Methods())
+        assert (one_sided and len(probing.steps_of(one_sided, own, peer))) == sent
+    assert probing.way_of(own_of(*mine), peer_of(*theirs), probing.Methods(prediction=False)) is None
+
+
+def test_two_sequential_routers_are_aimed_at_each_others_port_that_the_twelfth_socket_gets():
+    """So up to eleven mappings that others make in between do no harm."""
+    own, peer = own_of("symmetric", SEQUENTIAL), peer_of("symmetric", prediction.Ports("sequential", 50000, 8))
+    steps = probing.steps_of(probing.way_of(own, peer, probing.Methods()), own, peer)
+    assert steps == [(number, ("203.0.113.1", 50096)) for number in range(1, 13)] * 2
+
+
+def search_of(own, peer, is_guest=True, **methods):
+    search = probing.PortSearch(is_guest, probing.Methods(**methods), 1000.0)
+    search.learn(peer, 1000.0)
+    return search
+
+
+def test_the_easy_side_begins_when_the_other_one_tells_of_a_new_round_and_sends_a_hundred_a_second():
+    own, search = own_of("endpoint-independent"), search_of(own_of("endpoint-independent"), peer_of("symmetric", SEQUENTIAL._replace(round=5)))
+    assert not any(search.tick(own, 1000 + i / 100) for i in range(200)) and not search.wants_measurement(own, 1002)
+    search.learn(peer_of("symmetric", SEQUENTIAL._replace(round=6)), 1002)
+    sent = [(1002 + i / 1000, step) for i in range(1000) for step in search.tick(own, 1002 + i / 1000)]
+    assert [step for _, step in sent] == [(0, ("203.0.113.1", port)) for port in range(40008, 40032)]
+    assert min(gaps([when for when, _ in sent])) > 0.0099 and search.due == float("inf")
+
+
+def test_a_host_takes_the_first_round_of_a_guest_for_its_own_also_if_it_hears_of_both_at_once():
+    own = own_of("endpoint-independent")
+    search = search_of(own, peer_of("symmetric", SEQUENTIAL._replace(round=1)), is_guest=False)
+    assert search.tick(own, 1000.0)
+
+
+def test_the_hard_side_measures_itself_when_ordinary_checks_have_had_their_time_and_opens_mappings_then():
+    own, search = own_of("symmetric", SEQUENTIAL), search_of(None, peer_of("endpoint-independent"))
+    assert not search.wants_measurement(own, 1000.39) and search.wants_measurement(own, 1000.41) and not search.wants_measurement(own, 1000.5)
+    assert search.tick(own, 1000.6) == []
+    anew = own_of("symmetric", SEQUENTIAL._replace(round=1))
+    steps = [step for i in range(100) for step in search.tick(anew, 1000.7 + i / 100)]
+    assert steps == [(number, ("203.0.113.1", 6000)) for number in range(1, 5)] * 3
+
+
+PRIVATE, OTHERS = ("192.168.0.9", 5000), ("203.0.113.1", 7000)
+
+
+@pytest.mark.parametrize("own, peer, hopeless", [
+    (own_of("symmetric", RANDOM), peer_of("symmetric", RANDOM), True),
+    (own_of("symmetric", RANDOM), peer_of("endpoint-independent"), True),
+    (own_of("endpoint-independent"), peer_of("symmetric", RANDOM), True),
+    (own_of("symmetric", BLOCK), peer_of("symmetric", SEQUENTIAL), True),
+    (own_of("symmetric", RANDOM), peer_of("symmetric", RANDOM, [("203.0.113.1", 6000), OTHERS]), True),     # two STUN servers have seen it
+    (own_of("symmetric", SEQUENTIAL), peer_of("symmetric", SEQUENTIAL), False),
+    (own_of("symmetric", SEQUENTIAL), peer_of("endpoint-independent"), False),
+    (own_of("endpoint-independent"), peer_of("endpoint-independent"), False),
+    (own_of("symmetric", RANDOM), peer_of("none"), False),
+    (own_of("symmetric", RANDOM), peer_of(""), False),
+    (own_of("symmetric", None), peer_of("symmetric", RANDOM), False),
+    (own_of("symmetric", RANDOM), peer_of("symmetric", None), False),                                   # a port is forwarded to it, perhaps
+    (own_of("symmetric", RANDOM, ["198.51.100.1:6000", "198.51.100.1:7000"]), peer_of("symmetric", RANDOM), False),      # one is forwarded to us
+    (own_of("symmetric", RANDOM), peer_of("endpoint-independent", found=[("203.0.113.1", 6000), OTHERS]), False),       # likewise, or it has a relay
+    (own_of("symmetric", RANDOM), peer_of("symmetric", RANDOM, [PRIVATE, OTHERS]), False),              # a LAN, or a VPN
+    (own_of("symmetric", RANDOM), peer_of("symmetric", RANDOM, [("198.51.100.1", 6000)]), False),       # a neighbour
+    (own_of("symmetric", RANDOM, ["198.51.100.1:6000", "[2001:db8::1]:1"]), peer_of("symmetric", RANDOM, [("2001:db8::2", 1), OTHERS]), False),
+    (own_of("symmetric", RANDOM), peer_of("symmetric", RANDOM, [("2001:db8::2", 1), OTHERS]), True),    # we have no IPv6
+    (own_of("symmetric", RANDOM), peer_of("symmetric", RANDOM, []), False),
+    (own_of("no answer"), peer_of("symmetric", RANDOM), False),
+])
+def test_a_pair_is_hopeless_only_where_that_is_certain(own, peer, hopeless):
+    assert probing.is_hopeless(own, peer, probing.Methods()) == hopeless
+
+
+def test_where_both_probe_a_random_router_and_an_easy_one_are_not_hopeless():
+    own = own_of("symmetric", RANDOM, probing=True)
+    assert not probing.is_hopeless(own, peer_of("endpoint-independent", probing=True), probing.Methods(probing=True))
+    assert probing.is_hopeless(own, peer_of("symmetric", RANDOM, probing=True), probing.Methods(probing=True))
+
+
+def test_who_can_be_reached_otherwise_tells_no_ports():
+    assert own_of("symmetric", BLOCK).published[-1]["p2p"]["ports"] == {"low": 40000, "high": 40099, "round": 0}
+    assert "ports" not in own_of("symmetric", BLOCK, ["198.51.100.1:6000", "198.51.100.1:7000"]).published[-1]["p2p"]
+    assert "ports" not in own_of("endpoint-independent", BLOCK).published[-1]["p2p"]
+    assert own_of("unknown", probing=True).published[-1] == {"p2p": {"pacing": 5, "nat": "unknown", "probing": True}}
+    told = candidates.read_published(own_of("symmetric", BLOCK, probing=True).published, PEER, loopback=False)
+    assert (told.ports, told.probing) == (BLOCK, True)
+
+
+@pytest.mark.parametrize("is_guest", [True, False])
+def test_probes_go_only_to_an_address_from_which_the_server_saw_the_peer_call(is_guest):
+    session = checks.Session("session", "key", is_guest, 1000.0)
+    session.add([HOST_AT], 1000.0, seen_at="203.0.113.1")
+    assert len([1 for port in range(2000, 3000) for _ in session.probe(("203.0.113.1", port), 1000.0, is_probing=True)]) == 1000
+    assert not any(session.probe(("192.0.2.50", port), 1000.0, is_probing=True) for port in range(2000, 3000))
+
+
+@pytest.mark.parametrize("is_guest, most", [(True, 100), (False, 5)])
+def test_predicted_ports_of_a_third_party_count_with_its_other_datagrams(is_guest, most):
+    session, third, sent = checks.Session("session", "key", is_guest, 1000.0), "192.0.2.50", 0
+    session.add([(third, 7000)], 1000.0)
+    for i in range(1600):
+        now = 1000 + i / 100
+        sent += len(session.tick(now)) + len(session.probe((third, 8000 + i), now, is_probing=False))
+    assert sent == most
 
 
 # ---- sessions -------------------------------------------------------------------------------------------------------
@@ -1580,7 +1756,7 @@ def test_an_endpoint_remembers_the_latest_thousand_sessions(endpoint):
     for i in range(1100):
         host.expect(p2pclient.Guest(f"session {i}", "key", []))
         host.end(host._connections[f"session {i}"])
-    assert list(host._ended) == list(host._attempts) == [f"session {i}" for i in range(76, 1100)]
+    assert list(host._ended) == list(host._attempts.latest) == [f"session {i}" for i in range(76, 1100)]
 
 
 def test_a_guest_that_tries_again_from_the_same_port_publishes_something_new_and_is_tried_again(endpoint):

@@ -10,8 +10,10 @@ from typing import Callable, List, Optional, Sequence
 
 from .addresses import Address, text_of
 from .answers import RendezvousError
+from .candidates import Candidates
 from .commandline import explain, parse_server
-from .diagnosis import ConnectFailed, describe_nat
+from .deadline import Deadline
+from .diagnosis import ConnectFailed, describe_nat, describe_prediction
 from .endpoint import Endpoint
 from .forwarding import try_forwarding
 from .games import HostedGame, default_stun, join_game
@@ -21,6 +23,8 @@ from .texts import printable
 
 NO_RELAY = "none is offered by this server (--turn-url): only needed where the NATs of both sides are hard"
 NO_PORT = "no router here forwards ports by itself (PCP, NAT-PMP, UPnP): only needed where the NAT is symmetric"
+
+MEASURING_TIME = 2.0    # seconds
 
 
 def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None, report: Callable[[str], None] = print) -> bool:
@@ -48,6 +52,8 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
     else:
         say(False, "STUN: this server answers none, so nobody behind a router can be found. Name a STUN server (--stun).")
     say(found.nat not in ("symmetric", "no answer", "not asked"), f"NAT: {describe_nat(found)}")
+    if found.nat == "symmetric":
+        say(True, f"PREDICTION: {describe_prediction(measured(endpoint))}")
     if not client.on_loopback:
         say(True, f"PORTS: {try_forwarding(endpoint.socket.getsockname()[1]) or NO_PORT}")
     works, line = try_relay(turn, found, client.on_loopback, endpoint.send) if turn else (True, NO_RELAY)
@@ -64,6 +70,14 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
     finally:
         endpoint.close()
     return found.mapped is not None and works
+
+
+def measured(endpoint: Endpoint) -> Candidates:
+    """The candidates, once it is known how a symmetric NAT allocates ports, if that can be told within two seconds."""
+    end = Deadline(MEASURING_TIME)
+    while endpoint.candidates.ports is None and end.left():
+        time.sleep(0.05)
+    return endpoint.candidates
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

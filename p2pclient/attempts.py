@@ -11,18 +11,18 @@ from .rendezvous import Guest
 
 
 class Attempts:
-    """The latest attempt (Candidates.attempt) of each guest, by sessionId."""
+    """latest: the last attempt (Candidates.attempt) of each guest, by sessionId."""
 
     def __init__(self) -> None:
-        self._latest: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self.latest: collections.OrderedDict[str, str] = collections.OrderedDict()
 
     def note(self, session_id: str, attempt: str) -> None:
-        self._latest[session_id] = attempt
-        trim(self._latest)
+        self.latest[session_id] = attempt
+        trim(self.latest)
 
     def of(self, session_id: str) -> str:
         """"" if there is none."""
-        return self._latest.get(session_id, "")
+        return self.latest.get(session_id, "")
 
     def session_of(self, guest: Guest, session_ids: Collection[str]) -> str:
         """Under which of these sessionIds we know a guest, else its own: a restarted server gives it another one, but the attempt is the same."""

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any, Iterable
 
 from .addresses import private_network, text_of
-from .candidates import Candidates, about_peer
+from .candidates import Candidates, about_peer, told_beside
 from .checks import NO_WAY, Session
+from .prediction import BLOCK, RANDOM, SEQUENTIAL, Ports
 
 RELAY = "What would help: a port forwarded on the router of one of you, IPv6 on both sides, or a relay (TURN)."
+PROBING = "What would help: probing on both sides (--probing), a port forwarded on the router of one of you, IPv6 on both sides, or a relay (TURN)."
+PREDICTION = {
+    SEQUENTIAL: "they can be predicted, so players behind port-restricted routers, and behind others that go in sequence, can connect with you all the same",
+    BLOCK: "one may be found in a small block, and in a larger one by probing (--probing on both sides), by players behind easier routers",
+    RANDOM: "prediction cannot help; probing (--probing on both sides) can, with players behind easier routers",
+}
 NAT_KINDS = {
     "none": "there is no NAT between here and this server",
     "endpoint-independent": "the NAT keeps one port for all destinations: good",
@@ -39,6 +46,15 @@ def describe_nat(candidates: Candidates) -> str:
     return NAT_KINDS[candidates.nat]
 
 
+def describe_prediction(candidates: Candidates) -> str:
+    """How a symmetric NAT allocates ports, and whether prediction or probing can help; "" for another NAT."""
+    if candidates.nat != "symmetric":
+        return ""
+    if candidates.ports is None:
+        return "how the router allocates ports could not be told"
+    return f"the router gives new destinations {candidates.ports.describe()}: {PREDICTION[candidates.ports.kind]}"
+
+
 def without_stun(candidates: Candidates) -> str:
     """What follows for a player if no STUN server has answered; "" if one has."""
     if candidates.mapped:
@@ -49,7 +65,8 @@ def without_stun(candidates: Candidates) -> str:
 
 def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> ConnectFailed:
     """Why a guest did not reach its host, as far as can be told from what was seen."""
-    told = about_peer(list(published))[1]
+    published = list(published)
+    told, host_ports = about_peer(published)[1], Ports.of(told_beside(published).get("ports"))
     yours, hosts = own.nat == "symmetric", told == "symmetric"
     advice = RELAY
     if session.over != NO_WAY:
@@ -65,11 +82,14 @@ def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> Conn
     elif yours or hosts:
         whose, others = ("your", "the host's") if yours else ("the host's", "your")
         reason = f"{whose} router gives each destination another port (symmetric NAT), and {others} router lets in only ports it knows"
+        ports = own.ports if yours else host_ports
+        advice = PROBING if ports and ports.kind != SEQUENTIAL and not (own.probing and told_beside(published).get("probing")) else RELAY
     elif session.heard:
         reason = "the host's datagrams came, but yours did not arrive"
     else:
         reason = "the host never answered"
         advice = f"It may be gone, or its network may block UDP. {advice}"
-    seen = f"you: {NAT_KINDS[own.nat]}; {session.sent} checks to {', '.join(map(text_of, session.remotes)) or 'no usable address'}; " \
-           f"heard from {len(session.heard)} of these; the host: {NAT_KINDS.get(told, 'tells nothing of its NAT')}"
+    yours_told, hosts_told = (f", {ports.describe()}" if ports and is_hard else "" for ports, is_hard in ((own.ports, yours), (host_ports, hosts)))
+    checked = f"{session.sent} checks to {', '.join(map(text_of, session.remotes)) or 'no usable address'}; heard from {len(session.heard)} of these"
+    seen = f"you: {NAT_KINDS[own.nat]}{yours_told}; {checked}; the host: {NAT_KINDS.get(told, 'tells nothing of its NAT')}{hosts_told}"
     return ConnectFailed(f"{reason} ({seen})", advice)

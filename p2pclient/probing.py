@@ -90,10 +90,11 @@ def is_hopeless(own: Candidates, peer: PeerCandidates, methods: Methods) -> bool
     kinds = {own.nat, peer.nat}
     if "symmetric" not in kinds or not kinds <= {"symmetric", "endpoint-independent"} or way_of(own, peer, methods):
         return False
-    if own.relay or peer.relay or not own.is_closed or peer.nat == "symmetric" and peer.ports is None:     # who has another address tells no ports
+    is_measured = all(side.nat != "symmetric" or side.ports for side in (own, peer))      # who has another address tells no ports
+    if own.relay or peer.relay or not own.is_closed or not is_measured:
         return False
     public = public_ipv4(peer.addresses)
-    has_ipv6 = any(":" in address for address in own.addresses)
+    has_ipv6 = any(address.startswith("[") for address in own.addresses)
     others = [address for address in peer.addresses if address not in public and (has_ipv6 or ":" not in address[0])]
     is_neighbour = own.mapped is not None and any(host == own.mapped[0] for host, _ in public)
     return bool(public) and not others and not is_neighbour and (peer.nat == "symmetric" or len(public) == 1)
