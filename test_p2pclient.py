@@ -3638,7 +3638,7 @@ def test_a_direct_way_takes_over_from_the_relay_whenever_it_works(later):
     assert wire.guest.selected == RELAY_AT
     begins = wire.now + later
     relaying(wire, lambda source, destination: (source, destination) if wire.now >= begins else None)
-    wire.run(later + 11)
+    wire.run(later + 6)
     assert (wire.guest.selected, wire.host.selected) == (HOST_AT, GUEST_AT) and wire.guest.sent <= 100
 
 

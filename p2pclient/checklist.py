@@ -40,7 +40,7 @@ class Checklist:
         self.budget = UnheardBudget(is_host)
         self.urgent: Deque[Address] = collections.deque()       # to be checked as soon as the pacing allows
         self.triggered: Deque[Address] = collections.deque()    # to be checked before the others
-        self.last_check = now - DEFAULT_PACING
+        self.last_check = self._last_turn = now - DEFAULT_PACING        # of any, and of one that is not for consent
         self.fast_until = now
         self._relay_at, self._has_tried_relay = now + RELAY_DELAY, False
         self._turn = 0                                          # counts the checks that were in no queue
@@ -85,16 +85,17 @@ class Checklist:
 
     def next_while_relayed(self, now: float, connected_at: float) -> float:
         """When the direct ways are to be checked next while a relay is in use."""
-        return self.last_check + (DEFAULT_PACING if now - connected_at <= RELAYED_TIME else RELAYED_INTERVAL)
+        return self._last_turn + (DEFAULT_PACING if now - connected_at <= RELAYED_TIME else RELAYED_INTERVAL)
 
     def trigger(self, source: Address, is_newly_heard: bool) -> None:
         """Have an address checked before the others because the peer has checked us from there (RFC 8445 section 7.3.1.4)."""
         if source not in self.proven and source not in self.triggered and source not in self.urgent:
             (self.urgent if is_newly_heard and len(self.heard) <= MAX_URGENT else self.triggered).append(source)
 
-    def next(self, now: float, nominee: Optional[Address]) -> Optional[Address]:
-        """Which address to check now; None: none of them may be, and the turn is lost. nominee: still to be told that it is the one."""
-        self.last_check = now
+    def next(self, now: float, nominee: Optional[Address], selected: Optional[Address]) -> Optional[Address]:
+        """Which address to check now; None: none of them may be, and the turn is lost. nominee: still to be told that it is the one.
+        While one by a relay is selected, it is the turn of the direct ones."""
+        self.last_check = self._last_turn = now
         if self.relay and self.relay in self.remotes and now >= self._relay_at and not self._has_tried_relay:
             self._has_tried_relay = True
             self.triggered.append(self.relay)
@@ -108,7 +109,7 @@ class Checklist:
         for _ in range(len(self.remotes) + 1):
             address = self._in_turn(self._turn)
             self._turn += 1
-            if self._may_check(address, now):
+            if self._may_check(address, now) and not (self.is_relayed(selected) and self.is_relayed(address)):
                 return address
         return None
 

@@ -306,7 +306,7 @@ class Session:
 
     def _paced(self, now: float) -> List[Sending]:
         """The next check, if one is due."""
-        address = self._list.next(now, self.selected if not self._confirmed else None) if now >= self._next_check(now) else None
+        address = self._list.next(now, None if self._confirmed else self.selected, self.selected) if now >= self._next_check(now) else None
         return self._check(address, now) if address else []
 
     def _next_check(self, now: float) -> float:
