@@ -115,7 +115,7 @@ public static class Peer {
     static void Check(Session session, string to = null) {
         int turn = session.Turn++, count = session.Addresses.Length, most = isHost ? 5 : 100;
         to = to ?? session.Selected ?? (count > 0 && turn < most ? session.Addresses[turn % count] : null);
-        var wait = isHost ? 0.05 * (turn + 1) * (turn + 1) : turn < 20 ? 0.05 : 0.17;
+        var wait = turn < (isHost ? 1 : 20) ? 0.05 : isHost ? 2 : 0.17;
         session.Due = Now + (session.Selected != null ? 4 + RandomBytes(1)[0] / 128.0 : wait);
         if (to == null) return;
         var transaction = RandomBytes(12);

@@ -125,7 +125,7 @@ end
 local function check(id, session, now)
   local turn, selected, most = session.turn, session.selected, is_host and 5 or 100
   local address = session.unproven or selected or turn < most and session.addresses[turn % #session.addresses + 1]
-  local wait = is_host and 0.05 * (turn + 1) ^ 2 or turn < 20 and 0.05 or 0.17
+  local wait = turn < (is_host and 1 or 20) and 0.05 or is_host and 2 or 0.17
   session.due, session.turn, session.unproven = now + (selected and 4 + 2 * math.random() or wait), turn + 1, nil
   if not tostring(address):match("^[%d.]+:%d%d%d%d%d?$") then return end
   local transaction, nominates = urandom:read(12), not is_host and address == (session.nominated or address)

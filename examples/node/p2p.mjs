@@ -124,7 +124,7 @@ export class Game extends EventEmitter {
   checkNext(session, now) {
     if (now > session.answered + 40_000) return this.sessions.delete(session.id) && this.emit('lost', session)
     const { selected, addresses, turn } = session, address = selected ?? addresses[turn % addresses.length]
-    const wait = selected ? 4000 + 2000 * Math.random() : this.isHost ? 50 * (turn + 1) ** 2 : turn < 20 ? 50 : 170
+    const wait = selected ? 4000 + 2000 * Math.random() : turn < (this.isHost ? 1 : 20) ? 50 : this.isHost ? 2000 : 170
     Object.assign(session, { due: now + wait, turn: turn + 1 })
     if (selected || (address && turn < (this.isHost ? 5 : 100))) this.check(session, address)
   }
