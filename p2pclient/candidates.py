@@ -31,8 +31,8 @@ class Candidates:
     each STUN server sees the socket; nat: "none", "endpoint-independent" or "symmetric" as RFC 4787 tells mappings apart (the latter
     maps by destination, so nobody can be told where to send), "unknown" with a single STUN server to ask or one behind our own router,
     "no answer" if no STUN server answered, "not asked" if there is none. attempt: another text for each try of a guest, so that what it
-    publishes is news to its host even if its addresses are not. ports: how a symmetric NAT allocates them, once that is known; probing: whether this
-    player has asked for it. relay: where a relay stands by, "ip:port", or "".
+    publishes is news to its host even if its addresses are not, and its host knows it when a restarted server has lost the session. ports: how a
+    symmetric NAT allocates them, once that is known; probing: whether this player has asked for it. relay: where a relay stands by, "ip:port", or "".
     """
 
     addresses: List[str]
