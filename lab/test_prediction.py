@@ -5,6 +5,7 @@ import time
 import natlab
 import pytest
 from stage import ROOT, Stage
+from test_nat_traversal import call
 
 _reason = natlab.check()
 pytestmark = [pytest.mark.skipif(_reason is not None, reason=str(_reason)), pytest.mark.at_once()]
@@ -85,3 +86,32 @@ def test_doctor_tells_how_the_router_allocates_ports(nat, words):
     with Stage() as stage:
         found = stage.site("host", nat=nat).machine().run([sys.executable, "-m", "p2pclient", "check", "--server", stage.url], timeout=60, cwd=ROOT)
         assert f"PREDICTION: the router gives new destinations {words}" in found.stdout, found.stdout + found.stderr
+
+
+@pytest.mark.at_once(seconds=20)
+@pytest.mark.parametrize("ports", ({"last": 39999, "step": 1}, {"low": 40000, "high": 40023}, {}), ids=("sequential", "block", "random"))
+@pytest.mark.parametrize("liar", ("host", "guest"))
+def test_third_party_whom_a_peer_gives_out_for_its_own_router_gets_no_more_than_any_other(liar, ports):
+    """With everything on: a host sends it five datagrams, a guest a hundred."""
+    with Stage() as stage:
+        honest, hostile, victim = (stage.site(name, nat=nat).machine() for name, nat in (("honest", "full-cone"), ("hostile", "none"), ("victim", "none")))
+
+        def lies(number):
+            about = {"pacing": 5, "nat": "symmetric", "ports": {**ports, "round": number}, "probing": True}
+            return {"name": "game 1", "peerId": "hostile", "addresses": [f"{victim.address}:39000", {"p2p": about}]}
+
+        if liar == "guest":
+            hosting = stage.host(honest, "--probing")
+            call(stage, hostile, "/games/start", **lies(1))
+            hosting.expect("a guest could not be reached")
+        else:
+            call(stage, hostile, "/games/register", name="game 1", peerId="hostile")
+            call(stage, hostile, "/games/poll", **lies(0))
+            joining = stage.guest(honest, "--probing")
+            joining.expect("still trying")
+            call(stage, hostile, "/games/poll", **lies(1))
+            assert joining.wait() == 1
+        least, most = (1, 5) if liar == "guest" else (8, 100)
+        assert least <= victim.count_udp() <= most
+        # A guest has asked for what it does, so it has tried what was predicted.
+        assert liar == "guest" or "last" not in ports or victim.count_udp(port=40001) > 0
