@@ -20,6 +20,7 @@ socket: it finds the socket's candidate addresses, punches holes, and carries th
     Among the addresses that a player publishes is one object, {"p2p": {"pacing": 5, "nat": "symmetric", "attempt": "x1Y2z3a4"}}, which
     others ignore: milliseconds between two checks that it can bear (as RFC 8839's ice-pacing; 50 where there is none), the kind of its
     NAT in the words of Candidates (candidates.py), and a text that differs in each try of a guest, so that its host is told of it again.
+    How a symmetric NAT allocates ports stands there too (prediction.py), and whether probing is wanted.
 
     Checks go out thus: never two of a socket within 5 ms; to addresses that were not heard every 50 ms, but for the second, after 10 ms;
     at once to one that was first heard, and to nominate. Each check of a guest nominates until one was answered. So two players
@@ -35,6 +36,7 @@ The files, from leaf to root; none needs one below it:
     pacing.py       what a session and all of a socket may send, and when
     channel.py      who the peer is, and datagrams made authentic
     checklist.py    a peer's addresses, and which of them is to be checked next
+    prediction.py   how a symmetric NAT allocates ports, and which are likely next
     candidates.py   a socket's candidates and the kind of its NAT; which of a peer's are worth a check
     checks.py       the connectivity checks of one session, without socket or clock
     early.py        checks that come before the server has told of their session
@@ -44,6 +46,7 @@ The files, from leaf to root; none needs one below it:
     relay.py        such an address kept for as long as a game is on offer
     forwarding.py   such a port kept for as long as a game is on offer
     whereabouts.py  a socket's candidates, kept up to date
+    probing.py      the search for a peer behind a symmetric NAT, without socket or clock
     diagnosis.py    why there is no connection, in words
     texts.py        texts from the network, made harmless
     answers.py      what the server answers, checked field by field, and its refusals
@@ -51,6 +54,7 @@ The files, from leaf to root; none needs one below it:
     transport.py    one HTTP call, with repetition and errors
     rendezvous.py   the calls to the server, and its answers
     connection.py   a connection with one other player
+    branches.py     further sockets, to measure a symmetric NAT and to search with
     endpoint.py     one UDP socket, its thread, and its connections
     repeater.py     a thread that calls the server again and again
     presence.py     what a guest keeps up at the server while it checks and plays
