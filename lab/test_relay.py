@@ -139,6 +139,19 @@ def test_direct_way_takes_over_from_the_relay_once_there_is_one():
         assert "no echo" not in "\n".join(programs["guest"].lines[said:])
 
 
+@pytest.mark.parametrize("host,guest", (("sequential", "port-restricted"), ("port-restricted", "step")))
+@pytest.mark.at_once(seconds=30)
+def test_pair_whose_ports_can_be_predicted_soon_does_without_the_relay(host, guest):
+    with Stage(turn=True) as stage:
+        relayed_host(stage, host)
+        joining = stage.guest(stage.site("guest", nat=guest).machine(), "--messages", "30", "--interval", "0.5")
+        joining.expect("connected")
+        time.sleep(6)       # in which the direct way is found, though the relay may have been first
+        stage.turn.kill()
+        assert joining.wait() == 0, joining.text
+        joining.expect("30 of 30 messages came back")
+
+
 def test_guest_cannot_have_the_relay_send_anything_to_a_third_party():
     with Stage(turn=True) as stage:
         hosting, _, relay = relayed_host(stage, "full-cone")
