@@ -157,7 +157,7 @@ class PortSearch:
             self._next = now
         if now < self._next or not self._steps:
             return []
-        self._next = now + INTERVAL
+        self._next = max(self._next + INTERVAL, now + INTERVAL / 2)     # so that a thread that is late now and then keeps the rate
         return [self._steps.popleft()]
 
     def _is_ready(self, own: Candidates) -> bool:
