@@ -479,12 +479,14 @@ class News(NamedTuple):
     """What a host learns from a poll, or a guest from a start: its peers, and the cursor of what it learns.
 
     peers: of a host the guests; of a guest the host alone, with NO_ADDRESSES while there are none for it.
-    waiter: there is no news, and it waits. Of a host also: left: the sessions that ended since its cursor; gone: those of its replies that are gone.
+    has_news: there is something to tell. waiter: there is nothing, and it waits. Of a host also: left: the sessions that ended since its cursor;
+    gone: those of its replies that are gone.
     """
 
     name: str
     peers: List[Session]
     cursor: int
+    has_news: bool
     waiter: Optional[Waiter]
     left: Sequence[str] = ()
     gone: Sequence[str] = ()
@@ -706,8 +708,9 @@ class Registry:
             left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
             guests = [] if game.news <= since else [
                 Session(guest.session_id, guest.session_key, guest.addresses, guest.seen_at) for guest in game.guests.values() if guest.changed > since]
-            waiter = self._wait(game, name, after, wake, bool(guests or left or gone), addresses is None, is_same and not replies and not dismiss)
-            return News(name, guests, game.news, waiter, left, gone)
+            has_news = bool(guests or left or gone)
+            waiter = self._wait(game, name, after, wake, has_news, addresses is None, is_same and not replies and not dismiss)
+            return News(name, guests, game.news, has_news, waiter, left, gone)
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
                    wake: Wake = None) -> News:
@@ -737,7 +740,7 @@ class Registry:
             offer, version = guest.offer
             has_news = offer != NO_ADDRESSES and version > self._since(after)
             waiter = self._wait(guest, name, after, wake, has_news, addresses is None, not has_moved)
-            return News(name, [Session(guest.session_id, guest.session_key, offer, published_at(game.seen_at, offer))], version, waiter)
+            return News(name, [Session(guest.session_id, guest.session_key, offer, published_at(game.seen_at, offer))], version, has_news, waiter)
 
     def leave_game(self, name: str, digest: bytes) -> None:
         with self._lock:
@@ -1156,8 +1159,7 @@ def poll_game(server: Server, request: Request) -> Outcome:
         request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake,
         request.client.address.replace(UNKNOWN, ""))
     body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
-    has_news = bool(polled.peers or polled.left or polled.gone)
-    return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, has_news)
+    return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, polled.has_news)
 
 
 def start_game(server: Server, request: Request) -> Outcome:
@@ -1168,7 +1170,7 @@ def start_game(server: Server, request: Request) -> Outcome:
     host = started.peers[0]
     status = 202 if host.addresses == NO_ADDRESSES else 200
     body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": server.stun_ports}
-    return started.waiter or answer_with_ttl(server, request, status, body, server.settings.guest_ttl, status == 200 and started.cursor != after)
+    return started.waiter or answer_with_ttl(server, request, status, body, server.settings.guest_ttl, started.has_news)
 
 
 def leave_game(server: Server, request: Request) -> Answer:

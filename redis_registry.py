@@ -199,8 +199,9 @@ function ops.poll_game()
     end
   end
   local guests, left = newer(g.guests, since()), a.after and newer(g.left, since()) or {}
-  local waits = wait(g.key, #guests + #left + #gone > 0, is_same and #replies + #a.dismiss == 0)
-  return {key = g.key, name = g.name, cursor = g.news, peers = guests, left = left, gone = gone, waits = waits}
+  local has_news = #guests + #left + #gone > 0
+  local waits = wait(g.key, has_news, is_same and #replies + #a.dismiss == 0)
+  return {key = g.key, name = g.name, cursor = g.news, peers = guests, has_news = has_news, left = left, gone = gone, waits = waits}
 end
 function ops.start_game()
   local g = find_game()
@@ -224,9 +225,10 @@ function ops.start_game()
   if has_moved then wake(g.key, '') end
   if is_new then event(op, g.name, 'guests: ' .. #g.guests, guest.client) end
   local offer = guest.reply or g              -- what the host has for this guest, or for all
-  local waits = wait(key, offer.addresses ~= '[]' and offer.changed > since(), not has_moved)
+  local has_news = offer.addresses ~= '[]' and offer.changed > since()
+  local waits = wait(key, has_news, not has_moved)
   local peers = {{id = guest.id, session_key = guest.session_key, addresses = offer.addresses, seen_at = g.seen_at}}
-  return {key = key, name = g.name, cursor = offer.changed, peers = peers, left = {}, gone = {}, waits = waits}
+  return {key = key, name = g.name, cursor = offer.changed, peers = peers, has_news = has_news, left = {}, gone = {}, waits = waits}
 end
 function ops.leave_game()
   local g = find_game()
@@ -402,7 +404,7 @@ class RedisRegistry:
                 waiter.wake()       # once more: when it was woken, nobody waited
         peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in answer["peers"]]
         left = [each["id"] for each in answer["left"]]
-        return News(answer["name"], peers, answer["cursor"], waiter, left, list(answer["gone"]))
+        return News(answer["name"], peers, answer["cursor"], answer["has_news"], waiter, left, list(answer["gone"]))
 
     def send(self, call: Call) -> None:
         """Have a call sent. While the store is down it ends at once."""

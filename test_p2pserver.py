@@ -1945,6 +1945,18 @@ def test_a_start_with_after_that_finds_no_place_to_wait_is_asked_for_patience(se
     assert (known["pollAfter"], again["pollAfter"], again["addresses"]) == (2, 10, HERE)
 
 
+def test_a_start_that_finds_no_place_to_wait_after_its_reply_has_gone_is_told_so(serve):
+    api = serve(max_waiting=0)
+    api.register_game("g")
+    api.poll_game("g")
+    session = api.start_game("g").json()["sessionId"]
+    api.poll_game("g", replies={session: ["for you"]})
+    cursor = api.start_game("g").json()["cursor"]
+    moved = api.start_game("g", addresses=[], after=cursor, wait=5)
+    assert moved.json()["addresses"] == HERE and moved.json()["cursor"] < cursor
+    assert moved.json()["pollAfter"] == 10 and "Preference-Applied" not in moved.headers
+
+
 def test_a_poll_that_is_replaced_to_send_replies_may_be_followed_as_usual(serve):
     api = serve()
     api.register_game("castle")
