@@ -125,7 +125,7 @@ OPTIONS = (
     Option("port", 8000, "port to listen on, TCP for HTTP and UDP for STUN; 0 picks a free one and prints it", 0, 65535),
     Option("stun_port", 0, "another UDP port for STUN than that of HTTP", 0, 65535),
     Option("second_stun_port", 0, "a second UDP port for STUN, by which clients learn the kind of their NAT (default: the one after the first)", 0, 65535),
-    Option("stun_rate", 20.0, "STUN answers a second to one address, and 500 at once; 0 for no limit", 0, 1_000_000),
+    Option("stun_rate", 20.0, "STUN answers a second to one address, and 500 at once, of each port; 0 for no limit", 0, 1_000_000),
     Option("no_stun", False, "no STUN: clients then need another STUN server"),
     Option("turn_url", "", "TURN server whose relay each host is offered, as turn:turn.example.net:3478, several with commas between",
            pattern=r"(turns?:[^\s,]+(,(?=turns?:)|$))*"),
@@ -173,7 +173,7 @@ MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, f
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
 TURN_TTL = 86400                # seconds for which the credentials of a relay are good
-STUN_BURST = 500                # answers that one address gets at once, on top of --stun-rate a second: a school may be one
+STUN_BURST = 500                # answers that one address gets at once of each port, on top of --stun-rate a second: a school may be one
 FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one for each 512 bytes; each more costs a token, as do 512 bytes of chunks' framing
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
@@ -1051,7 +1051,7 @@ class StunServer(socketserver.UDPServer):
 
     def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
         self.address_family = family
-        self.limiter = limiter
+        self._limiter = limiter
         self.results: collections.Counter[str] = collections.Counter()      # datagrams so far, by what they got
         super().__init__(address, socketserver.BaseRequestHandler)
 
@@ -1071,7 +1071,7 @@ class StunServer(socketserver.UDPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         # The limiter first: to parse costs more than to refuse.
-        is_over = self.limiter.acquire(client_of(client_address[0]).key)
+        is_over = self._limiter.acquire(client_of(client_address[0]).key)
         answer = None if is_over else stun_answer(request[0], client_address)
         self.results["answer" if answer else "silence"] += 1
         if answer and sys.platform == "linux":
@@ -1965,11 +1965,14 @@ class Server(http.server.ThreadingHTTPServer):
             raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
 
     def _bind_second_stun(self, port: int) -> None:
-        """Answer STUN on a second port as well, so that a client sees whether its router maps by destination; not where the port cannot be used."""
-        seconds: List[StunServer] = []
+        """Answer STUN on a second port as well, so that a client sees whether its router maps by destination; not where the port cannot be used.
+
+        It has a limiter of its own, as who asks asks both.
+        """
+        seconds, limiter = [], RateLimiter(self.settings.stun_rate, STUN_BURST)
         try:
             for first in self.stuns:
-                seconds.append(StunServer(first.address_family, (first.server_address[0], port, *first.server_address[2:]), first.limiter))
+                seconds.append(StunServer(first.address_family, (first.server_address[0], port, *first.server_address[2:]), limiter))
         except (OSError, OverflowError) as error:
             log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
             for each in seconds:

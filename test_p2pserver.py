@@ -1745,9 +1745,9 @@ def test_what_a_forged_source_gets_of_stun_is_as_the_threat_model_says():
     requests = [stun(cookie=0), *[stun(*[attribute(0x7000)] * count) for count in range(17)]]
     sizes = [(len(p2pserver.stun_answer(request, (source, 1))), len(request)) for request in requests for source in ("203.0.113.1", "2001:db8::1")]
     most, rate, burst = max(sizes)[0], Settings().stun_rate, p2pserver.STUN_BURST
-    said = (f"{most} bytes at the most; one address gets {burst} at once and then `--stun-rate` {rate:g} a second",
-            f"{most * burst // 1000} KB at once and then {most * rate / 1000:.1f} KB a second, "
-            f"{(most + 28) * burst // 1000} KB and {(most + 28) * rate / 1000:.1f} KB with the heads",
+    said = (f"{most} bytes at the most; one address gets {burst} at once and then `--stun-rate` {rate:g} a second, of each of the two ports",
+            f"{2 * most * burst // 1000} KB at once and then {2 * most * rate / 1000:.1f} KB a second, "
+            f"{2 * (most + 28) * burst // 1000} KB and {2 * (most + 28) * rate / 1000:.1f} KB with the heads",
             f"at most {max(answer / request for answer, request in sizes):.1f}, with these heads "
             f"{max((answer + 28) / (request + 28) for answer, request in sizes):.1f},")
     threats = (ROOT / "docs" / "SECURITY.md").read_text()
@@ -1828,10 +1828,11 @@ def test_a_school_behind_one_address_gets_all_its_answers_by_default(clock):
 
 
 def test_newcomers_of_a_school_are_answered_by_the_stun_socket(serve):
-    port = serve(no_stun=False).port
+    ports = serve(no_stun=False).server.stun_ports
     with contextlib.ExitStack() as stack:
-        for player in [stack.enter_context(udp(port)) for _ in range(120)]:
+        for player in [stack.enter_context(udp(port)) for port in ports for _ in range(120)]:
             assert [mapped(player.ask(REQUEST)[0]) for _ in range(3)] == [player.address] * 3
+    assert len(ports) == 2
 
 
 def test_a_flooding_source_gets_its_burst_from_the_stun_socket_and_others_are_served(serve, monkeypatch):
