@@ -1934,9 +1934,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._waker, self._wakened = socket.socketpair()        # a byte through these ends the selector's wait
         self._waker.setblocking(False)
         self._bind()
-        self.stun_ports = [stun.server_address[1] for stun in self.stuns[:1]]       # the UDP ports for STUN; each address has the same ones
-        if self.stuns:
-            self._bind_second_stun(settings.second_stun_port or self.stun_ports[0] + 1)
+        self.stun_ports = self._bind_second_stun()      # the UDP ports for STUN; each address has the same ones
         # What the selector finds ready is passed to the function that it is registered with.
         self.selector.register(self._wakened, selectors.EVENT_READ, lambda wakened: wakened.recv(65536))
         for listener in self.listeners:
@@ -1964,11 +1962,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.server_close()
             raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
 
-    def _bind_second_stun(self, port: int) -> None:
+    def _bind_second_stun(self) -> List[int]:
         """Answer STUN on a second port as well, so that a client sees whether its router maps by destination; not where the port cannot be used.
 
-        It has a limiter of its own, as who asks asks both.
+        It has a limiter of its own, as who asks asks both. Returned are the ports for STUN.
         """
+        ports = [first.server_address[1] for first in self.stuns[:1]]
+        port = self.settings.second_stun_port or sum(ports) + 1
         seconds, limiter = [], RateLimiter(self.settings.stun_rate, STUN_BURST)
         try:
             for first in self.stuns:
@@ -1977,9 +1977,9 @@ class Server(http.server.ThreadingHTTPServer):
             log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
             for each in seconds:
                 each.server_close()
-        else:
-            self.stuns += seconds
-            self.stun_ports.append(port)
+            return ports
+        self.stuns += seconds
+        return [*ports, port] if seconds else ports
 
     def server_close(self) -> None:
         self.selector.close()
