@@ -1,6 +1,7 @@
 """README and the pages of docs/ say what the programs do: their commands are executed, their figures and samples held against the sources."""
 
 import contextlib
+import math
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import p2pserver  # noqa: E402
+from p2pclient import prediction, probing  # noqa: E402
 
 README, OPERATING, PERFORMANCE, CLIENT = [(ROOT / page).read_text(encoding="utf-8") for page in (
     "README.md", "docs/OPERATING.md", "docs/PERFORMANCE.md", "docs/CLIENT.md")]
@@ -344,6 +346,21 @@ def test_which_routers_can_be_crossed_is_what_the_laboratory_measured():
     told = {(plain.get(row[0], row[0]), kind): cell == "yes" for row in rows for kind, cell in zip(kinds, row[1:])}
     measured = {tuple(pair.split(" – ")): seconds is not None for pair, seconds in pictures.connect_times()["ours"].items()}
     assert len(told) == len(kinds) ** 2 and told == {pair: measured.get(pair, measured.get(pair[::-1])) for pair in told}
+
+
+def test_the_chances_that_the_page_on_nats_tells_follow_from_what_both_sides_send():
+    told = " ".join((ROOT / "docs" / "NAT.md").read_text(encoding="utf-8").split())
+    assert f"sends {probing.MOST_PREDICTED} datagrams a side" in told
+    assert f"up to {probing.PROBING_SOCKETS} mappings" in told and f"up to {probing.PROBES:,} datagrams" in told
+    assert f"Of {len(prediction.PORTS):,} ports" in told
+
+    def chance(opened, sent, ports):
+        """That of sent ports, each once, at least one is among the opened."""
+        return 1 - math.comb(ports - opened, sent) / math.comb(ports, sent)
+
+    predicted = [chance(probing.MOST_PREDICTED, probing.MOST_PREDICTED, ports) for ports in (190, 512)]
+    assert predicted[0] >= 0.95 and "up to about 190 ports" in told and round(3 * predicted[1]) == 2 and "one in two of three tries" in told
+    assert round(100 * chance(probing.PROBING_SOCKETS, probing.PROBES, len(prediction.PORTS))) == 98 and "in 98 of 100 tries" in told
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------------
