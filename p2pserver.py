@@ -1968,11 +1968,13 @@ class Server(http.server.ThreadingHTTPServer):
         It has a limiter of its own, as who asks asks both. Returned are the ports for STUN.
         """
         ports = [first.server_address[1] for first in self.stuns[:1]]
-        port = self.settings.second_stun_port or sum(ports) + 1
+        is_free = not self.settings.port and not self.settings.stun_port        # the system picks the first one, and this
+        port = self.settings.second_stun_port or (0 if is_free else sum(ports) + 1)
         seconds, limiter = [], RateLimiter(self.settings.stun_rate, STUN_BURST)
         try:
             for first in self.stuns:
                 seconds.append(StunServer(first.address_family, (first.server_address[0], port, *first.server_address[2:]), limiter))
+                port = seconds[0].server_address[1]
         except (OSError, OverflowError) as error:
             log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
             for each in seconds:
