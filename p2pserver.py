@@ -32,7 +32,7 @@ Preference-Applied in the answer says so.
 Threads: 1. One thread accepts and serves all connections; it never waits for a single one. 2. A connection that must wait,
 for bytes or for news of its game, is parked: it costs a record and no thread, until there is something to go on with.
 3. Under TLS each burst of a connection has a thread of ThreadingHTTPServer's, because OpenSSL may work for long. 4. One
-thread for each address answers STUN, one writes the log. 5. All games live in the Registry behind its one lock; or, with
+thread for each socket answers STUN, one writes the log. 5. All games live in the Registry behind its one lock; or, with
 --store, in a store that servers share, and two threads of redis_registry.py talk to it.
 
 Sections: options, problems, fields, registry, clients and rate limiter, STUN, endpoints and routes, HTTP (reading a request,
