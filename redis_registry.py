@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextvars
 import functools
 import json
 import os
@@ -96,38 +97,37 @@ local function wake(key, mark)              -- mark: "!": it is to be answered n
   if holder == process then woken[#woken + 1] = token .. mark
   else call('XADD', P .. 'wake:' .. holder, 'NOMKSTREAM', 'MAXLEN', '~', limit.max_waiting, '*', 'token', token .. mark) end
 end
-local function wait(key, has_news, is_busy)         -- whether it waits now, in place of an earlier one
-  if not a.addresses and call('HEXISTS', P .. 'held', key) == 1 then return false end      -- it is asked again
-  wake(key, is_busy and '!!' or '!')
-  if has_news or not a.token then return false end
-  call('HSET', P .. 'held', key, a.token)
-  return true
+local function wait(key, news, is_busy)     -- the news, with whether it waits for some now, in place of an earlier one
+  local is_again = not a.addresses and call('HEXISTS', P .. 'held', key) == 1     -- it makes way for the one that waits
+  if not is_again then wake(key, is_busy and '!!' or '!') end
+  news.key, news.waits = key, not (is_again or news.has_news) and a.token ~= nil
+  if news.waits then call('HSET', P .. 'held', key, a.token) end
+  return news
 end
 
-local function finish(key)
-  wake(key, '')
-  call('ZREM', P .. 'ends', key)
-end
-local function remove_guest(g, guest, operation)
-  version = version + 1
-  finish(guest.key)
-  table.remove(g.guests, select(2, find(g.guests, 'key', guest.key)))
-  g.left, g.news = newer(g.left, g.told), version
-  g.left[#g.left + 1] = {changed = version, id = guest.id}
-  save(g)
-  wake(g.key, '')
-  event(operation, g.name, 'guests: ' .. #g.guests, guest.client)
-end
-local function remove_game(g, operation)
-  for _, guest in ipairs(g.guests) do finish(guest.key) end
-  finish(g.key)
-  call('HDEL', P .. 'names', g.name)
-  call('ZREMRANGEBYSCORE', P .. 'lines', g.key, g.key)
-  if call('HINCRBY', P .. 'clients', g.client, -1) == 0 then call('HDEL', P .. 'clients', g.client) end
-  call('INCRBY', P .. 'stored', -g.size)
-  call('DEL', P .. 'game:' .. g.key)
-  call('MSET', P .. 'list', version, P .. 'cursor', version)
-  event(operation, g.name, '', g.client)
+local function remove(g, guest, operation)  -- a guest; or the game with its guests, if none is given
+  local going = guest and {guest} or g.guests
+  if guest then
+    version = version + 1
+    table.remove(g.guests, select(2, find(g.guests, 'key', guest.key)))
+    g.left, g.news = newer(g.left, g.told), version
+    g.left[#g.left + 1] = {changed = version, id = guest.id}
+    save(g)
+    wake(g.key, '')
+  else
+    going[#going + 1] = g
+    call('HDEL', P .. 'names', g.name)
+    call('ZREMRANGEBYSCORE', P .. 'lines', g.key, g.key)
+    if call('HINCRBY', P .. 'clients', g.client, -1) == 0 then call('HDEL', P .. 'clients', g.client) end
+    call('INCRBY', P .. 'stored', -g.size)
+    call('DEL', P .. 'game:' .. g.key)
+    call('MSET', P .. 'list', version, P .. 'cursor', version)
+  end
+  event(operation, g.name, guest and 'guests: ' .. #g.guests or '', (guest or g).client)
+  for _, entry in ipairs(going) do
+    wake(entry.key, '')
+    call('ZREM', P .. 'ends', entry.key)
+  end
 end
 local function expire()                     -- who waits at a server that is there is alive, unless an operator has set its time to -1
   local keys = call('ZRANGEBYSCORE', P .. 'ends', '-inf', now, 'LIMIT', 0, 500)
@@ -137,8 +137,8 @@ local function expire()                     -- who waits at a server that is the
     local guest = g and find(g.guests, 'key', key)
     local waits = token and call('EXISTS', P .. 'wake:' .. string.match(token, '^[^/]+')) == 1
     if waits and tonumber(call('ZSCORE', P .. 'ends', key)) >= 0 then keep_alive(key)
-    elseif guest then remove_guest(g, guest, 'expire_guest')
-    elseif g and g.key == key then remove_game(g, 'expire_game')
+    elseif guest then remove(g, guest, 'expire_guest')
+    elseif g and g.key == key then remove(g, nil, 'expire_game')
     else call('ZREM', P .. 'ends', key) end
   end
 end
@@ -189,13 +189,12 @@ function ops.poll_game()
     local guest = find(g.guests, 'id', id)
     if guest then
       g.dismissed[#g.dismissed + 1] = {key = guest.key}
-      remove_guest(g, guest, 'dismiss_guest')
+      remove(g, guest, 'dismiss_guest')
     end
   end
   local guests, left = newer(g.guests, since()), a.after and newer(g.left, since()) or {}
-  local has_news = #guests + #left + #gone > 0
-  local waits = wait(g.key, has_news, is_same and #replies + #a.dismiss == 0)
-  return {key = g.key, name = g.name, cursor = g.news, peers = guests, has_news = has_news, left = left, gone = gone, waits = waits}
+  local news = {name = g.name, peers = guests, cursor = g.news, has_news = #guests + #left + #gone > 0, left = left, gone = gone}
+  return wait(g.key, news, is_same and #replies + #a.dismiss == 0)
 end
 function ops.start_game()
   local g = find_game()
@@ -220,14 +219,13 @@ function ops.start_game()
   if is_new then event(op, g.name, 'guests: ' .. #g.guests, guest.client) end
   local offer = guest.reply or g              -- what the host has for this guest, or for all
   local has_news = offer.addresses ~= '[]' and offer.changed > since()
-  local waits = wait(key, has_news, not has_moved)
   local peers = {{id = guest.id, session_key = guest.session_key, addresses = offer.addresses, seen_at = g.seen_at}}
-  return {key = key, name = g.name, cursor = offer.changed, peers = peers, has_news = has_news, left = {}, gone = {}, waits = waits}
+  return wait(key, {name = g.name, peers = peers, cursor = offer.changed, has_news = has_news, left = {}, gone = {}}, not has_moved)
 end
 function ops.leave_game()
   local g = find_game()
   local guest = find(g.guests, 'key', g.key .. ':' .. a.digest)
-  remove_guest(g, guest or error({'NotFound', '', 'there is no session with the game {!r} that could end', g.name}), op)
+  remove(g, guest or error({'NotFound', '', 'there is no session with the game {!r} that could end', g.name}), op)
 end
 function ops.forget_waiter()
   if call('HGET', P .. 'held', a.key) == a.token then wake(a.key, '') end
@@ -251,7 +249,7 @@ function ops.update_game()
   end
   return line(g)
 end
-function ops.delete_game() remove_game(find_game(a.digest), op) end
+function ops.delete_game() remove(find_game(a.digest), nil, op) end
 function ops.counts()
   local games = call('HLEN', P .. 'names')
   return {games = games, guests = call('ZCARD', P .. 'ends') - games, stored_bytes = tonumber(call('GET', P .. 'stored') or 0)}
@@ -271,8 +269,8 @@ LIMITS = ("game_ttl", "guest_ttl", "max_games", "max_guests", "max_games_per_cli
 SIZES = {"game_size": 800, "guest_size": 400, "member_size": p2pserver.MEMBER_SIZE, "max_remembered": p2pserver.MAX_REMEMBERED}
 PREFIX, MAX_BATCH = "p2p:{lobby}:", 256         # of all keys; calls in one round trip
 TIMEOUT, SILENCE = 2.0, 0.7     # seconds for the store to answer, and to say that nobody is to be woken, which it does four times a second
-DOWN = Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"})
-HERE = threading.local()        # calls: those whose answers this thread takes, by operation
+# The calls of a request whose answers are there, by operation, while it is repeated.
+ANSWERED: contextvars.ContextVar[Tuple[Tuple[str, Call], ...]] = contextvars.ContextVar("answered", default=())
 
 
 class Call(Later):
@@ -283,7 +281,7 @@ class Call(Later):
         self.registry, self.operation, self.waiter = registry, operation, waiter
         given = {name: value.hex() if name in ("digest", "client") else value for name, value in values.items() if value is not None}
         self.text = json.dumps(given, default=bytes.decode)
-        self.earlier: Dict[str, Call] = getattr(HERE, "calls", {})      # of the same request
+        self.earlier = ANSWERED.get()
         self.answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def send(self, wake: Callable[[], None]) -> None:
@@ -293,11 +291,9 @@ class Call(Later):
     def repeat(self, call: Callable[[], Any]) -> Any:
         if not self.answer.done():
             raise self
-        HERE.calls = {**self.earlier, self.operation: self}
-        try:
-            return call()
-        finally:
-            HERE.calls = {}
+        context = contextvars.copy_context()
+        context.run(ANSWERED.set, (*self.earlier, (self.operation, self)))
+        return context.run(call)
 
 
 class RedisRegistry:
@@ -327,7 +323,7 @@ class RedisRegistry:
         return p2pserver.keyed_digest(peer_id, self._secret)
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
-        return bool(self._ask("register_game", name=name, digest=digest, client=client, **shown))
+        return bool(self._ask("register_game", name, digest, client=client, **shown))
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
                   dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
@@ -340,9 +336,6 @@ class RedisRegistry:
                           id=p2pserver.new_session_id(), session_key=p2pserver.new_session_id())
         host = news.peers[0]
         return news._replace(peers=[host._replace(seen_at=p2pserver.published_at(host.seen_at, host.addresses))])
-
-    def leave_game(self, name: str, digest: bytes) -> None:
-        self._ask("leave_game", name=name, digest=digest)
 
     def forget_waiter(self, waiter: Waiter) -> None:
         key, token = waiter.entry
@@ -357,13 +350,10 @@ class RedisRegistry:
         return self._list
 
     def get_game(self, name: str) -> bytes:
-        return str.encode(self._ask("get_game", name=name))
+        return str.encode(self._ask("get_game", name))
 
     def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
-        return str.encode(self._ask("update_game", name=name, digest=digest, new_name=new_name or name, **shown))
-
-    def delete_game(self, name: str, digest: bytes) -> None:
-        self._ask("delete_game", name=name, digest=digest)
+        return str.encode(self._ask("update_game", name, digest, new_name=new_name or name, **shown))
 
     def counts(self) -> Dict[str, int]:
         return {**self._ask("counts"), "waiting": sum([waiter.entry[0] != "" for waiter in list(self._waiters.values())])}
@@ -376,15 +366,19 @@ class RedisRegistry:
         self._stopping = True
         self.expire_games()     # ends the wait for a call
 
-    def _ask(self, operation: str, waiter: Optional[Waiter] = None, **values: Any) -> Any:
+    def _ask(self, operation: str, name: str = "", digest: bytes = b"", waiter: Optional[Waiter] = None, **values: Any) -> Any:
         """The store's answer to the call that is repeated. Later: it is made for the first time. Problem."""
-        if operation not in getattr(HERE, "calls", {}):
-            raise Call(self, operation, values, waiter)
-        return HERE.calls[operation].answer.result()
+        call = dict(ANSWERED.get()).get(operation)
+        if call is None:
+            raise Call(self, operation, {"name": name, "digest": digest, **values}, waiter)
+        return call.answer.result()
+
+    leave_game = functools.partialmethod(_ask, "leave_game")
+    delete_game = functools.partialmethod(_ask, "delete_game")
 
     def _meet(self, operation: str, name: str, digest: bytes, after: Optional[int], wake: Wake, **values: Any) -> News:
         """What the store answers to a poll or start. Later. Problem."""
-        call: Optional[Call] = getattr(HERE, "calls", {}).get(operation)
+        call = dict(ANSWERED.get()).get(operation)
         waiter = call.waiter if call else None
         if call is None and wake and len(self._waiters) < self._settings.max_waiting:
             waiter = Waiter(("", f"{self._process}/{os.urandom(8).hex()}"), name, digest, after, wake)
@@ -393,7 +387,7 @@ class RedisRegistry:
         if waiter and call and (call.answer.exception() or not call.answer.result()["waits"]):
             self._waiters.pop(waiter.entry[1], None)
             waiter = None
-        answer = self._ask(operation, waiter, name=name, digest=digest, after=after, token=token, **values)
+        answer = self._ask(operation, name, digest, waiter, after=after, token=token, **values)
         if call and waiter:
             waiter.entry, waiter.name = (answer["key"], token), answer["name"]
             if token not in self._waiters:
@@ -435,11 +429,10 @@ class RedisRegistry:
                 log.error("the store does not answer: %s", type(error).__name__)
                 self._is_up = False
             for call in [call for call in calls if not call.answer.done()]:
-                call.answer.set_exception(DOWN)
+                call.answer.set_exception(Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"}))
 
     def _exchange(self, calls: List[Call]) -> None:
-        """Send calls, all at once, and end each when what follows from it is done. RedisError: the store is down, has come back empty, or cannot be
-        written to."""
+        """Send calls, all at once, and end each. RedisError: the store is down, has come back empty, or cannot be written to."""
         gives_up_at = time.monotonic() * 1000 + self._offset + TIMEOUT * 1000       # by the store's clock
         with self._redis.pipeline(transaction=False) as pipeline:
             for call in calls:
