@@ -169,12 +169,11 @@ end
 local function since() return a.after and a.after <= cursor and a.after or -1 end       -- the version up to which the caller knows all
 function ops.poll_game()
   local g, replies, gone = find_game(a.digest), a.replies or {}, {}
-  local addresses, told, is_first = a.addresses or g.addresses, g.told, g.changed == 0
-  local is_same = addresses == g.addresses
+  local told, is_first, is_same = g.told, g.changed == 0, a.addresses == nil or a.addresses == g.addresses
   keep_alive(g.key)
   g.told = a.after and since() or cursor
-  if a.replies or not is_same then g.ready = addresses ~= '[]' or a.replies ~= nil end
-  if not is_same then g.addresses, g.changed = addresses, version end
+  if not is_same then g.addresses, g.changed = a.addresses, version end
+  if a.replies or not is_same then g.ready = g.addresses ~= '[]' or a.replies ~= nil end
   for _, reply in ipairs(replies) do
     local guest = find(g.guests, 'id', reply[1])
     if not guest then gone[#gone + 1] = reply[1]
@@ -297,10 +296,7 @@ class Call(Later):
 
 
 class RedisRegistry:
-    """The GameRegistry in a store.
-
-    clock: seconds, in place of the store's clock. CannotStart: the store does not answer, is too old, or has another secret.
-    """
+    """The GameRegistry in a store. clock: seconds, if not the store's. CannotStart: the store does not answer, is too old, or has another secret."""
 
     def __init__(self, settings: Settings, clock: Optional[Callable[[], float]] = None) -> None:
         self._settings, self._clock, self._process = settings, clock, os.urandom(6).hex()
@@ -334,8 +330,7 @@ class RedisRegistry:
                    wake: Wake = None) -> News:
         news = self._meet("start_game", name, digest, after, wake, addresses=addresses, client=client, seen_at=seen_at or None,
                           id=p2pserver.new_session_id(), session_key=p2pserver.new_session_id())
-        host = news.peers[0]
-        return news._replace(peers=[host._replace(seen_at=p2pserver.published_at(host.seen_at, host.addresses))])
+        return news._replace(peers=[host._replace(seen_at=p2pserver.published_at(host.seen_at, host.addresses)) for host in news.peers])
 
     def forget_waiter(self, waiter: Waiter) -> None:
         key, token = waiter.entry
@@ -388,7 +383,7 @@ class RedisRegistry:
             self._waiters.pop(waiter.entry[1], None)
             waiter = None
         answer = self._ask(operation, name, digest, waiter, after=after, token=token, **values)
-        if call and waiter:
+        if waiter:
             waiter.entry, waiter.name = (answer["key"], token), answer["name"]
             if token not in self._waiters:
                 waiter.wake()       # once more: when it was woken, nobody waited
