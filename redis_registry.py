@@ -403,7 +403,7 @@ class RedisRegistry:
         self._sha = self._redis.script_load(self._script)
         self._offset = 1e18     # milliseconds by which the store's clock is ahead; until it tells, no call is late
         self._redis.xadd(f"{PREFIX}wake:{self._process}", {"token": ""})
-        self._redis.expire(f"{PREFIX}wake:{self._process}", 10)         # each call puts that off
+        self._exchange([Call(self, "counts", {})])      # the script runs here; and it says how long the stream lives
         self._redis.set(PREFIX + "secret", f"{self.peer_digest('').hex()}:{'' if self._given else self._secret.hex()}", nx=True)
         digest, _, made = self._redis.get(PREFIX + "secret").partition(":")
         if made and not self._given:
