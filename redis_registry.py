@@ -8,8 +8,8 @@ thread sends the calls, as many in one round trip as there are; another reads wh
     game:<key>          a game with its guests, as MessagePack; register_game() and start_game() below show what they have
     ends                sorted set: key of a game, or game:digest of a guest -> when it expires, in milliseconds
     lines, list         sorted set: what anybody may know of a listed game, as JSON -> its key; the version of the list
-    clients, stored     sorted set: client -> how many games it has; bytes that games and guests take
-    held                hash: key of a game or guest -> "<process>/<token>", who waits for its news
+    clients, stored     hash: client -> how many games it has; bytes that games and guests take
+    held                hash: key of a game or guest -> "<process>/<random>", the token of who waits for its news
     wake:<process>      stream of tokens that are to be woken; it is there while that server is
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextvars
 import functools
 import json
 import os
@@ -88,86 +89,79 @@ local function keep_alive(key)
   call('ZADD', P .. 'ends', now + 1000 * (string.find(key, ':') and limit.guest_ttl or limit.game_ttl), key)
 end
 local function wake(key, mark)              -- mark: "!": it is to be answered now; "!!": another took its place
-  local holder = call('HGET', P .. 'held', key)
-  if not holder then return end
+  local token = call('HGET', P .. 'held', key)
+  if not token then return end
   call('HDEL', P .. 'held', key)
   keep_alive(key)
-  local its_process, token = string.match(holder, '^(.-)/(.*)$')
-  if its_process == process then woken[#woken + 1] = token .. mark
-  else call('XADD', P .. 'wake:' .. its_process, 'NOMKSTREAM', 'MAXLEN', '~', limit.max_waiting, '*', 'token', token .. mark) end
+  local holder = string.match(token, '^[^/]+')
+  if holder == process then woken[#woken + 1] = token .. mark
+  else call('XADD', P .. 'wake:' .. holder, 'NOMKSTREAM', 'MAXLEN', '~', limit.max_waiting, '*', 'token', token .. mark) end
 end
-local function wait(key, has_news, is_busy)         -- whether it waits now, in place of an earlier one
-  if not a.addresses and call('HEXISTS', P .. 'held', key) == 1 then return false end      -- it is asked again
-  wake(key, is_busy and '!!' or '!')
-  if has_news or not a.token then return false end
-  call('HSET', P .. 'held', key, process .. '/' .. a.token)
-  return true
+local function wait(key, news, is_busy)     -- the news, with whether it waits for some now, in place of an earlier one
+  local is_again = not a.addresses and call('HEXISTS', P .. 'held', key) == 1     -- it makes way for the one that waits
+  if not is_again then wake(key, is_busy and '!!' or '!') end
+  news.key, news.waits = key, not (is_again or news.has_news) and a.token ~= nil
+  if news.waits then call('HSET', P .. 'held', key, a.token) end
+  return news
 end
 
-local function finish(key)
-  wake(key, '')
-  call('ZREM', P .. 'ends', key)
-end
-local function remove_guest(g, guest, operation)
-  version = version + 1
-  finish(guest.key)
-  table.remove(g.guests, select(2, find(g.guests, 'key', guest.key)))
-  g.left, g.news = newer(g.left, g.told), version
-  g.left[#g.left + 1] = {changed = version, id = guest.id}
-  save(g)
-  wake(g.key, '')
-  event(operation, g.name, 'guests: ' .. #g.guests, guest.client)
-end
-local function remove_game(g, operation)
-  for _, guest in ipairs(g.guests) do finish(guest.key) end
-  finish(g.key)
-  call('HDEL', P .. 'names', g.name)
-  call('ZREMRANGEBYSCORE', P .. 'lines', g.key, g.key)
-  call('ZINCRBY', P .. 'clients', -1, g.client)
-  call('ZREMRANGEBYSCORE', P .. 'clients', '-inf', 0)
-  call('INCRBY', P .. 'stored', -g.size)
-  call('DEL', P .. 'game:' .. g.key)
-  call('MSET', P .. 'list', version, P .. 'cursor', version)
-  event(operation, g.name, '', g.client)
+local function remove(g, guest, operation)  -- a guest; or the game with its guests, if none is given
+  local going = guest and {guest} or g.guests
+  if guest then
+    version = version + 1
+    table.remove(g.guests, select(2, find(g.guests, 'key', guest.key)))
+    g.left, g.news = newer(g.left, g.told), version
+    g.left[#g.left + 1] = {changed = version, id = guest.id}
+    save(g)
+    wake(g.key, '')
+  else
+    going[#going + 1] = g
+    call('HDEL', P .. 'names', g.name)
+    call('ZREMRANGEBYSCORE', P .. 'lines', g.key, g.key)
+    if call('HINCRBY', P .. 'clients', g.client, -1) == 0 then call('HDEL', P .. 'clients', g.client) end
+    call('INCRBY', P .. 'stored', -g.size)
+    call('DEL', P .. 'game:' .. g.key)
+    call('MSET', P .. 'list', version, P .. 'cursor', version)
+  end
+  event(operation, g.name, guest and 'guests: ' .. #g.guests or '', (guest or g).client)
+  for _, entry in ipairs(going) do
+    wake(entry.key, '')
+    call('ZREM', P .. 'ends', entry.key)
+  end
 end
 local function expire()                     -- who waits at a server that is there is alive, unless an operator has set its time to -1
   local keys = call('ZRANGEBYSCORE', P .. 'ends', '-inf', now, 'LIMIT', 0, 500)
   table.sort(keys, function(one, other) return #one < #other end)     -- games first: their guests go with them
   for _, key in ipairs(keys) do
-    local g, holder = load(string.match(key, '^%d+')), call('HGET', P .. 'held', key)
+    local g, token = load(string.match(key, '^%d+')), call('HGET', P .. 'held', key)
     local guest = g and find(g.guests, 'key', key)
-    local waits = holder and call('EXISTS', P .. 'wake:' .. string.match(holder, '^(.-)/')) == 1
+    local waits = token and call('EXISTS', P .. 'wake:' .. string.match(token, '^[^/]+')) == 1
     if waits and tonumber(call('ZSCORE', P .. 'ends', key)) >= 0 then keep_alive(key)
-    elseif guest then remove_guest(g, guest, 'expire_guest')
-    elseif g and g.key == key then remove_game(g, 'expire_game')
+    elseif guest then remove(g, guest, 'expire_guest')
+    elseif g and g.key == key then remove(g, nil, 'expire_game')
     else call('ZREM', P .. 'ends', key) end
   end
 end
 
 local ops = {}
-function ops.greet()                        -- a server is there: what the secret of all is
-  call('XADD', P .. 'wake:' .. process, '*', 'token', '')
-  call('SET', P .. 'secret', a.secret, 'NX')
-  return call('GET', P .. 'secret')
-end
-local function describe(g)
+local function describe(g, is_new)
   g.info = a.info or g.info
   if a.listed ~= nil then g.listed = a.listed end
+  save(g, is_new)
 end
 function ops.register_game()
   local g = load(call('HGET', P .. 'names', a.name))
   local is_new = not g
   if is_new then
-    check_room('games', call('HLEN', P .. 'names'), tonumber(call('ZSCORE', P .. 'clients', a.client) or 0))
+    check_room('games', call('HLEN', P .. 'names'), tonumber(call('HGET', P .. 'clients', a.client) or 0))
     g = {key = string.format('%.0f', version), name = a.name, owner = a.digest, client = a.client, info = '{}', listed = true,
       addresses = '[]', ready = false, changed = 0, news = version, told = -1, left = {}, dismissed = {}, guests = {}, size = 0}
   elseif g.owner ~= a.digest then error({'Conflict', '', 'the name {!r} is taken', g.name}) end
-  describe(g)
-  save(g, is_new)
+  describe(g, is_new)
   keep_alive(g.key)
   if is_new then
     call('HSET', P .. 'names', g.name, g.key)
-    call('ZINCRBY', P .. 'clients', 1, g.client)
+    call('HINCRBY', P .. 'clients', g.client, 1)
     event(op, g.name, '', g.client)
   end
   return is_new
@@ -175,12 +169,11 @@ end
 local function since() return a.after and a.after <= cursor and a.after or -1 end       -- the version up to which the caller knows all
 function ops.poll_game()
   local g, replies, gone = find_game(a.digest), a.replies or {}, {}
-  local addresses, told, is_first = a.addresses or g.addresses, g.told, g.changed == 0
-  local is_same = addresses == g.addresses
+  local told, is_first, is_same = g.told, g.changed == 0, a.addresses == nil or a.addresses == g.addresses
   keep_alive(g.key)
   g.told = a.after and since() or cursor
-  if a.replies or not is_same then g.ready = addresses ~= '[]' or a.replies ~= nil end
-  if not is_same then g.addresses, g.changed = addresses, version end
+  if not is_same then g.addresses, g.changed = a.addresses, version end
+  if a.replies or not is_same then g.ready = g.addresses ~= '[]' or a.replies ~= nil end
   for _, reply in ipairs(replies) do
     local guest = find(g.guests, 'id', reply[1])
     if not guest then gone[#gone + 1] = reply[1]
@@ -195,13 +188,12 @@ function ops.poll_game()
     local guest = find(g.guests, 'id', id)
     if guest then
       g.dismissed[#g.dismissed + 1] = {key = guest.key}
-      remove_guest(g, guest, 'dismiss_guest')
+      remove(g, guest, 'dismiss_guest')
     end
   end
   local guests, left = newer(g.guests, since()), a.after and newer(g.left, since()) or {}
-  local has_news = #guests + #left + #gone > 0
-  local waits = wait(g.key, has_news, is_same and #replies + #a.dismiss == 0)
-  return {key = g.key, name = g.name, cursor = g.news, peers = guests, has_news = has_news, left = left, gone = gone, waits = waits}
+  local news = {name = g.name, peers = guests, cursor = g.news, has_news = #guests + #left + #gone > 0, left = left, gone = gone}
+  return wait(g.key, news, is_same and #replies + #a.dismiss == 0)
 end
 function ops.start_game()
   local g = find_game()
@@ -226,19 +218,16 @@ function ops.start_game()
   if is_new then event(op, g.name, 'guests: ' .. #g.guests, guest.client) end
   local offer = guest.reply or g              -- what the host has for this guest, or for all
   local has_news = offer.addresses ~= '[]' and offer.changed > since()
-  local waits = wait(key, has_news, not has_moved)
   local peers = {{id = guest.id, session_key = guest.session_key, addresses = offer.addresses, seen_at = g.seen_at}}
-  return {key = key, name = g.name, cursor = offer.changed, peers = peers, has_news = has_news, left = {}, gone = {}, waits = waits}
+  return wait(key, {name = g.name, peers = peers, cursor = offer.changed, has_news = has_news, left = {}, gone = {}}, not has_moved)
 end
 function ops.leave_game()
   local g = find_game()
   local guest = find(g.guests, 'key', g.key .. ':' .. a.digest)
-  remove_guest(g, guest or error({'NotFound', '', 'there is no session with the game {!r} that could end', g.name}), op)
+  remove(g, guest or error({'NotFound', '', 'there is no session with the game {!r} that could end', g.name}), op)
 end
 function ops.forget_waiter()
-  if call('HGET', P .. 'held', a.key) ~= process .. '/' .. a.token then return end
-  call('HDEL', P .. 'held', a.key)
-  keep_alive(a.key)
+  if call('HGET', P .. 'held', a.key) == a.token then wake(a.key, '') end
 end
 function ops.list_games()
   local current = tonumber(call('GET', P .. 'list') or 0)
@@ -250,7 +239,6 @@ function ops.update_game()
   if other and other ~= g.key then error({'Conflict', '', 'the name {!r} is taken', a.new_name}) end
   g.name = a.new_name
   describe(g)
-  save(g)
   if not other then
     call('HDEL', P .. 'names', a.name)
     call('HSET', P .. 'names', g.name, g.key)
@@ -260,7 +248,7 @@ function ops.update_game()
   end
   return line(g)
 end
-function ops.delete_game() remove_game(find_game(a.digest), op) end
+function ops.delete_game() remove(find_game(a.digest), nil, op) end
 function ops.counts()
   local games = call('HLEN', P .. 'names')
   return {games = games, guests = call('ZCARD', P .. 'ends') - games, stored_bytes = tonumber(call('GET', P .. 'stored') or 0)}
@@ -268,7 +256,7 @@ end
 
 if real > deadline then return redis.error_reply('LATE nobody waits for it any more') end
 -- The first write: a replica refuses it before anything has changed, and Redis 6.2, when it is full, lets go on who has written already.
-if call('PEXPIRE', P .. 'wake:' .. process, 10000) == 0 and op ~= 'greet' then return redis.error_reply('LOST the store came back empty') end
+if call('PEXPIRE', P .. 'wake:' .. process, 10000) == 0 then return redis.error_reply('LOST the store came back empty') end
 expire()
 local ok, result = pcall(ops[op])
 if not ok and (type(result) == 'string' or result.err) then error(result) end
@@ -280,8 +268,8 @@ LIMITS = ("game_ttl", "guest_ttl", "max_games", "max_guests", "max_games_per_cli
 SIZES = {"game_size": 800, "guest_size": 400, "member_size": p2pserver.MEMBER_SIZE, "max_remembered": p2pserver.MAX_REMEMBERED}
 PREFIX, MAX_BATCH = "p2p:{lobby}:", 256         # of all keys; calls in one round trip
 TIMEOUT, SILENCE = 2.0, 0.7     # seconds for the store to answer, and to say that nobody is to be woken, which it does four times a second
-DOWN = Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"})
-HERE = threading.local()        # calls: those whose answers this thread takes, by operation
+# The calls of a request whose answers are there, by operation, while it is repeated.
+ANSWERED: contextvars.ContextVar[Tuple[Tuple[str, Call], ...]] = contextvars.ContextVar("answered", default=())
 
 
 class Call(Later):
@@ -290,37 +278,33 @@ class Call(Later):
     def __init__(self, registry: RedisRegistry, operation: str, values: Mapping[str, Any], waiter: Optional[Waiter] = None) -> None:
         super().__init__(operation)
         self.registry, self.operation, self.waiter = registry, operation, waiter
-        self.text = json.dumps({name: value for name, value in values.items() if value is not None}, default=bytes.decode)
-        self.earlier: Dict[str, Call] = getattr(HERE, "calls", {})      # of the same request
+        given = {name: value.hex() if name in ("digest", "client") else value for name, value in values.items() if value is not None}
+        self.text = json.dumps(given, default=bytes.decode)
+        self.earlier = ANSWERED.get()
         self.answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def send(self, wake: Callable[[], None]) -> None:
         self.answer.add_done_callback(lambda _: wake())
-        self.registry.send(self)
+        self.registry.queue.put(self)
 
     def repeat(self, call: Callable[[], Any]) -> Any:
         if not self.answer.done():
             raise self
-        HERE.calls = {**self.earlier, self.operation: self}
-        try:
-            return call()
-        finally:
-            HERE.calls = {}
+        context = contextvars.copy_context()
+        context.run(ANSWERED.set, (*self.earlier, (self.operation, self)))
+        return context.run(call)
 
 
 class RedisRegistry:
-    """The GameRegistry in a store.
-
-    clock: seconds, in place of the store's clock. CannotStart: the store does not answer, is too old, or has another secret.
-    """
+    """The GameRegistry in a store. clock: seconds, if not the store's. CannotStart: the store does not answer, is too old, or has another secret."""
 
     def __init__(self, settings: Settings, clock: Optional[Callable[[], float]] = None) -> None:
         self._settings, self._clock, self._process = settings, clock, os.urandom(6).hex()
         self._list = 0, p2pserver.list_text(())
         self._waiters: Dict[str, Waiter] = {}       # by token; also of calls that are on their way
         self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
-        self._queue: queue.SimpleQueue[Call] = queue.SimpleQueue()      # calls that are not sent yet
-        self._is_up = self._stopping = False
+        self.queue: queue.SimpleQueue[Call] = queue.SimpleQueue()       # calls that are not sent yet
+        self._stopping = False
         try:
             path = os.environ.get("P2P_STORE_SECRET_FILE")
             self._given = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get("P2P_STORE_SECRET", "")
@@ -335,7 +319,7 @@ class RedisRegistry:
         return p2pserver.keyed_digest(peer_id, self._secret)
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
-        return bool(self._ask("register_game", name=name, digest=digest.hex(), client=client.hex(), **shown))
+        return bool(self._ask("register_game", name, digest, client=client, **shown))
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
                   dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
@@ -344,19 +328,15 @@ class RedisRegistry:
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
                    wake: Wake = None) -> News:
-        news = self._meet("start_game", name, digest, after, wake, addresses=addresses, client=client.hex(), seen_at=seen_at or None,
+        news = self._meet("start_game", name, digest, after, wake, addresses=addresses, client=client, seen_at=seen_at or None,
                           id=p2pserver.new_session_id(), session_key=p2pserver.new_session_id())
-        host = news.peers[0]
-        return news._replace(peers=[host._replace(seen_at=p2pserver.published_at(host.seen_at, host.addresses))])
-
-    def leave_game(self, name: str, digest: bytes) -> None:
-        self._ask("leave_game", name=name, digest=digest.hex())
+        return news._replace(peers=[host._replace(seen_at=p2pserver.published_at(host.seen_at, host.addresses)) for host in news.peers])
 
     def forget_waiter(self, waiter: Waiter) -> None:
         key, token = waiter.entry
         waiter.name = f"/{key.partition(':')[0]}/{waiter.name}"     # finds the game whatever its name is by now
         if self._waiters.pop(token, None):
-            self.send(Call(self, "forget_waiter", {"key": key, "token": token}))
+            self.queue.put(Call(self, "forget_waiter", {"key": key, "token": token}))
 
     def list_games(self) -> Tuple[int, bytes]:
         answer = self._ask("list_games", known=self._list[0])
@@ -365,57 +345,51 @@ class RedisRegistry:
         return self._list
 
     def get_game(self, name: str) -> bytes:
-        return str.encode(self._ask("get_game", name=name))
+        return str.encode(self._ask("get_game", name))
 
     def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
-        return str.encode(self._ask("update_game", name=name, digest=digest.hex(), new_name=new_name or name, **shown))
-
-    def delete_game(self, name: str, digest: bytes) -> None:
-        self._ask("delete_game", name=name, digest=digest.hex())
+        return str.encode(self._ask("update_game", name, digest, new_name=new_name or name, **shown))
 
     def counts(self) -> Dict[str, int]:
         return {**self._ask("counts"), "waiting": sum([waiter.entry[0] != "" for waiter in list(self._waiters.values())])}
 
     def expire_games(self) -> None:
         """Have the store do so, as with each call; and see, ten times a second, whether it is there."""
-        self._queue.put(Call(self, "counts", {}))
+        self.queue.put(Call(self, "counts", {}))
 
-    def _ask(self, operation: str, waiter: Optional[Waiter] = None, **values: Any) -> Any:
+    def close(self) -> None:
+        self._stopping = True
+        self.expire_games()     # ends the wait for a call
+
+    def _ask(self, operation: str, name: str = "", digest: bytes = b"", waiter: Optional[Waiter] = None, **values: Any) -> Any:
         """The store's answer to the call that is repeated. Later: it is made for the first time. Problem."""
-        if operation not in getattr(HERE, "calls", {}):
-            raise Call(self, operation, values, waiter)
-        return HERE.calls[operation].answer.result()
+        call = dict(ANSWERED.get()).get(operation)
+        if call is None:
+            raise Call(self, operation, {"name": name, "digest": digest, **values}, waiter)
+        return call.answer.result()
+
+    leave_game = functools.partialmethod(_ask, "leave_game")
+    delete_game = functools.partialmethod(_ask, "delete_game")
 
     def _meet(self, operation: str, name: str, digest: bytes, after: Optional[int], wake: Wake, **values: Any) -> News:
         """What the store answers to a poll or start. Later. Problem."""
-        call: Optional[Call] = getattr(HERE, "calls", {}).get(operation)
+        call = dict(ANSWERED.get()).get(operation)
         waiter = call.waiter if call else None
         if call is None and wake and len(self._waiters) < self._settings.max_waiting:
-            waiter = Waiter(("", os.urandom(8).hex()), name, digest, after, wake)
+            waiter = Waiter(("", f"{self._process}/{os.urandom(8).hex()}"), name, digest, after, wake)
             self._waiters[waiter.entry[1]] = waiter     # before the call is sent: news may come before the answer does
         token = waiter.entry[1] if waiter else None
         if waiter and call and (call.answer.exception() or not call.answer.result()["waits"]):
             self._waiters.pop(waiter.entry[1], None)
             waiter = None
-        answer = self._ask(operation, waiter, name=name, digest=digest.hex(), after=after, token=token, **values)
-        if call and waiter:
+        answer = self._ask(operation, name, digest, waiter, after=after, token=token, **values)
+        if waiter:
             waiter.entry, waiter.name = (answer["key"], token), answer["name"]
             if token not in self._waiters:
                 waiter.wake()       # once more: when it was woken, nobody waited
         peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in answer["peers"]]
         left = [each["id"] for each in answer["left"]]
         return News(answer["name"], peers, answer["cursor"], answer["has_news"], waiter, left, list(answer["gone"]))
-
-    def send(self, call: Call) -> None:
-        """Have a call sent. While the store is down it ends at once."""
-        if self._is_up:
-            self._queue.put(call)
-        else:
-            call.answer.set_exception(DOWN)
-
-    def close(self) -> None:
-        self._stopping = True
-        self.expire_games()     # ends the wait for a call
 
     def _greet(self) -> None:
         """Connect, and learn the secret that all servers share. RedisError. CannotStart: the store has another one."""
@@ -428,34 +402,32 @@ class RedisRegistry:
         self._script = flags + f"local limit = {{{', '.join([f'{name} = {value:.15g}' for name, value in limits.items()])}}}\n" + LUA
         self._sha = self._redis.script_load(self._script)
         self._offset = 1e18     # milliseconds by which the store's clock is ahead; until it tells, no call is late
-        call = Call(self, "greet", {"secret": f"{self.peer_digest('').hex()}:{'' if self._given else self._secret.hex()}"})
-        self._exchange([call])
-        digest, _, made = call.answer.result().partition(":")
+        self._redis.xadd(f"{PREFIX}wake:{self._process}", {"token": ""})
+        self._exchange([Call(self, "counts", {})])      # the script runs here; and it says how long the stream lives
+        self._redis.set(PREFIX + "secret", f"{self.peer_digest('').hex()}:{'' if self._given else self._secret.hex()}", nx=True)
+        digest, _, made = self._redis.get(PREFIX + "secret").partition(":")
         if made and not self._given:
             self._secret = bytes.fromhex(made)
         if digest != self.peer_digest("").hex():
             raise CannotStart("the servers that share a store need the same P2P_STORE_SECRET")
         self._is_up = True
-        threading.Thread(target=self._wake_all, daemon=True).start()
 
     def _work(self) -> None:
+        """Send the calls, as many at once as there are. While the store is down they end at once."""
         while not self._stopping:
-            calls = [self._queue.get(), *[self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH))]]
+            calls = [self.queue.get(), *[self.queue.get() for _ in range(min(self.queue.qsize(), MAX_BATCH))]]
             try:
-                if not self._is_up:
-                    self._greet()
-                    log.info("the store answers again")
-                self._exchange(calls)
-            except (redis.RedisError, OSError, CannotStart) as error:
                 if self._is_up:
-                    log.error("the store does not answer: %s", type(error).__name__)
+                    self._exchange(calls)
+                    continue
+            except (redis.RedisError, OSError) as error:
+                log.error("the store does not answer: %s", type(error).__name__)
                 self._is_up = False
-                calls += [self._queue.get() for _ in range(self._queue.qsize())]
-                for call in [call for call in calls if not call.answer.done()]:
-                    call.answer.set_exception(DOWN)
+            for call in [call for call in calls if not call.answer.done()]:
+                call.answer.set_exception(Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"}))
 
     def _exchange(self, calls: List[Call]) -> None:
-        """Send calls, all at once, and have them answered. RedisError: the store is down, has come back empty, or cannot be written to."""
+        """Send calls, all at once, and end each. RedisError: the store is down, has come back empty, or cannot be written to."""
         gives_up_at = time.monotonic() * 1000 + self._offset + TIMEOUT * 1000       # by the store's clock
         with self._redis.pipeline(transaction=False) as pipeline:
             for call in calls:
@@ -465,37 +437,37 @@ class RedisRegistry:
         for call, answer in zip(calls, answers):
             if isinstance(answer, redis.exceptions.NoScriptError):
                 self._redis.script_load(self._script)
-                self._queue.put(call)
-            elif isinstance(answer, Exception):
+                self.queue.put(call)
+                continue
+            if isinstance(answer, Exception):
                 raise answer
+            done = json.loads(answer)
+            self._offset = done["now"] - time.monotonic() * 1000
+            for operation, name, detail, client in done["events"]:
+                self.events.append((operation, name, f"renamed to {detail!r}" if operation == "update_game" else detail, bytes.fromhex(client)))
+            for token in done["woken"]:
+                self._wake(token)
+            if done["ok"]:
+                call.answer.set_result(done.get("result"))
             else:
-                self._take(call, json.loads(answer))
-
-    def _take(self, call: Call, answer: Dict[str, Any]) -> None:
-        """End a call, once what has followed from it is done."""
-        self._offset = answer["now"] - time.monotonic() * 1000
-        for operation, name, detail, client in answer["events"]:
-            self.events.append((operation, name, f"renamed to {detail!r}" if operation == "update_game" else detail, bytes.fromhex(client)))
-        for token in answer["woken"]:
-            self._wake(token)
-        if answer["ok"]:
-            call.answer.set_result(answer.get("result"))
-        else:
-            kind, limit, text, *words = answer["result"]
-            call.answer.set_exception(getattr(p2pserver, kind)(text.format(*words), limit=limit))
+                kind, limit, text, *words = done["result"]
+                call.answer.set_exception(getattr(p2pserver, kind)(text.format(*words), limit=limit))
 
     def _listen(self) -> None:
-        """Wake whom the store names. What is not read yet stays there, so that a cut loses nothing."""
-        reader, last = self._reader, "0"
+        """Wake whom the store names. What is not read yet stays there, so that a cut loses nothing. Once the store has failed, greet it again."""
+        last = "0"
         while not self._stopping:
-            if reader is not self._reader:      # the store has failed, and may be another one now
-                reader, last = self._reader, "0"
             try:
-                answer = reader.xread({f"{PREFIX}wake:{self._process}": last}, block=250)
+                if not self._is_up:
+                    self._greet()
+                    last = "0"      # it may be another one
+                    log.info("the store answers again")
+                    threading.Thread(target=self._wake_all, daemon=True).start()
+                answer = self._reader.xread({f"{PREFIX}wake:{self._process}": last}, block=250)
                 for each, fields in answer[0][1] if answer else ():
                     self._wake(fields["token"])
                     last = each
-            except (redis.RedisError, OSError):
+            except (redis.RedisError, OSError, CannotStart):
                 time.sleep(0.05)
 
     def _wake(self, token: str) -> None:

@@ -278,6 +278,18 @@ def test_a_slow_store_slows_only_the_requests_that_need_it(relay):
             assert {each.answer().status for each in busy} == {404}
 
 
+def test_each_call_that_the_store_does_not_answer_has_an_error_of_its_own(store):
+    """One for all would keep the traceback of each that raised it, and with that its request."""
+    with contextlib.closing(redis_registry.RedisRegistry(p2pserver.Settings(store=store.url))) as registry:
+        store.stop()
+        errors = []
+        for _ in range(2):
+            with pytest.raises(p2pserver.Full, match="does not answer") as error:
+                at_once(registry, "counts", [()])
+            errors.append(error.value)
+        assert errors[0] is not errors[1]
+
+
 def test_a_store_that_restarts_empty_is_told_as_503_and_then_all_goes_on(store):
     with sharing(store.url, 2) as servers, waiting(servers[0]) as host:
         cursor = call(servers[0], "POST", "/games/poll", {**MEETING, "name": "castle", "after": 0}).json["cursor"]
