@@ -1967,9 +1967,11 @@ class Server(http.server.ThreadingHTTPServer):
 
         It has a limiter of its own, as who asks asks both. Returned are the ports for STUN.
         """
-        ports = [first.server_address[1] for first in self.stuns[:1]]
-        is_free = not self.settings.port and not self.settings.stun_port        # the system picks the first one, and this
-        port = self.settings.second_stun_port or (0 if is_free else sum(ports) + 1)
+        if not self.stuns:
+            return []
+        first_port = self.stuns[0].server_address[1]
+        is_any = not (self.settings.port or self.settings.stun_port)    # the system picks the first port, and this one
+        port = self.settings.second_stun_port or (0 if is_any else first_port + 1)
         seconds, limiter = [], RateLimiter(self.settings.stun_rate, STUN_BURST)
         try:
             for first in self.stuns:
@@ -1979,9 +1981,9 @@ class Server(http.server.ThreadingHTTPServer):
             log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
             for each in seconds:
                 each.server_close()
-            return ports
+            return [first_port]
         self.stuns += seconds
-        return [*ports, port] if seconds else ports
+        return [first_port, port]
 
     def server_close(self) -> None:
         self.selector.close()

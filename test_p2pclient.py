@@ -1683,11 +1683,11 @@ def test_a_renewal_of_a_session_that_is_not_there_begins_none(endpoint):
 
 def test_a_program_that_was_suspended_goes_on(endpoint, monkeypatch):
     """Neither thread runs for longer than a peer may be silent."""
-    monkeypatch.setattr(checks, "CONSENT_TIME", 1.0)
+    monkeypatch.setattr(checks, "CONSENT_TIME", 3.0)     # on a busy machine the two may need some of it afterwards
     host, guest = endpoint(consent_interval=0.1), endpoint(consent_interval=0.1)
     hosts, guests = pair(host, guest)
     with host._lock, guest._lock:
-        time.sleep(1.5)
+        time.sleep(3.5)
     wait_until(lambda: time.monotonic() - guests.session._last_answer < 0.2)
     guests.send(b"awake")
     assert hosts.recv(5) == b"awake"
@@ -4006,6 +4006,11 @@ def test_http_on_https_is_recognised(start_server, program, certificate):  # noq
     for each in [program(script, "--server", url_of(server)) for script in ("simulate_guest.py", "simulate_hosts.py")]:
         status, text = each.end()
         assert status == 1 and "this port speaks TLS: use https://" in text
+
+
+def test_the_map_of_the_package_names_each_file_once():
+    named = re.findall(r"^    (\w+\.py)  ", p2pclient.__doc__, re.MULTILINE)
+    assert sorted([*named, "__init__.py"]) == sorted(path.name for path in (ROOT / "p2pclient").glob("*.py"))
 
 
 def test_what_is_a_program_may_be_executed_and_nothing_else():

@@ -31,6 +31,13 @@ def relayed_host(stage, nat, *options):
     return host, machine, relay
 
 
+def joined(stage, nat):
+    """A guest that has connected and ended, and the address to which it had connected."""
+    joining = stage.guest(stage.site("guest", nat=nat).machine())
+    assert joining.wait() == 0, joining.text
+    return joining, joining.expect(r"connected: \S+ to (\S+) in")[1]
+
+
 def turn_log(stage, pattern, seconds=10):
     """Waits until coturn has said something."""
     end = time.monotonic() + seconds
@@ -43,9 +50,8 @@ def turn_log(stage, pattern, seconds=10):
 def test_pair_without_a_direct_way_connects_by_the_relay_which_is_given_back_at_the_end(host, guest):
     with Stage(turn=True) as stage:
         hosting, _, relay = relayed_host(stage, host)
-        joining = stage.guest(stage.site("guest", nat=guest).machine())
-        assert joining.wait() == 0, joining.text
-        assert joining.expect(r"connected: \S+ to (\S+) in")[1] == relay
+        joining, address = joined(stage, guest)
+        assert address == relay
         joining.expect("5 of 5 messages came back")
         hosting.expect("the other player has left; 5 messages echoed")
         hosting.interrupt()
@@ -57,9 +63,7 @@ def test_pair_without_a_direct_way_connects_by_the_relay_which_is_given_back_at_
 def test_pair_with_a_direct_way_takes_it_though_there_is_a_relay(host, guest):
     with Stage(turn=True) as stage:
         _, _, relay = relayed_host(stage, host)
-        joining = stage.guest(stage.site("guest", nat=guest).machine())
-        assert joining.wait() == 0, joining.text
-        assert joining.expect(r"connected: \S+ to (\S+) in")[1] != relay
+        assert joined(stage, guest)[1] != relay
 
 
 @pytest.mark.parametrize("host,guest", (("blocked", "none"), ("none", "blocked")))
@@ -76,8 +80,7 @@ def test_relay_may_be_given_to_the_host_by_argument(options, server):
     with Stage() as stage:
         stage.start_turn(*server)
         _, _, relay = relayed_host(stage, "symmetric", "--turn", f"turn:{stage.server.address}:{TURN_PORT}", *options)
-        joining = stage.guest(stage.site("guest", nat="symmetric").machine())
-        assert joining.wait() == 0 and joining.expect(r"connected: \S+ to (\S+) in")[1] == relay, joining.text
+        assert joined(stage, "symmetric")[1] == relay
 
 
 def test_host_that_wants_no_relay_asks_for_none():

@@ -33,6 +33,7 @@ The files, from leaf to root; none needs one below it:
     addresses.py    addresses, and which of a peer's are usable
     stun.py         the codec of STUN
     sockets.py      UDP sockets, and what the operating system knows of ways
+    farewells.py    good-byes that are said again
     pacing.py       what a session and all of a socket may send, and when
     channel.py      who the peer is, and datagrams made authentic
     checklist.py    a peer's addresses, and which of them is to be checked next
@@ -42,17 +43,19 @@ The files, from leaf to root; none needs one below it:
     early.py        checks that come before the server has told of their session
     portmap.py      a public port from one's own router: PCP and NAT-PMP
     upnp.py         the same by UPnP
+    background.py   a thread that keeps something for as long as a game is on offer
     turn.py         an address of a TURN server, without socket or clock
     relay.py        such an address kept for as long as a game is on offer
     forwarding.py   such a port kept for as long as a game is on offer
     whereabouts.py  a socket's candidates, kept up to date
     probing.py      the search for a peer behind a symmetric NAT, without socket or clock
     diagnosis.py    why there is no connection, in words
-    texts.py        texts from the network, made harmless
+    texts.py        the log, and texts from the network, made harmless for it
     answers.py      what the server answers, checked field by field, and its refusals
     tcp.py          connections to the server, and the time that an answer may take
     transport.py    one HTTP call, with repetition and errors
     rendezvous.py   the calls to the server, and its answers
+    attempts.py     by which try of a guest a host knows its session
     connection.py   a connection with one other player
     branches.py     further sockets, to measure a symmetric NAT and to search with
     endpoint.py     one UDP socket, its thread, and its connections

@@ -45,17 +45,7 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
     servers = default_stun(client, stun_servers)
     endpoint = Endpoint(servers, client.on_loopback)
     found = endpoint.candidates
-    if found.mapped:
-        say(True, f"STUN: you are seen at {text_of(found.mapped)}")
-    elif servers:
-        say(False, f"STUN: no answer from {', '.join(map(text_of, servers))}. Is that port open for UDP, UDP not blocked here?")
-    else:
-        say(False, "STUN: this server answers none, so nobody behind a router can be found. Name a STUN server (--stun).")
-    say(found.nat not in ("symmetric", "no answer", "not asked"), f"NAT: {describe_nat(found)}")
-    if found.nat == "symmetric":
-        say(True, f"PREDICTION: {describe_prediction(measured(endpoint))}")
-    if not client.on_loopback:
-        say(True, f"PORTS: {try_forwarding(endpoint.socket.getsockname()[1]) or NO_PORT}")
+    check_network(endpoint, servers, client.on_loopback, say)
     works, line = try_relay(turn, found, client.on_loopback, endpoint.send) if turn else (True, NO_RELAY)
     if turn or not client.on_loopback:
         say(works, f"RELAY: {line}")
@@ -70,6 +60,22 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
     finally:
         endpoint.close()
     return found.mapped is not None and works
+
+
+def check_network(endpoint: Endpoint, servers: Sequence[Address], is_own: bool, say: Callable[[bool, str], bool]) -> None:
+    """Report what STUN and the router tell. is_own: the server is on this very machine, so no router is between."""
+    found = endpoint.candidates
+    if found.mapped:
+        say(True, f"STUN: you are seen at {text_of(found.mapped)}")
+    elif servers:
+        say(False, f"STUN: no answer from {', '.join(map(text_of, servers))}. Is that port open for UDP, UDP not blocked here?")
+    else:
+        say(False, "STUN: this server answers none, so nobody behind a router can be found. Name a STUN server (--stun).")
+    say(found.nat not in ("symmetric", "no answer", "not asked"), f"NAT: {describe_nat(found)}")
+    if found.nat == "symmetric":
+        say(True, f"PREDICTION: {describe_prediction(measured(endpoint))}")
+    if not is_own:
+        say(True, f"PORTS: {try_forwarding(endpoint.socket.getsockname()[1]) or NO_PORT}")
 
 
 def measured(endpoint: Endpoint) -> Candidates:

@@ -92,7 +92,8 @@ def read_published(published: Iterable[Any], own: Candidates, loopback: bool) ->
     # Who shares our public address is a neighbour, whose private address is the best; so may be anybody as long as we do not know ours.
     is_neighbour = own.mapped is None or any(address[0] == own.mapped[0] for address in usable)
     has_ipv6 = any(":" in host and not private_network(host) for host in hosts)
-    relay = told_relay(published)
+    about = told_beside(published)
+    relay = parse_candidate(about.get("relay"))
 
     def unlikelihood(address: Address) -> int:
         if address == relay:
@@ -103,7 +104,7 @@ def read_published(published: Iterable[Any], own: Candidates, loopback: bool) ->
             return 1 if is_neighbour else 4
         return 3 if ":" not in address[0] else 2 if has_ipv6 else 5
 
-    about, likeliest = told_beside(published), sorted(usable, key=unlikelihood)[:MAX_CHECKED]
+    likeliest = sorted(usable, key=unlikelihood)[:MAX_CHECKED]
     ports, probing = Ports.of(about.get("ports")), about.get("probing") is True
     return PeerCandidates(likeliest, *about_peer(published), ports, probing, relay if relay in likeliest else None)
 
@@ -116,12 +117,6 @@ def told_beside(published: Iterable[Any]) -> Dict[str, Any]:
 def public_ipv4(found: Iterable[Optional[Address]]) -> List[Address]:
     """Those of some addresses to which a NAT of IPv4 leads."""
     return [address for address in found if address and ":" not in address[0] and not private_network(address[0]) and not plain_ip(address[0]).is_loopback]
-
-
-def told_relay(published: Sequence[Any]) -> Optional[Address]:
-    """Which of its addresses a peer says is a relay's."""
-    relay = told_beside(published).get("relay")
-    return parse_candidate(relay) if isinstance(relay, str) else None
 
 
 def about_peer(published: Sequence[Any]) -> Tuple[float, str, str]:

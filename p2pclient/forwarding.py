@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from typing import Callable, List, Optional, Union
 
+from .background import Background
 from .portmap import LIFETIME, Mapping, NatPmp, Pcp, Place, find_place
 from .upnp import Upnp
 
 LEAST_PAUSE = 15.0          # seconds between two times that the router is asked
 ASK_AGAIN = 600.0           # seconds after which a router that has given nothing is asked again
-GIVE_BACK_TIME = 1.0        # seconds that the end of a game waits for the router
 
 Way = Union[Pcp, NatPmp, Upnp]
 
@@ -22,7 +21,7 @@ def ways(place: Place, port: int) -> List[Way]:
     return [Pcp(place, port), NatPmp(place, port), Upnp(place, port)]
 
 
-class Forwarding:
+class Forwarding(Background):
     """A thread that keeps a public port of the router for a UDP port of ours, if the router gives any. It takes no more than seconds for each time
     that the router is asked, whatever that answers, and never holds up anybody else.
 
@@ -30,34 +29,18 @@ class Forwarding:
     """
 
     def __init__(self, port: int, publish: Callable[[str], bool], report: Callable[[str], None]) -> None:
+        super().__init__("forwarding")
         self._port, self._publish, self._report = port, publish, report
         self._place: Optional[Place] = None
         self._way: Optional[Way] = None         # by which the router has granted the mapping
         self._mapping: Optional[Mapping] = None
         self._expires = 0.0
-        self._ended, self._woken = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="forwarding", daemon=True)
         self._thread.start()
-
-    def ask_soon(self) -> None:
-        """Ask again, as we or the router may have moved or begun anew. Does not block."""
-        self._woken.set()
-
-    def end(self) -> None:
-        """Have the port given back. Does not block."""
-        self._ended.set()
-        self._woken.set()
-
-    def join(self, seconds: float = GIVE_BACK_TIME) -> None:
-        """Wait until it is given back."""
-        self._thread.join(seconds)
 
     def _run(self) -> None:
         while not self._ended.is_set():
             self._woken.clear()
-            pause = self._keep()
-            self._ended.wait(min(LEAST_PAUSE, pause))
-            self._woken.wait(max(0.0, pause - LEAST_PAUSE))
+            self._rest(self._keep(), LEAST_PAUSE)
         if self._way and self._mapping:
             give_back(self._way, self._mapping)
 

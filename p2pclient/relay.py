@@ -8,6 +8,7 @@ import time
 from typing import Callable, Iterable, Optional, Protocol, Set, Tuple
 
 from .addresses import Address, Relayed, parse_candidate, text_of
+from .background import Background
 from .candidates import Candidates, read_published
 from .deadline import Deadline
 from .sockets import Nat64, find_nat64, open_socket, plain_source, resolve, send_to
@@ -15,7 +16,6 @@ from .turn import Allocation, TurnServer, send_indication
 
 LOOK_INTERVAL = 0.25        # seconds between two looks at which guests there are, and whether we are to end
 LEAST_PAUSE, MOST_PAUSE = 5.0, 300.0    # seconds until a server that has given nothing is asked again, doubling
-GIVE_BACK_TIME = 1.0        # seconds that the end of a game waits for the server
 TRIAL_TIME = 5.0            # seconds that the doctor gives a server
 
 
@@ -35,7 +35,7 @@ class Peers(Protocol):
         """Take a datagram from a guest."""
 
 
-class Relay:
+class Relay(Background):
     """A thread that keeps a relayed address, if the server gives any. It never holds up anybody else, whatever that server does.
 
     server: gives the TURN server to ask, or None, and may block; it is told whether its earlier credentials were refused. loopback: whether the TURN
@@ -43,12 +43,11 @@ class Relay:
     """
 
     def __init__(self, peers: Peers, server: Callable[[bool], Optional[TurnServer]], loopback: bool, report: Callable[[str], None]) -> None:
+        super().__init__("relay")
         self._peers, self._server, self._loopback, self._report = peers, server, loopback, report
         self._way: Optional[Tuple[socket.socket, Address, Optional[Nat64]]] = None      # to the server, while there is an allocation
         self._is_refused = False
         self._said = ""
-        self._ended, self._woken = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
         self._thread.start()
 
     def send(self, datagram: bytes, peer: Address) -> None:
@@ -57,25 +56,11 @@ class Relay:
         if way:
             send_to(way[0], send_indication(datagram, peer), way[1], way[2])
 
-    def ask_soon(self) -> None:
-        """Ask whether the relay is still there, as we may have moved. Does not block."""
-        self._woken.set()
-
-    def end(self) -> None:
-        """Have the relay given back. Does not block."""
-        self._ended.set()
-        self._woken.set()
-
-    def join(self, seconds: float = GIVE_BACK_TIME) -> None:
-        """Wait until it is given back."""
-        self._thread.join(seconds)
-
     def _run(self) -> None:
         pause = LEAST_PAUSE
         while not self._ended.is_set():
             pause = LEAST_PAUSE if self._try() else min(2 * pause, MOST_PAUSE)
-            self._ended.wait(LEAST_PAUSE)
-            self._woken.wait(pause - LEAST_PAUSE)
+            self._rest(pause, LEAST_PAUSE)
 
     def _try(self) -> bool:
         """Ask the server for a relay, and keep it while that works. Whether there was one."""

@@ -7,8 +7,8 @@ import secrets
 import socket
 from typing import Callable, List, Mapping, Optional, Sequence
 
-from .addresses import Address, Sending, plain_ip, private_network, text_of
-from .candidates import StunQuery, ask_stun, candidates_from, gather_addresses
+from .addresses import Address, Sending, text_of
+from .candidates import StunQuery, ask_stun, candidates_from, gather_addresses, public_ipv4
 from .prediction import Ports
 from .sockets import find_nat64, resolve
 from .stun import Message
@@ -146,7 +146,7 @@ class Whereabouts:
 
     def _update(self, seen: Mapping[Address, Address]) -> None:
         before = self.candidates
-        outside = [host for host, _ in seen.values() if ":" not in host and not private_network(host) and not plain_ip(host).is_loopback]
+        outside = [host for host, _ in public_ipv4(seen.values())]
         is_ours = self._forwarded and (not outside or self._forwarded.partition(":")[0] in outside)
         public = [*self._public, self._forwarded] if is_ours else self._public
         found = candidates_from(self._own, seen, self._asked, public)
