@@ -72,7 +72,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Generator, Iterable, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
 
 __version__ = "0.1.0"
 
@@ -493,11 +493,10 @@ class News(NamedTuple):
 
 
 class Later(Exception):
-    """Raised by a registry whose answer comes later. send(wake) asks for it, and wake is called, in any thread, once it is there. Then repeat(call)
-    gives what the call that raised this gives with it; before, it raises this again."""
+    """Raised by a registry whose answer comes later. send(wake) asks for it, and wake is called, in any thread, once it is there. Then
+    the call that raised this, made again, gives it; before, it raises this again."""
 
     send: Callable[[Callable[[], None]], None]
-    repeat: Callable[[Callable[[], Outcome]], Outcome]
 
 
 class GameRegistry(Protocol):
@@ -1489,126 +1488,80 @@ def read_body(head: Head, body: bytes) -> Dict[str, Any]:
 
 # ---- HTTP: connections ----------------------------------------------------------------------------------------------
 
-# What a socket raises that has nothing to read, or no room to write. A connection that raises it is parked until its socket is ready,
-# it is woken, or its deadline passes.
-MustWait = BlockingIOError
+# For what of its socket a connection waits.
+READ, WRITE, NOTHING = selectors.EVENT_READ, selectors.EVENT_WRITE, 0
+Steps = Generator[int, None, Any]       # of a connection: it yields one of these where it must wait, and goes on when it is called again
 
 
-class Connection:
-    """What stays of a connection while no thread serves it. One thread at a time does.
-
-    seconds: for the client to say something.
-    """
-
-    def __init__(self, client_socket: socket.socket, address: Any, seconds: float) -> None:
-        client_socket.setblocking(False)
-        client_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.socket, self.address, self.fileno = client_socket, address, client_socket.fileno
-        self.peer = self.client = client_of(address[0])     # the other end, and who asks through it
-        self.is_proxy = False                               # the other end is a trusted proxy
-        self.counted: Optional[bytes] = None                # the client key that it counts for
-        self.buffer = bytearray()                           # received, not parsed yet
-        self.scanned = self.reads = 0                       # bytes of the buffer in which no head ends; reads that they took
-        self.head = NO_HEAD                                 # of the request that is parsed, and not answered yet
-        self.route: Optional[Route] = None                  # what serves that
-        self.wait = 0                                       # seconds that it wishes to wait
-        self.waiter: Optional[Waiter] = None                # while it waits for news
-        self.call: Optional[Callable[[], Outcome]] = None   # what asks the registry for its answer
-        self.later: Optional[Later] = None                  # while that comes
-        self.answer: Optional[Answer] = None                # that is to be sent once others are served
-        self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
-        self.unsent: List[Union[bytes, memoryview]] = []    # of an answer that its client is slow to read
-        self.closes = False                                 # it ends once that is sent
-        self.deadline = time.monotonic() + seconds          # of what it waits for
-        self.is_parked = self.is_woken = False              # no thread serves it; it is to be served, perhaps before it is parked
-        self.watched = 0                                    # events that the selector tells of
-
-    @property
-    def is_idle(self) -> bool:
-        return not self.buffer and self.head is NO_HEAD
-
-    def read(self) -> bytes:
-        """What has come; nothing at the end of the stream. MustWait: nothing has come."""
-        data = self.socket.recv(READ_SIZE)
-        self.reads += 1
-        return data
-
-    def write(self, *pieces: bytes) -> None:
-        """Send bytes. MustWait: the client does not read them all now."""
-        self.unsent += pieces
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what is unsent. MustWait: the client does not read it all now."""
-        while self.unsent:
-            sent = self.socket.send(self.unsent[0])
-            if sent == len(self.unsent[0]):
-                del self.unsent[0]
-            else:
-                self.unsent[0] = memoryview(self.unsent[0])[sent:]
-                self.deadline = time.monotonic() + SEND_TIME
-
-    def end(self) -> None:
-        """Tell the client that nothing more comes, where its protocol has a word for it."""
+class Gone(Exception):
+    """The client has ended the connection, or is silent for too long."""
 
 
-class TlsConnection(Connection):
-    """A connection under TLS. The socket's bytes go through memory, so one read works on no more of them than it brings."""
+class TlsSocket:
+    """What a connection uses of a socket, under TLS. Its bytes go through memory, so one recv() works on no more of them than it brings."""
 
-    def __init__(self, client_socket: socket.socket, address: Any, context: ssl.SSLContext) -> None:
-        super().__init__(client_socket, address, REQUEST_TIME)
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
-        self.is_open = False
-        self.plaintext: List[memoryview] = []   # of an answer, not encrypted yet
-        self.silent = 0                         # bytes of TLS since the last plaintext
+    def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
+        self._plain = plain
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._is_open = False       # the handshake is done
+        self.is_plain = False       # the client does not speak TLS, or no more: bytes pass as they are
+        self._silent = 0            # bytes of TLS since the last plaintext
+        self._unsent = b""          # bytes of TLS
+        self._accepted = 0          # bytes of plaintext that these stand for
 
-    def read(self) -> bytes:
-        """The same of the plaintext. OSError: this is no TLS, or nothing but messages of TLS, which are work and never end."""
-        data, plaintext = super().read(), b""
-        if not self.is_open and not self.silent and data[:1].isalpha():     # no message of TLS begins so
-            self.buffer += data
-            raise Problem("this port speaks TLS: use https://")
-        self.silent += len(data)
-        if self.silent > MAX_CIPHERTEXT:
+    def recv(self, size: int) -> bytes:
+        """Plaintext; nothing at the end of the stream. BlockingIOError: none has come. OSError: this is no TLS, or is work without any data."""
+        data, plaintext = self._plain.recv(size), b""
+        self.is_plain = self.is_plain or not self._is_open and not self._silent and data[:1].isalpha()      # no message of TLS begins so
+        if self.is_plain:
+            return data
+        self._silent += len(data)
+        if self._silent > MAX_CIPHERTEXT:
             raise OSError("the client sends TLS without any data")
-        self.incoming.write(data)
+        self._incoming.write(data)
         try:
-            if not self.is_open:
-                self.tls.do_handshake()
-                self.is_open = True
-            for piece in iter(functools.partial(self.tls.read, READ_SIZE), b""):
+            if not self._is_open:
+                self._tls.do_handshake()
+                self._is_open = True
+            for piece in iter(functools.partial(self._tls.read, READ_SIZE), b""):
                 plaintext += piece
-            self.socket.shutdown(socket.SHUT_RD)        # close_notify has come: from now on the socket, too, is at its end
+            self._plain.shutdown(socket.SHUT_RD)        # close_notify has come: from now on the socket, too, is at its end
         except ssl.SSLWantReadError:
             if data and not plaintext:
-                raise MustWait from None
+                raise BlockingIOError from None
         finally:
-            with contextlib.suppress(MustWait):     # what is not sent now goes before the next answer
-                self.flush()
-        self.silent = 0
+            with contextlib.suppress(BlockingIOError):      # what is not sent now goes before the next answer
+                self._flush()
+        self._silent = 0
         return plaintext
 
-    def write(self, *pieces: bytes) -> None:
-        waiting: List[Any] = self.plaintext if self.is_open else self.unsent    # to a client that does not speak TLS nothing is encrypted
-        waiting += [memoryview(piece)[start:start + READ_SIZE] for piece in pieces for start in range(0, len(piece), READ_SIZE)]
-        self.flush()
+    def send(self, data: bytes) -> int:
+        """How many bytes of plaintext are sent. BlockingIOError: it is to be called again with the same."""
+        if self.is_plain:
+            return self._plain.send(data)
+        if not self._accepted:
+            self._accepted = self._tls.write(data[:READ_SIZE])      # no more, because the memory that TLS has used once stays its own
+        self._flush()
+        sent, self._accepted = self._accepted, 0
+        return sent
 
-    def flush(self) -> None:
-        """The same. A long answer is encrypted as it is sent, because the memory that TLS has used once stays its own."""
-        super().flush()
-        while self.plaintext or self.outgoing.pending:
-            if self.plaintext:
-                self.tls.write(self.plaintext.pop(0))
-            self.unsent.append(self.outgoing.read())
-            super().flush()
+    def _flush(self) -> None:
+        self._unsent += self._outgoing.read()
+        while self._unsent:
+            self._unsent = self._unsent[self._plain.send(self._unsent):]
 
-    def end(self) -> None:
-        """close_notify (RFC 8446 section 6.1)."""
+    def shutdown(self, how: int) -> None:
+        """Send close_notify (RFC 8446 section 6.1), and no more. What still comes is not decrypted."""
         with contextlib.suppress(OSError, ValueError):
-            self.tls.unwrap()
+            self._tls.unwrap()
         with contextlib.suppress(OSError):
-            self.flush()
+            self._flush()
+        self.is_plain = True
+        self._plain.shutdown(how)
+
+    def close(self) -> None:
+        self._plain.close()
 
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
@@ -1622,202 +1575,256 @@ def cors_fields(settings: Settings) -> str:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One burst of a connection: at most one answer, then it is the turn of others. It lives as the base class has it: setup(), handle(), finish().
-
-    It never blocks. MustWait, from anywhere in it, leaves all that there is in the connection, and the next burst goes on from there.
+    """One connection. Its life is the generator serve(), which never blocks: where it must wait it yields, and the server goes on with it when its
+    socket is ready, it is woken, or its deadline passes. One thread at a time does.
     """
 
     protocol_version, server_version, sys_version = "HTTP/1.1", f"p2pserver/{__version__}", ""
     server: Server
-    connection: Connection
 
     def setup(self) -> None:
-        self.connection = self.request
-        self.use_head(self.connection.head)
+        self.request.setblocking(False)
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.connection: Any = TlsSocket(self.request, self.server.tls) if self.server.tls else self.request
+        self.fileno = self.request.fileno
+        self.peer = self.client = client_of(self.client_address[0])     # the other end, and who asks through it
+        self.is_proxy = self.peer.address in self.server.proxies        # the other end is a trusted proxy
+        self.counted: Optional[bytes] = None                # the client key that it counts for
+        self.buffer = bytearray()                           # received, not parsed yet
+        self.reads = 0                                      # that this request took
+        self.use_head(NO_HEAD)                              # of the request that is parsed, and not answered yet
+        self.body = b""
+        self.route: Optional[Route] = None                  # what serves that
+        self.wait = 0                                       # seconds that it wishes to wait
+        self.waiter: Optional[Waiter] = None                # while it waits for news
+        self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
+        # Of what it waits for. Under TLS the first is the handshake.
+        self.deadline = time.monotonic() + (REQUEST_TIME if self.server.tls else self.server.settings.idle_timeout)
+        self.steps = self.serve()
+        self.events = NOTHING                               # for what it waits
+        self.is_parked = self.is_woken = False              # no thread serves it; it is to be served, perhaps before it is parked
+        self.watched = NOTHING                              # what the selector tells of
+
+    def handle(self) -> None:
+        """Serve it for the first time: most clients ask at once. Under TLS it is parked: nothing of it is done in the thread that accepts."""
+        server = self.server
+        server.connections.add(self)
+        try:
+            if len(server.connections) > server.settings.max_connections:
+                raise Full("there are too many connections", limit="connections")
+            if server.tls and not self.is_proxy:        # a handshake costs a token, as a request does
+                server.charge(self.peer)
+            server.count(self, None if self.is_proxy else self.peer.key)
+        except Full as problem:
+            self.problem = problem
+        if not server.tls:
+            server.advance(self)
+        elif self.problem:      # a handshake would come first
+            server.tally(server.refused, self.problem.limit)
+            server.close(self)
+        else:
+            server.park(self, READ)
 
     def finish(self) -> None:
         """Nothing: the connection goes on, or the server closes it."""
 
     def use_head(self, head: Head) -> None:
-        self.connection.head = head
+        self.head = head
         self.command, self.path, self.headers = head.method, head.target, head.headers  # type: ignore[assignment]
 
     @property
     def is_late(self) -> bool:
         """Whether what the connection waits for has not come in time."""
-        return time.monotonic() >= self.connection.deadline
+        return time.monotonic() >= self.deadline
 
-    def handle_one_request(self) -> None:
-        """Do what comes next: send on, read on, answer what waits, or take a request. MustWait: later. Else the connection is over."""
-        connection = self.connection
-        if (connection.unsent or connection.closes) and self.is_late:
-            return
-        if connection.unsent:
-            connection.flush()
-            self.rest()
-        if connection.closes:       # what a client that is refused still sends is read, whatever it is
-            self.close_connection = not connection.problem or not Connection.read(connection)
-        elif connection.answer:
-            self.send_answer(connection.answer)
-        elif connection.later and connection.call:
-            self.respond(functools.partial(connection.later.repeat, connection.call))
-        elif connection.waiter and connection.route:
-            self.ask_again(connection.waiter, connection.route)
-        elif connection.problem or self.parse_request():
-            self.respond(self.ask)
-        if not self.close_connection:
-            if connection.buffer:       # the next request came with this one, and others have their turn
-                self.server.wake(connection)
-            raise MustWait
+    @property
+    def is_idle(self) -> bool:
+        return not self.buffer and self.head is NO_HEAD
+
+    def serve(self) -> Steps:
+        """The life of the connection. After each answer it is the turn of others. Gone. OSError."""
+        self.close_connection = False
+        while not self.close_connection:
+            try:
+                if not self.problem:
+                    yield from self.parse_request()
+            except Problem as problem:
+                self.problem = problem
+                line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
+                if line and self.head is NO_HEAD:
+                    self.use_head(Head(line[1], line[2], path_of(line[2])))
+            yield from self.send_answer((yield from self.answer()))
+            if self.buffer:         # the next request came with this one
+                self.server.wake(self)
+            if not self.close_connection:
+                yield READ
+        if self.problem:        # to close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)
+            self.connection.shutdown(socket.SHUT_WR)
+            while not self.is_late:
+                yield READ
+                with contextlib.suppress(BlockingIOError):
+                    if not self.connection.recv(READ_SIZE):
+                        return
 
     # Reading a request.
 
-    def parse_request(self) -> bool:
-        """Take a whole request from the buffer, or find why there can be none. False: the client has gone. MustWait: it has not come."""
-        connection = self.connection
-        try:
-            while connection.is_idle or not self.has_request():
-                if not self.receive():
-                    return False
-        except Problem as problem:
-            connection.problem = problem
-            line = REQUEST_LINE.match(connection.buffer.decode("latin-1"))
-            if line and connection.head is NO_HEAD:
-                self.use_head(Head(line[1], line[2], path_of(line[2])))
-        self.body = bytes(connection.buffer[:connection.head.length])
-        del connection.buffer[:connection.head.length]
-        return True
-
-    def receive(self) -> bool:
-        """Receive some of a request. False: no further one comes. MustWait: nothing has come. Problem: it does not come to its end."""
-        connection = self.connection
-        if connection.reads > FREE_READS + len(connection.buffer) // BYTES_PER_READ and not connection.is_proxy:
-            self.server.charge(connection.peer)     # many small pieces are work
-        try:
-            data = connection.read()
-        except MustWait:
-            if not self.is_late:
-                raise
-            data = b""
-        if connection.is_idle:
-            connection.deadline = time.monotonic() + REQUEST_TIME
-        elif not data:
-            raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
-        connection.buffer += data
-        return bool(data)
-
-    def has_request(self) -> bool:
-        """Whether a whole request is in the buffer; its head is taken from there as soon as that is whole."""
-        connection, buffer, is_new = self.connection, self.connection.buffer, self.connection.head is NO_HEAD
-        if is_new:
+    def parse_request(self) -> Steps:  # type: ignore[override]
+        """Take a whole request from the buffer, as it comes. Problem: why there can be none. Gone: no further one comes."""
+        buffer, scanned, end = self.buffer, 0, -1
+        while end < 0:
+            if scanned == len(buffer):
+                yield from self.receive()
             while buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2: empty lines before the request line are ignored
                 del buffer[:2]
-            end = find_head(buffer, connection.scanned)
-            connection.scanned = len(buffer)
-            if end < 0:
-                return False
-            self.use_head(read_head(bytes(buffer[:end])))
-            del buffer[:end + 4]
-            connection.client = client_behind(connection.peer, connection.head.headers, self.server.proxies)
-            if connection.is_proxy and connection.client is not connection.peer:
-                self.server.count(connection, connection.client.key)    # until it is answered
-        head = connection.head
+            end = find_head(buffer, scanned)
+            scanned = len(buffer)
+        self.use_head(read_head(bytes(buffer[:end])))
+        del buffer[:end + 4]
+        head = self.head
+        self.client = client_behind(self.peer, head.headers, self.server.proxies)
+        if self.is_proxy and self.client is not self.peer:
+            self.server.count(self, self.client.key)    # until it is answered
         limit = self.server.settings.max_body * (POLL_FACTOR if head.path == POLL_PATH else 1)
         if head.length > limit:
             raise Problem(f"the body has more than {limit} bytes", 413)
-        if is_new and head.version > "1.0" and "expect" in head.headers and head.length + head.is_chunked > len(buffer):
-            connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if head.is_chunked:
+        length, is_chunked = head.length, head.is_chunked
+        if head.version > "1.0" and "expect" in head.headers and length + is_chunked > len(buffer):
+            yield from self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while is_chunked or len(buffer) < length:
             size = len(buffer)
-            length, is_chunked = decode_chunks(buffer, head.length, limit)
-            self.server.limiter.charge(connection.client.key, (size - len(buffer)) // BYTES_PER_READ)    # many small chunks are work, too
-            head = connection.head = head._replace(length=length, is_chunked=is_chunked)
-        return not head.is_chunked and len(buffer) >= head.length
+            if is_chunked:
+                length, is_chunked = decode_chunks(buffer, length, limit)
+                self.server.limiter.charge(self.client.key, (size - len(buffer)) // BYTES_PER_READ)     # many small chunks are work, too
+            if is_chunked or len(buffer) < length:
+                yield from self.receive()
+        self.body = bytes(buffer[:length])
+        del buffer[:length]
+
+    def receive(self) -> Steps:
+        """Wait for more of a request. Problem: it does not come to its end. Gone: no further one comes."""
+        data = None
+        while data is None:
+            if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
+                self.server.charge(self.peer)       # many small pieces are work
+            try:
+                data = self.read()
+            except BlockingIOError:
+                if self.is_late:
+                    data = b""
+                else:
+                    yield READ
+        if self.is_idle:
+            self.deadline = time.monotonic() + REQUEST_TIME
+            if not data:
+                raise Gone
+        elif not data:
+            raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
+        self.buffer += data
+        if self.server.tls and self.connection.is_plain:
+            raise Problem("this port speaks TLS: use https://")
+
+    def read(self) -> bytes:
+        """What has come; nothing at the end of the stream. BlockingIOError: nothing has come."""
+        data: bytes = self.connection.recv(READ_SIZE)
+        self.reads += 1
+        return data
 
     # Answering it.
 
-    def ask(self) -> Outcome:
-        """Find the route, check the fields, and ask its endpoint. Problem: what is wrong."""
-        server, connection = self.server, self.connection
+    def answer(self) -> Steps:
+        """The answer to the request, or to what is wrong with it."""
+        outcome = yield from self.outcome_of(self.ask)
+        while isinstance(outcome, Waiter):
+            # Of its fields nothing is kept, of its head little.
+            self.waiter = outcome
+            self.use_head(self.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]}))
+            yield READ
+            self.read_ahead()
+            outcome = yield from self.outcome_of(self.ask_again)
+        if self.server.queue and not self.waiter:
+            # This request may have woken a host, which is served first: else the guest's first datagram may reach it before it knows the guest.
+            self.server.wake(self)
+            yield READ
+        return outcome
+
+    def outcome_of(self, ask: Callable[[], Callable[[], Outcome]]) -> Steps:
+        """What the call that ask() gives comes to, or the answer that stands for its failure."""
+        call = asked = None
+        while True:
+            try:
+                call = call or ask()
+                return call()
+            except Problem as problem:
+                if problem.limit == "rate" and not self.is_proxy:       # a proxy's connection is for others as well
+                    self.problem = problem
+                return self.answer_to(problem)
+            except Later as later:
+                if later is not asked:
+                    later.send(functools.partial(self.server.wake, self))
+                asked = later
+            except Exception:
+                log.exception("a request failed")
+                return self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
+            yield NOTHING
+
+    def ask(self) -> Callable[[], Outcome]:
+        """Find the route and check the fields: what asks its endpoint. Problem: what is wrong."""
+        server, head = self.server, self.head
         # A monitor is never refused. A proxy does not pay for what cannot be read, which may be anybody's.
-        is_anybodys = connection.problem and connection.is_proxy and connection.client is connection.peer
-        if connection.head.path != HEALTH_PATH and not is_anybodys:
-            server.charge(connection.client)
-        if connection.problem:
-            raise connection.problem
+        is_anybodys = self.problem and self.is_proxy and self.client is self.peer
+        if head.path != HEALTH_PATH and not is_anybodys:
+            server.charge(self.client)
+        if self.problem:
+            raise self.problem
         if self.command == "OPTIONS":
-            return self.options([route.method for route in ROUTES] if self.path == "*" else resolve(connection.head.path)[0])
-        routes, name = resolve(connection.head.path)
-        route = connection.route = routes.get("GET" if self.command == "HEAD" else self.command)
+            methods = [route.method for route in ROUTES] if self.path == "*" else resolve(head.path)[0]
+            return functools.partial(self.options, methods)
+        routes, name = resolve(head.path)
+        route = self.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
             raise Problem("this method is not for this path", 405, headers={"Allow": allowed(routes)})
         digest, fields = self.read_fields(route) if route.fields else (b"", {})
-        connection.wait = wished_wait(fields, connection.head.headers, server.settings.max_wait)
-        connection.deadline = time.monotonic() + connection.wait
-        request = Request(name or fields.get("name", ""), digest, fields, connection.head.headers, connection.client, connection.wait, self.waker())
-        connection.call = lambda: check_preconditions(server, request, connection.head.method, routes) or route.endpoint(server, request)
-        return connection.call()
+        self.wait = wished_wait(fields, head.headers, server.settings.max_wait)
+        self.deadline = time.monotonic() + self.wait
+        request = Request(name or fields.get("name", ""), digest, fields, head.headers, self.client, self.wait, self.waker())
+        return lambda: check_preconditions(server, request, head.method, routes) or route.endpoint(server, request)
 
     def read_fields(self, route: Route) -> Tuple[bytes, Dict[str, Any]]:
         """The digest of the peerId, and the other fields. Clients send the same body again and again: what has been found in it is kept by its digest."""
-        connection, server = self.connection, self.server
-        head, scope, peer_digest = connection.head, Scope(connection.client.is_local, server.settings.max_guests), server.registry.peer_digest
-        key = (route.endpoint, scope, head.headers.get("content-type"), head.headers.get("content-encoding"), peer_digest(self.body.decode("latin-1")))
-        found = server.known_bodies.get(key) if self.body else None
+        server, headers, body = self.server, self.head.headers, self.body
+        self.body = b""     # which holds the peerId
+        scope, peer_digest = Scope(self.client.is_local, server.settings.max_guests), server.registry.peer_digest
+        key = (route.endpoint, scope, headers.get("content-type"), headers.get("content-encoding"), peer_digest(body.decode("latin-1")))
+        found = server.known_bodies.get(key) if body else None
         if found is None:
-            fields = validate(read_body(head, self.body), route.fields, scope)
+            fields = validate(read_body(self.head, body), route.fields, scope)
             found = peer_digest(fields.pop("peerId")), fields
             if len(server.known_bodies) >= MAX_KNOWN_BODIES:
                 server.known_bodies.clear()
-            if 0 < len(self.body) <= MAX_KNOWN_BODY:
+            if 0 < len(body) <= MAX_KNOWN_BODY:
                 server.known_bodies[key] = found
         return found
 
-    def ask_again(self, waiter: Waiter, route: Route) -> None:
-        """Ask for a poll or start that waits: there may be news, its time may be over, or its client may have gone. MustWait: it goes on waiting."""
-        connection, server = self.connection, self.server
-        with contextlib.suppress(MustWait):
-            data = connection.read()
-            if not data or len(connection.buffer) > MAX_HEAD or connection.reads > 2 * FREE_READS + len(connection.buffer) // BYTES_PER_READ:
-                return      # the connection ends
-            connection.buffer += data       # the next request comes early, and waits
+    def read_ahead(self) -> None:
+        """Read what comes while a poll or start waits: the next request. Gone."""
+        with contextlib.suppress(BlockingIOError):
+            data = self.read()
+            if not data or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
+                raise Gone
+            self.buffer += data
+
+    def ask_again(self) -> Callable[[], Outcome]:
+        """What asks again for a poll or start that waits: there may be news, or its time may be over."""
+        server, waiter, route = self.server, self.waiter, self.route
+        assert waiter and route
         server.registry.forget_waiter(waiter)
         wake = None if waiter.is_over or self.is_late else self.waker()
-        request = Request(waiter.name, waiter.digest, {"after": waiter.after}, {}, connection.client, connection.wait, wake, waiter.is_busy)
-        connection.call = functools.partial(route.endpoint, server, request)
-        self.respond(connection.call)
+        request = Request(waiter.name, waiter.digest, {"after": waiter.after}, {}, self.client, self.wait, wake, waiter.is_busy)
+        return functools.partial(route.endpoint, server, request)
 
     def waker(self) -> Optional[Callable[[], None]]:
         """What to call when there is news for this connection; None if it does not wish to wait."""
-        return functools.partial(self.server.wake, self.connection) if self.connection.wait and not self.server.stopping else None
-
-    def respond(self, ask: Callable[[], Outcome]) -> None:
-        """Send what the call gives, or the answer that stands for its failure. MustWait: it waits for news, the registry, or others to be served first."""
-        server, connection = self.server, self.connection
-        try:
-            outcome = ask()
-        except Problem as problem:
-            if problem.limit == "rate" and not connection.is_proxy:     # a proxy's connection is for others as well
-                connection.problem = problem
-            outcome = self.answer_to(problem)
-        except Later as later:
-            if later is not connection.later:
-                connection.later = later
-                later.send(functools.partial(server.wake, connection))
-            raise MustWait from None
-        except Exception:
-            log.exception("a request failed")
-            outcome = self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
-        if isinstance(outcome, Waiter):     # of its fields nothing is kept, of its head little
-            connection.waiter, connection.call, connection.later = outcome, None, None
-            connection.head = connection.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]})
-            raise MustWait
-        if server.queue and not connection.waiter:
-            # This request may have woken a host, which is served first: else the guest's first datagram may reach it before it knows the guest.
-            connection.answer = outcome
-            server.wake(connection)
-            raise MustWait
-        self.send_answer(outcome)
+        return functools.partial(self.server.wake, self) if self.wait and not self.server.stopping else None
 
     def answer_to(self, problem: Problem) -> Answer:
         """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
@@ -1829,39 +1836,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def options(self, methods: Iterable[str]) -> Answer:
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
         headers = {"Allow": allowed(methods), **({"Accept-Patch": "application/json"} if "PATCH" in methods else {})}      # RFC 5789 section 3.1
-        if self.server.settings.cors_origin and "access-control-request-method" in self.connection.head.headers:
+        if self.server.settings.cors_origin and "access-control-request-method" in self.head.headers:
             wished = self.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")
             headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400", "Access-Control-Allow-Headers": wished})
         return Answer(204, None, headers)
 
-    def send_answer(self, answer: Answer) -> None:
-        """Write an answer. The request is over then."""
-        connection, server, data = self.connection, self.server, answer.data()
-        connection.closes = connection.head.closes or server.stopping or connection.problem is not None
-        self.close_connection = connection.closes and not connection.problem
+    def send_answer(self, answer: Answer) -> Steps:
+        """Send an answer. The request is over then, and the time for what comes next begins. Gone: the client does not read it."""
+        server, data = self.server, answer.data()
+        self.close_connection = self.head.closes or server.stopping or self.problem is not None
         head = self.head_of(answer, len(data))
         self.log_request(answer.status, len(data))
         if self.command == "HEAD":
             data = b""
         tokens = len(data) // BYTES_PER_TOKEN + (FORBIDDEN_COST - 1 if answer.status in (403, 409) else 0)
         if tokens:      # to register somebody's game is to guess, too
-            server.limiter.charge(connection.client.key, tokens)
-        if connection.is_proxy:
-            server.count(connection, None)
-        connection.route = connection.waiter = connection.call = connection.later = connection.answer = None
-        connection.client, connection.head, connection.reads, connection.scanned = connection.peer, NO_HEAD, 0, 0
-        connection.deadline = time.monotonic() + SEND_TIME
-        connection.write(*((head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,)))     # connections share a long list
-        self.rest()
+            server.limiter.charge(self.client.key, tokens)
+        if self.is_proxy:
+            server.count(self, None)
+        self.use_head(NO_HEAD)
+        self.route = self.waiter = None
+        self.client, self.reads = self.peer, 0
+        self.deadline = time.monotonic() + SEND_TIME
+        for piece in (head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,):      # connections share a long list
+            yield from self.send(piece)
+        self.deadline = time.monotonic() + (LINGER_TIME if self.problem else server.settings.idle_timeout if self.is_idle else REQUEST_TIME)
 
-    def rest(self) -> None:
-        """An answer is sent: the time for what comes next begins."""
-        connection = self.connection
-        connection.deadline = time.monotonic() + (
-            LINGER_TIME if connection.problem else self.server.settings.idle_timeout if connection.is_idle else REQUEST_TIME)
-        if connection.problem:      # to close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)
-            connection.end()
-            connection.socket.shutdown(socket.SHUT_WR)
+    def send(self, data: bytes) -> Steps:
+        """Send bytes. Gone: the client does not read them."""
+        unsent = memoryview(data)
+        while unsent:
+            try:
+                unsent = unsent[self.connection.send(unsent):]
+                self.deadline = max(self.deadline, time.monotonic() + SEND_TIME)
+            except BlockingIOError:
+                if self.is_late:
+                    raise Gone from None
+                yield WRITE
 
     def head_of(self, answer: Answer, length: int) -> bytes:
         """The head of an answer whose body has that many bytes."""
@@ -1874,18 +1885,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields: Dict[str, Any] = {"Cache-Control": "no-store", **retry, **answer.headers}
         if answer.body is not None:
             fields.update({"Content-Type": answer.media_type, "Content-Length": length})
-        if self.connection.closes or self.connection.head.version == "1.0":
-            fields["Connection"] = "close" if self.connection.closes else "keep-alive"
+        if self.close_connection or self.head.version == "1.0":
+            fields["Connection"] = "close" if self.close_connection else "keep-alive"
         if "," in server.settings.cors_origin and self.headers.get("origin") in server.settings.origins:
             fields["Access-Control-Allow-Origin"] = self.headers["origin"]
         return (text + "".join([f"{name}: {value}\r\n" for name, value in fields.items()]) + "\r\n").encode("latin-1")
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
-        route = self.connection.route
-        self.server.tally(self.server.answered, (route.endpoint.__name__ if route else "none", code))
+        self.server.tally(self.server.answered, (self.route.endpoint.__name__ if self.route else "none", code))
         if self.server.settings.access_log:
-            log_fields("{client} {method} {path!r} {status} {bytes}", client=self.connection.client.address, method=self.command,
+            log_fields("{client} {method} {path!r} {status} {bytes}", client=self.client.address, method=self.command,
                        path=self.path.partition("?")[0], status=code, bytes=size)
 
 
@@ -1921,8 +1931,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.refused: collections.Counter[str] = collections.Counter()      # by the option that was reached
         self._logged: collections.Counter[str] = collections.Counter()      # how many of these the log has told
         self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
-        self.connections: Set[Connection] = set()
-        self.queue: collections.deque[Connection] = collections.deque()     # that have been parked or woken, to be looked at
+        self.connections: Set[Handler] = set()
+        self.queue: collections.deque[Handler] = collections.deque()     # that have been parked or woken, to be looked at
         self.has_backlog = False            # clients that are not accepted yet
         self.next_report = self.began + REPORT_EVERY
         self._running: List[threading.Thread] = []
@@ -1936,9 +1946,9 @@ class Server(http.server.ThreadingHTTPServer):
         self._bind()
         self.stun_ports = self._bind_second_stun()      # the UDP ports for STUN; each address has the same ones
         # What the selector finds ready is passed to the function that it is registered with.
-        self.selector.register(self._wakened, selectors.EVENT_READ, lambda wakened: wakened.recv(65536))
+        self.selector.register(self._wakened, READ, lambda wakened: wakened.recv(65536))
         for listener in self.listeners:
-            self.selector.register(listener, selectors.EVENT_READ, self.accept_clients)
+            self.selector.register(listener, READ, self.accept_clients)
 
     def _bind(self) -> None:
         """Listen on each address of the host, everywhere on one port for TCP and one for UDP."""
@@ -2019,7 +2029,7 @@ class Server(http.server.ThreadingHTTPServer):
         ends_at = time.monotonic() + grace
         while self.connections and time.monotonic() < ends_at + 0.1:
             for connection in list(self.connections):       # what neither arrives nor is sent has no time any more
-                connection.deadline = min(connection.deadline, ends_at if connection.unsent or connection.buffer else 0.0)
+                connection.deadline = min(connection.deadline, ends_at if connection.events == WRITE or connection.buffer else 0.0)
             self.serve_late()
             self.serve_ready(0.05)
         for _ in range(self.settings.max_threads):      # each ends its burst
@@ -2099,27 +2109,10 @@ class Server(http.server.ThreadingHTTPServer):
         return not (is_over or is_full)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a new connection: most clients ask at once. Under TLS it is parked: nothing of it is done in this thread."""
-        connection = TlsConnection(request, client_address, self.tls) if self.tls else Connection(request, client_address, self.settings.idle_timeout)
-        connection.is_proxy = connection.peer.address in self.proxies
-        self.connections.add(connection)
-        try:
-            if len(self.connections) > self.settings.max_connections:
-                raise Full("there are too many connections", limit="connections")
-            if self.tls and not connection.is_proxy:        # a handshake costs a token, as a request does
-                self.charge(connection.peer)
-            self.count(connection, None if connection.is_proxy else connection.peer.key)
-        except Full as problem:
-            connection.problem = problem
-        if not self.tls:
-            self.serve(connection)
-        elif connection.problem:     # a handshake would come first
-            self.tally(self.refused, connection.problem.limit)
-            self.close(connection)
-        else:
-            self.park(connection)
+        """Make a handler of a new connection, in this thread."""
+        self.finish_request(request, client_address)
 
-    def count(self, connection: Connection, key: Optional[bytes]) -> None:
+    def count(self, connection: Handler, key: Optional[bytes]) -> None:
         """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client, and this one more until it ends."""
         with self._lock:
             if connection.counted is not None:
@@ -2147,19 +2140,19 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in [each for each in list(self.connections) if each.deadline <= now and each.is_parked]:
             self.go_on(connection)
 
-    def go_on(self, connection: Connection) -> None:
+    def go_on(self, connection: Handler) -> None:
         """Serve a parked connection: at once, or under TLS in a thread of the base class's.
 
         It waits while there are max_threads of them, none of which waits for its client.
         """
         connection.is_parked = connection.is_woken = False
         if not self.tls:
-            self.serve(connection)
+            self.advance(connection)
             return
         self.watch(connection)
         self.threads.acquire()
         try:
-            super().process_request(connection, connection.address)  # type: ignore[arg-type]
+            super().process_request(connection, connection.client_address)  # type: ignore[arg-type]
         except RuntimeError:       # the system gives no thread
             self.threads.release()
             self.tally(self.refused, "threads")
@@ -2167,13 +2160,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
-            self.serve(request)
+            self.advance(request)
         finally:
             self.threads.release()
 
-    def watch(self, connection: Connection) -> None:
+    def watch(self, connection: Handler) -> None:
         """Have the selector tell when there is something for a connection, if it is parked."""
-        events = 0 if connection.later or not connection.is_parked else selectors.EVENT_WRITE if connection.unsent else selectors.EVENT_READ
+        events = connection.events if connection.is_parked else NOTHING
         if events != connection.watched:
             if connection.watched:
                 self.selector.unregister(connection)
@@ -2194,42 +2187,41 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             counter[key] += 1
 
-    def serve(self, connection: Connection) -> None:
+    def advance(self, connection: Handler) -> None:
         """One burst of a connection, which is parked or closed then."""
         try:
-            self.finish_request(connection, connection.address)  # type: ignore[arg-type]
-        except MustWait:
-            self.park(connection)
+            self.park(connection, next(connection.steps))
             return
+        except (StopIteration, Gone):
+            pass
         except Exception:
-            self.handle_error(connection, connection.address)
+            self.handle_error(connection, connection.client_address)
         self.close(connection)
 
-    def park(self, connection: Connection) -> None:
+    def park(self, connection: Handler, events: int) -> None:
         """Have a connection wait. The selector is for the serving thread alone, and under TLS this is another."""
-        connection.is_parked = True
+        connection.events, connection.is_parked = events, True
         (self.look_at if self.tls else self.watch)(connection)
 
-    def wake(self, connection: Connection) -> None:
+    def wake(self, connection: Handler) -> None:
         """Have a connection served that waits for news, or will in a moment."""
         connection.is_woken = True
         self.look_at(connection)
 
-    def look_at(self, connection: Connection) -> None:
+    def look_at(self, connection: Handler) -> None:
         self.queue.append(connection)
         if threading.current_thread() not in self._running:
             with contextlib.suppress(BlockingIOError):      # so many bytes end the wait as well
                 self._waker.send(b".")
 
-    def close(self, connection: Connection) -> None:
+    def close(self, connection: Handler) -> None:
         """End a connection that no thread serves."""
         if connection.waiter:
             self.registry.forget_waiter(connection.waiter)
         self.count(connection, None)
         self.connections.discard(connection)
         self.watch(connection)
-        connection.end()
-        self.shutdown_request(connection.socket)
+        self.shutdown_request(connection.connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """One connection ends, and the server goes on. That its client has gone is no fault of ours."""
