@@ -47,6 +47,7 @@ import collections
 import contextlib
 import datetime
 import difflib
+import email.utils
 import errno
 import functools
 import hashlib
@@ -1566,12 +1567,15 @@ class TlsSocket:
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
 
-def cors_fields(settings: Settings) -> str:
-    """What every answer tells browsers. Of a list of origins only the one that asks is told, in its own answer."""
-    if not settings.cors_origin:
-        return ""
-    origin = "Vary: Origin" if "," in settings.cors_origin else f"Access-Control-Allow-Origin: {settings.cors_origin}"
-    return f"{origin}\r\nAccess-Control-Expose-Headers: ETag, Location, Preference-Applied, Retry-After\r\n"
+@functools.lru_cache(maxsize=256)
+def head_text(now: int, status: int, cors_origin: str, fields: Tuple[Tuple[str, str], ...]) -> str:
+    """The head of an answer without its Content-Length: with what all have, and fields. now: seconds since 1970."""
+    usual = {"Server": Handler.server_version, "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
+    if cors_origin:     # of a list of origins only the one that asks is told, in its own answer
+        usual.update({"Vary": "Origin"} if "," in cors_origin else {"Access-Control-Allow-Origin": cors_origin})
+        usual["Access-Control-Expose-Headers"] = "ETag, Location, Preference-Applied, Retry-After"
+    lines = [f"{name}: {value}\r\n" for name, value in {**usual, "Cache-Control": "no-store", **dict(fields)}.items()]
+    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1642,34 +1646,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return not self.buffer and self.head is NO_HEAD
 
     def serve(self) -> Steps:
-        """The life of the connection. After each answer it is the turn of others. Gone. OSError."""
+        """The life of the connection. Gone. OSError."""
         self.close_connection = False
         while not self.close_connection:
-            try:
-                if not self.problem:
-                    yield from self.parse_request()
-            except Problem as problem:
-                self.problem = problem
-                line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
-                if line and self.head is NO_HEAD:
-                    self.use_head(Head(line[1], line[2], path_of(line[2])))
-            yield from self.send_answer((yield from self.answer()))
-            if self.buffer:         # the next request came with this one
+            if not self.problem:
+                yield from self.receive_request()
+            answer = yield from self.answer()
+            yield from self.send_answer(answer)
+            if self.buffer:         # the next request came with this one, and others have their turn
                 self.server.wake(self)
             if not self.close_connection:
                 yield READ
-        if self.problem:        # to close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)
-            self.connection.shutdown(socket.SHUT_WR)
-            while not self.is_late:
-                yield READ
-                with contextlib.suppress(BlockingIOError):
-                    if not self.connection.recv(READ_SIZE):
-                        return
+        if self.problem:
+            yield from self.linger()
 
     # Reading a request.
 
+    def receive_request(self) -> Steps:
+        """Receive a whole request, or find why there can be none. Gone: no further one comes."""
+        try:
+            yield from self.parse_request()
+        except Problem as problem:
+            self.problem = problem
+            line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
+            if line and self.head is NO_HEAD:
+                self.use_head(Head(line[1], line[2], path_of(line[2])))
+
     def parse_request(self) -> Steps:  # type: ignore[override]
-        """Take a whole request from the buffer, as it comes. Problem: why there can be none. Gone: no further one comes."""
+        """Take a whole request from the buffer, as it comes. Problem. Gone."""
         buffer, scanned, end = self.buffer, 0, -1
         while end < 0:
             if scanned == len(buffer):
@@ -1874,22 +1878,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise Gone from None
                 yield WRITE
 
+    def linger(self) -> Steps:
+        """Read on for a moment. To close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)."""
+        self.connection.shutdown(socket.SHUT_WR)
+        while not self.is_late:
+            yield READ
+            with contextlib.suppress(BlockingIOError):
+                if not self.connection.recv(READ_SIZE):
+                    return
+
     def head_of(self, answer: Answer, length: int) -> bytes:
         """The head of an answer whose body has that many bytes."""
-        server, now = self.server, int(time.time())
-        if server.usual_fields[0] != now:       # made once a second for the sake of Date (RFC 9110 section 5.6.7)
-            server.usual_fields = now, (f"Server: {self.server_version}\r\nDate: {self.date_time_string(now)}\r\n"
-                                        f"X-Content-Type-Options: nosniff\r\n{cors_fields(server.settings)}")
-        text = f"HTTP/1.1 {answer.status} {self.responses[answer.status][0]}\r\n{server.usual_fields[1]}"
-        retry = {"Retry-After": RESTARTED_AFTER if server.stopping else RETRY_AFTER} if answer.status in (429, 503) else {}
-        fields: Dict[str, Any] = {"Cache-Control": "no-store", **retry, **answer.headers}
+        server, fields = self.server, dict(answer.headers)
+        if answer.status in (429, 503):
+            fields.setdefault("Retry-After", str(RESTARTED_AFTER if server.stopping else RETRY_AFTER))
         if answer.body is not None:
-            fields.update({"Content-Type": answer.media_type, "Content-Length": length})
+            fields["Content-Type"] = answer.media_type
         if self.close_connection or self.head.version == "1.0":
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
         if "," in server.settings.cors_origin and self.headers.get("origin") in server.settings.origins:
             fields["Access-Control-Allow-Origin"] = self.headers["origin"]
-        return (text + "".join([f"{name}: {value}\r\n" for name, value in fields.items()]) + "\r\n").encode("latin-1")
+        text = head_text(int(time.time()), answer.status, server.settings.cors_origin, tuple(fields.items()))
+        return (text if answer.body is None else f"{text[:-2]}Content-Length: {length}\r\n\r\n").encode("latin-1")
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
@@ -1923,7 +1933,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how often a client without tokens is told so
         self.began = time.monotonic()
         self.known_bodies: Dict[Any, Tuple[bytes, Dict[str, Any]]] = {}     # what has been found in bodies
-        self.usual_fields = (0, "")         # the second they were made in, and the fields
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.
         self._lock = threading.Lock()
