@@ -1859,7 +1859,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.is_proxy:
             server.count(self, None)
         self.use_head(NO_HEAD)
-        self.route = self.waiter = None
+        self.body, self.route, self.waiter = b"", None, None
         self.client, self.reads = self.peer, 0
         self.deadline = time.monotonic() + SEND_TIME
         for piece in (head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,):      # connections share a long list

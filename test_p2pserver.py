@@ -4005,8 +4005,9 @@ def test_neither_an_idle_nor_a_waiting_connection_keeps_what_its_client_sent(ser
     api = serve()
     api.register_game("castle")
     head = b"\r\n".join(b"X-%d: %s" % (i, b"private" * 40) for i in range(90))
-    with Raw(api, poll("castle", head)) as idle, Raw(api, poll("castle", head + b"\r\n" + WAIT_20)) as waiting:
-        assert idle.answer().status == 200
+    with Raw(api, poll("castle", head)) as idle, Raw(api, poll("castle", head).replace(b"/poll", b"/poll/it")) as lost, \
+            Raw(api, poll("castle", head + b"\r\n" + WAIT_20)) as waiting:
+        assert idle.answer().status == 200 and lost.answer().status == 404
         wait_until(lambda: waiters(api) == 1)
         kept = [bytes(thing) if isinstance(thing, (bytes, bytearray)) else thing.encode() for thing in reachable(api.server)
                 if isinstance(thing, (str, bytes, bytearray))]
