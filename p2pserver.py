@@ -1874,9 +1874,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 unsent = unsent[self.connection.send(unsent):]
                 self.deadline = max(self.deadline, time.monotonic() + SEND_TIME)
             except BlockingIOError:
+                yield WRITE
                 if self.is_late:
                     raise Gone from None
-                yield WRITE
 
     def linger(self) -> Steps:
         """Read on for a moment. To close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)."""
