@@ -1872,7 +1872,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while unsent:
             try:
                 unsent = unsent[self.connection.send(unsent):]
-                self.deadline = max(self.deadline, time.monotonic() + SEND_TIME)
+                if unsent:
+                    self.deadline = time.monotonic() + SEND_TIME
             except BlockingIOError:
                 yield WRITE
                 if self.is_late:
