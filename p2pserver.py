@@ -522,7 +522,8 @@ class GameRegistry(Protocol):
         """Publish the host's addresses and replies, where given; learn of the guests that came, moved or left since the cursor after, or of all there are.
 
         A reply that was made before after, without the guest's present addresses, is ignored. dismiss: sessions of guests to be sent away.
-        With wake, without news and while there is room, the answer has a waiter. A later poll of the host replaces it. NotFound. Forbidden. Full.
+        With wake, without news and while there is room, the answer has a waiter. A later poll of the host replaces it. NotFound. Forbidden. Full:
+        there is no memory for all of it; some of the replies may have been taken.
         """
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
@@ -566,7 +567,8 @@ class Entry:
     def __init__(self, digest: bytes, client: bytes, addresses: bytes) -> None:
         self.digest, self.client = digest, client       # of its owner
         self.addresses, self.changed = addresses, 0     # of its owner, and their version; a host's are for every guest
-        self.size, self.seen_at = 0, ""                 # bytes that it counts, 0: it is new; the IP address from which its owner called last
+        self.seen_at = ""                               # the IP address from which its owner called last
+        self.size = 0                                   # bytes that are counted for it; 0: it is new
 
 
 class Game(Entry):
@@ -578,8 +580,9 @@ class Game(Entry):
         super().__init__(digest, client, NO_ADDRESSES)
         self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses, or replies to guests
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
-        self.news, self.told = version, -1          # when a guest last came, moved or left; up to when its host knows who left
+        self.news = version                         # when a guest last came, moved or left
         self.left: Tuple[Tuple[int, str], ...] = () # when a session ended, and which
+        self.told = -1                              # up to when its host knows of these
         self.dismissed: Tuple[bytes, ...] = ()      # digests of guests that its host has sent away
         self.line: Text = None                      # what anybody may know of it; None: to be made anew
 
@@ -600,7 +603,7 @@ class Guest(Entry):
         return (self.reply, self.replied) if self.reply else (self.game.addresses, self.game.changed)
 
 
-VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # attributes that have a version
+VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # where the version of an attribute is kept, of those that have one
 
 
 def published_at(host: str, addresses: bytes) -> str:
@@ -613,13 +616,15 @@ def game_of(entry: Union[Game, Guest]) -> Game:
 
 
 def size_of(value: Any) -> int:
-    """Bytes that an attribute counts."""
+    """Bytes that are counted for an attribute."""
     return len(value) * MEMBER_SIZE if isinstance(value, tuple) else sys.getsizeof(value)
 
 
-def insist(condition: object, problem: Callable[..., Problem], detail: str, **more: Any) -> None:
-    if not condition:
+def insist(value: Any, detail: str, problem: Callable[..., Problem], **more: Any) -> Any:
+    """The value, if it is true. Otherwise the problem."""
+    if not value:
         raise problem(detail, **more)
+    return value
 
 
 def count_down(counter: collections.Counter[bytes], key: bytes) -> None:
@@ -659,7 +664,7 @@ class Registry:
         # The lock guards everything below. Public methods take it; private ones need it held.
         self._lock = threading.Lock()
         self._cursor = cursor                   # grows with every change
-        self._list, self._listed = (0, b""), -1     # the list with its version, and the cursor when it was made
+        self._list, self._listed = (0, b""), -1     # the list with its version; the cursor when it was made
         self._games: Dict[str, Game] = {}       # the oldest first
         # When all games and all guests expire, each with the first in front: expiry looks at the front only, never at all of them.
         self._queues: Dict[type, collections.OrderedDict[Any, float]] = {Game: collections.OrderedDict(), Guest: collections.OrderedDict()}
@@ -682,7 +687,7 @@ class Registry:
                 self._games_of[client] += 1
                 self.events.append(("register_game", name, "", client))
             game = self._games[name]
-            insist(hmac.compare_digest(game.digest, digest), Conflict, f"the name {name!r} is taken")
+            insist(hmac.compare_digest(game.digest, digest), f"the name {name!r} is taken", Conflict)
             self._keep_alive(game)
             self._change(game, **shown)
             return is_new
@@ -699,7 +704,7 @@ class Registry:
                 self._remove(guest, "dismiss_guest")
                 self._change(game, dismissed=(*game.dismissed, guest.digest)[-MAX_REMEMBERED:])
             left = [] if after is None else [session_id for version, session_id in game.left if version > since]
-            guests = [Session(each.session_id, each.session_key, each.addresses, each.seen_at) for each in game.guests.values() if each.changed > since]
+            guests = [Session(one.session_id, one.session_key, one.addresses, one.seen_at) for one in game.guests.values() if one.changed > since]
             news = News(name, guests, game.news, bool(guests or left or gone), None, left, gone)
             return self._wait(game, news, after, wake, addresses is None, is_same and not replies and not dismiss)
 
@@ -707,11 +712,11 @@ class Registry:
                    wake: Wake = None) -> News:
         with self._lock:
             game = self._find(name)
-            insist(not hmac.compare_digest(game.digest, digest), Conflict, "a host cannot start its own game")
-            insist(digest not in game.dismissed, Forbidden, f"the host of the game {name!r} has sent you away")
+            insist(not hmac.compare_digest(game.digest, digest), "a host cannot start its own game", Conflict)
+            insist(digest not in game.dismissed, f"the host of the game {name!r} has sent you away", Forbidden)
             guest = game.guests.get(digest)
             if guest is None:
-                insist(addresses is not None, NotFound, f"the session with the game {name!r} is gone")
+                insist(addresses is not None, f"the session with the game {name!r} is gone", NotFound)
                 self._check_room("guests", len(game.guests), sum([each.client == client for each in game.guests.values()]))
                 guest = Guest(game, digest, client, self._new_id(), self._new_id())
             has_moved = addresses not in (None, guest.addresses)
@@ -730,9 +735,8 @@ class Registry:
 
     def leave_game(self, name: str, digest: bytes) -> None:
         with self._lock:
-            guests = self._find(name).guests
-            insist(digest in guests, NotFound, f"there is no session with the game {name!r} that could end")
-            self._remove(guests[digest], "leave_game")
+            guest = self._find(name).guests.get(digest)
+            self._remove(insist(guest, f"there is no session with the game {name!r} that could end", NotFound), "leave_game")
 
     def forget_waiter(self, waiter: Waiter) -> None:
         with self._lock:
@@ -745,8 +749,9 @@ class Registry:
         with self._lock:
             self._expire()
             if self._listed != self._cursor:
+                self._listed = self._cursor
                 text = list_text([self._line(game) for game in self._games.values() if game.listed])
-                self._list, self._listed = self._list if text == self._list[1] else (self._cursor, text), self._cursor
+                self._list = self._list if text == self._list[1] else (self._cursor, text)
             return self._list
 
     def get_game(self, name: str) -> bytes:
@@ -756,7 +761,7 @@ class Registry:
     def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
         with self._lock:
             game = self._find(name, digest)
-            insist(self._games.get(new_name or name, game) is game, Conflict, f"the name {new_name!r} is taken")
+            insist(self._games.get(new_name or name, game) is game, f"the name {new_name!r} is taken", Conflict)
             self._change(game, name=new_name, **shown)
             if game.name != name:
                 self._games = {each.name: each for each in self._games.values()}     # in the same order
@@ -779,19 +784,17 @@ class Registry:
     def _find(self, name: str, owner: Optional[bytes] = None) -> Game:
         """A game that has not expired. NotFound. Forbidden: somebody else owns it, where an owner is given."""
         self._expire()
-        game = self._games.get(name)
-        if game is None:
-            raise NotFound(f"there is no game {name!r}")
-        insist(owner is None or hmac.compare_digest(game.digest, owner), Forbidden, "the peerId is not the one that registered this game")
+        game: Game = insist(self._games.get(name), f"there is no game {name!r}", NotFound)
+        insist(owner is None or hmac.compare_digest(game.digest, owner), "the peerId is not the one that registered this game", Forbidden)
         return game
 
     def _check_room(self, what: str, count: int, of_client: int) -> None:
-        """Full, TooMany: of "games", or of the "guests" of a game, there are that many, and may be no more; or a tenth of the memory is left, which
-        is kept for those that are there."""
-        insist(self._stored <= 900_000 * self._settings.max_memory, Full, "the server's memory for games is full", limit="memory")
-        most, most_of_client = getattr(self._settings, f"max_{what}"), getattr(self._settings, f"max_{what}_per_client")
-        insist(count < most, Full, f"there are {count} {what}, and no more may be", limit=what)
-        insist(of_client < most_of_client, TooMany, f"your address has {of_client} {what}, which is all that one may have", limit=f"{what}_per_client")
+        """Full, TooMany: of "games", or of the "guests" of a game, there are that many, and may be no more. Full: only a tenth of the memory is left,
+        which is kept for those that are there already."""
+        most, most_of_one = getattr(self._settings, f"max_{what}"), getattr(self._settings, f"max_{what}_per_client")
+        insist(count < most, f"there are {count} {what}, and no more may be", Full, limit=what)
+        insist(of_client < most_of_one, f"your address has {of_client} {what}, which is all that one may have", TooMany, limit=f"{what}_per_client")
+        insist(self._stored <= 900_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
 
     def _change(self, entry: Union[Game, Guest], **changes: Any) -> None:
         """Set attributes of a game or guest, where they differ and are not None. This is the one place that counts bytes.
@@ -799,12 +802,11 @@ class Registry:
         Full: there is no memory for all of it, and nothing has changed.
         """
         news = {name: value for name, value in changes.items() if value not in (None, getattr(entry, name))}
-        growth = sum([size_of(value) - size_of(getattr(entry, name)) for name, value in news.items()])
-        growth += 0 if entry.size else GAME_SIZE if isinstance(entry, Game) else GUEST_SIZE
-        is_room = growth <= 0 or self._stored + growth <= 1_000_000 * self._settings.max_memory
-        insist(is_room, Full, "the server's memory for games is full", limit="memory")
-        self._stored += growth
-        entry.size += growth
+        own_size = GAME_SIZE if isinstance(entry, Game) else GUEST_SIZE
+        growth = sum([size_of(value) - size_of(getattr(entry, name)) for name, value in news.items()]) + (0 if entry.size else own_size)
+        stored = self._stored + growth
+        insist(growth <= 0 or stored <= 1_000_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
+        self._stored, entry.size = stored, entry.size + growth
         self._cursor += 1
         for name, value in news.items():
             setattr(entry, name, value)
@@ -820,7 +822,8 @@ class Registry:
     def _publish(self, game: Game, addresses: Text, replies: Replies) -> List[str]:
         """Change what the host offers to all guests and to single ones, if it knows of their present addresses; the sessions of its replies that
         are gone."""
-        guests, before, is_first = {guest.session_id: guest for guest in game.guests.values()}, self._cursor, not game.changed
+        guests = {guest.session_id: guest for guest in game.guests.values()}
+        before, is_first = self._cursor, not game.changed
         self._change(game, addresses=addresses, ready=addresses != NO_ADDRESSES or replies is not None)     # it stays so until the addresses change
         for session_id, reply in (replies or {}).items():
             if session_id in guests and guests[session_id].changed <= game.told:
@@ -856,10 +859,10 @@ class Registry:
             waiter.wake()
 
     def _keep_alive(self, entry: Entry, seen_at: str = "") -> None:
-        """Its owner has called, from there if given."""
+        """Its owner has called, from that IP address if there is one."""
         entry.seen_at = seen_at or entry.seen_at
-        entries, ttl = self._queues[type(entry)], self._settings.game_ttl if isinstance(entry, Game) else self._settings.guest_ttl
-        entries[entry] = self._clock() + ttl
+        entries = self._queues[type(entry)]
+        entries[entry] = self._clock() + (self._settings.game_ttl if isinstance(entry, Game) else self._settings.guest_ttl)
         entries.move_to_end(entry)
 
     def _expire(self) -> None:
