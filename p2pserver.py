@@ -522,8 +522,7 @@ class GameRegistry(Protocol):
         """Publish the host's addresses and replies, where given; learn of the guests that came, moved or left since the cursor after, or of all there are.
 
         A reply that was made before after, without the guest's present addresses, is ignored. dismiss: sessions of guests to be sent away.
-        With wake, without news and while there is room, the answer has a waiter. A later poll of the host replaces it. NotFound. Forbidden. Full:
-        there is no memory for all of it; some of the replies may have been taken.
+        With wake, without news and while there is room, the answer has a waiter. A later poll of the host replaces it. NotFound. Forbidden. Full.
         """
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
@@ -564,11 +563,11 @@ class Entry:
 
     __slots__ = ("digest", "client", "addresses", "changed", "size", "seen_at")
 
-    def __init__(self, digest: bytes, client: bytes, addresses: bytes) -> None:
+    def __init__(self, digest: bytes, client: bytes, addresses: bytes, size: int) -> None:
         self.digest, self.client = digest, client       # of its owner
         self.addresses, self.changed = addresses, 0     # of its owner, and their version; a host's are for every guest
         self.seen_at = ""                               # the IP address from which its owner called last
-        self.size = 0                                   # bytes that are counted for it; 0: it is new
+        self.size = size                                # bytes that are counted for it
 
 
 class Game(Entry):
@@ -577,7 +576,7 @@ class Game(Entry):
     __slots__ = ("name", "info", "listed", "ready", "guests", "news", "left", "told", "dismissed", "line")
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
-        super().__init__(digest, client, NO_ADDRESSES)
+        super().__init__(digest, client, NO_ADDRESSES, GAME_SIZE)
         self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses, or replies to guests
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
         self.news = version                         # when a guest last came, moved or left
@@ -593,7 +592,7 @@ class Guest(Entry):
     __slots__ = ("game", "session_id", "session_key", "reply", "replied")
 
     def __init__(self, game: Game, digest: bytes, client: bytes, session_id: str, session_key: str) -> None:
-        super().__init__(digest, client, b"")       # so that its first addresses are news, even if there are none
+        super().__init__(digest, client, b"", GUEST_SIZE)       # so that its first addresses are news, even if there are none
         self.game, self.session_id, self.session_key = game, session_id, session_key
         self.reply, self.replied = b"", 0           # what the host offers this guest in place of the game's addresses, if anything; its version
 
@@ -685,11 +684,12 @@ class Registry:
                 self._check_room("games", len(self._games), self._games_of[client])
                 self._games[name] = Game(name, digest, client, self._cursor + 1)
                 self._games_of[client] += 1
+                self._stored += GAME_SIZE
                 self.events.append(("register_game", name, "", client))
             game = self._games[name]
             insist(hmac.compare_digest(game.digest, digest), f"the name {name!r} is taken", Conflict)
             self._keep_alive(game)
-            self._change(game, **shown)
+            self._change(*[(game, key, value) for key, value in shown.items()])
             return is_new
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
@@ -702,7 +702,7 @@ class Registry:
             gone = [] if is_same and replies is None else self._publish(game, addresses, replies)
             for guest in [each for each in game.guests.values() if each.session_id in dismiss] if dismiss else ():
                 self._remove(guest, "dismiss_guest")
-                self._change(game, dismissed=(*game.dismissed, guest.digest)[-MAX_REMEMBERED:])
+                self._change((game, "dismissed", (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]))
             left = [] if after is None else [session_id for version, session_id in game.left if version > since]
             guests = [Session(one.session_id, one.session_key, one.addresses, one.seen_at) for one in game.guests.values() if one.changed > since]
             news = News(name, guests, game.news, bool(guests or left or gone), None, left, gone)
@@ -721,9 +721,10 @@ class Registry:
                 guest = Guest(game, digest, client, self._new_id(), self._new_id())
             has_moved = addresses not in (None, guest.addresses)
             if has_moved:
-                self._change(guest, addresses=addresses, reply=b"")
+                self._change((guest, "addresses", addresses), (guest, "reply", b""))
                 if digest not in game.guests:
                     game.guests[digest] = guest
+                    self._stored += GUEST_SIZE
                     self.events.append(("start_game", name, f"guests: {len(game.guests)}", client))
                 game.news = guest.changed
                 self._wake(game)
@@ -762,7 +763,7 @@ class Registry:
         with self._lock:
             game = self._find(name, digest)
             insist(self._games.get(new_name or name, game) is game, f"the name {new_name!r} is taken", Conflict)
-            self._change(game, name=new_name, **shown)
+            self._change((game, "name", new_name), *[(game, key, value) for key, value in shown.items()])
             if game.name != name:
                 self._games = {each.name: each for each in self._games.values()}     # in the same order
                 self._wake(game, *game.guests.values(), is_over=True)
@@ -796,23 +797,23 @@ class Registry:
         insist(of_client < most_of_one, f"your address has {of_client} {what}, which is all that one may have", TooMany, limit=f"{what}_per_client")
         insist(self._stored <= 900_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
 
-    def _change(self, entry: Union[Game, Guest], **changes: Any) -> None:
-        """Set attributes of a game or guest, where they differ and are not None. This is the one place that counts bytes.
+    def _change(self, *changes: Tuple[Any, str, Any]) -> None:
+        """Set attributes, each given as a game or guest, a name and a value, where they differ and the value is not None; count the bytes.
 
         Full: there is no memory for all of it, and nothing has changed.
         """
-        news = {name: value for name, value in changes.items() if value not in (None, getattr(entry, name))}
-        own_size = GAME_SIZE if isinstance(entry, Game) else GUEST_SIZE
-        growth = sum([size_of(value) - size_of(getattr(entry, name)) for name, value in news.items()]) + (0 if entry.size else own_size)
-        stored = self._stored + growth
-        insist(growth <= 0 or stored <= 1_000_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
-        self._stored, entry.size = stored, entry.size + growth
+        news = [(entry, name, value) for entry, name, value in changes if value not in (None, getattr(entry, name))]
+        growths = [size_of(value) - size_of(getattr(entry, name)) for entry, name, value in news]
+        is_room = sum(growths) <= 0 or self._stored + sum(growths) <= 1_000_000 * self._settings.max_memory
+        insist(is_room, "the server's memory for games is full", Full, limit="memory")
+        self._stored += sum(growths)
         self._cursor += 1
-        for name, value in news.items():
+        for (entry, name, value), growth in zip(news, growths):
+            entry.size += growth
             setattr(entry, name, value)
             if name in VERSIONS:
                 setattr(entry, VERSIONS[name], self._cursor)
-        game_of(entry).line = None
+            game_of(entry).line = None
 
     def _since(self, after: Optional[int]) -> int:
         """The version up to which a caller with this cursor knows all. One ahead of ours was given out by an earlier run whose clock was ahead: it
@@ -822,15 +823,13 @@ class Registry:
     def _publish(self, game: Game, addresses: Text, replies: Replies) -> List[str]:
         """Change what the host offers to all guests and to single ones, if it knows of their present addresses; the sessions of its replies that
         are gone."""
-        guests = {guest.session_id: guest for guest in game.guests.values()}
-        before, is_first = self._cursor, not game.changed
-        self._change(game, addresses=addresses, ready=addresses != NO_ADDRESSES or replies is not None)     # it stays so until the addresses change
-        for session_id, reply in (replies or {}).items():
-            if session_id in guests and guests[session_id].changed <= game.told:
-                self._change(guests[session_id], reply=reply)
+        guests, is_first = {guest.session_id: guest for guest in game.guests.values()}, not game.changed
+        is_ready = addresses != NO_ADDRESSES or replies is not None     # and stays so until the addresses change
+        heard = [(guests[each], "reply", reply) for each, reply in (replies or {}).items() if each in guests and guests[each].changed <= game.told]
+        self._change((game, "addresses", addresses), (game, "ready", is_ready), *heard)
         if is_first and game.changed:
             self.events.append(("poll_game", game.name, "first addresses", game.client))
-        self._wake(*[guest for guest in guests.values() if guest.offer[1] > before])
+        self._wake(*[guest for guest in guests.values() if guest.offer[1] == self._cursor])
         return [session_id for session_id in replies or () if session_id not in guests]
 
     def _line(self, game: Game) -> bytes:
@@ -891,7 +890,7 @@ class Registry:
         else:
             del game.guests[entry.digest]
             untold = [each for each in game.left if each[0] > game.told]
-            self._change(game, left=(*untold, (self._cursor + 1, entry.session_id))[-MAX_REMEMBERED:])
+            self._change((game, "left", (*untold, (self._cursor + 1, entry.session_id))[-MAX_REMEMBERED:]))
             self._wake(game)
         self.events.append((operation, game.name, "" if entry is game else f"guests: {len(game.guests)}", entry.client))
 
