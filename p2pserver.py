@@ -667,6 +667,7 @@ class Registry:
         self._games: Dict[str, Game] = {}       # the oldest first
         # When all games and all guests expire, each with the first in front: expiry looks at the front only, never at all of them.
         self._queues: Dict[type, collections.OrderedDict[Any, float]] = {Game: collections.OrderedDict(), Guest: collections.OrderedDict()}
+        self._ttls = {Game: settings.game_ttl, Guest: settings.guest_ttl}
         self._games_of: collections.Counter[bytes] = collections.Counter()      # how many games each client has
         self._waiters: Dict[Entry, Waiter] = {}             # the polls of hosts and the starts of guests
         self._stored = 0                                    # bytes that games and guests take
@@ -703,10 +704,11 @@ class Registry:
             for guest in [each for each in game.guests.values() if each.session_id in dismiss] if dismiss else ():
                 self._remove(guest, "dismiss_guest")
                 self._change((game, "dismissed", (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]))
-            left = [] if after is None else [session_id for version, session_id in game.left if version > since]
-            guests = [Session(one.session_id, one.session_key, one.addresses, one.seen_at) for one in game.guests.values() if one.changed > since]
+            left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
+            guests = [] if game.news <= since else [
+                Session(each.session_id, each.session_key, each.addresses, each.seen_at) for each in game.guests.values() if each.changed > since]
             news = News(name, guests, game.news, bool(guests or left or gone), None, left, gone)
-            return self._wait(game, news, after, wake, addresses is None, is_same and not replies and not dismiss)
+            return self._wait(game, news, after, wake, addresses is None, is_same and not (replies or dismiss))
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
                    wake: Wake = None) -> News:
@@ -845,7 +847,7 @@ class Registry:
             if is_again:
                 return news
             self._wake(entry, is_over=True, is_busy=is_busy)
-        if news.has_news or wake is None or len(self._waiters) >= self._settings.max_waiting:
+        if wake is None or news.has_news or len(self._waiters) >= self._settings.max_waiting:
             return news
         waiter = self._waiters[entry] = Waiter(entry, news.name, entry.digest, after, wake)
         return news._replace(waiter=waiter)
@@ -861,7 +863,7 @@ class Registry:
         """Its owner has called, from that IP address if there is one."""
         entry.seen_at = seen_at or entry.seen_at
         entries = self._queues[type(entry)]
-        entries[entry] = self._clock() + (self._settings.game_ttl if isinstance(entry, Game) else self._settings.guest_ttl)
+        entries[entry] = self._clock() + self._ttls[type(entry)]
         entries.move_to_end(entry)
 
     def _expire(self) -> None:
