@@ -562,29 +562,21 @@ class Entry:
     """What games and guests have in common. Versions are values of the registry's cursor; 0 stands for never."""
 
     __slots__ = ("digest", "client", "addresses", "changed", "size", "seen_at")
-    own_size: int
-    texts: Tuple[str, ...]
 
-    def __init__(self, digest: bytes, client: bytes, addresses: bytes) -> None:
+    def __init__(self, digest: bytes, client: bytes, addresses: bytes, size: int) -> None:
         self.digest, self.client = digest, client       # of its owner
         self.addresses, self.changed = addresses, 0     # of its owner, and their version; a host's are for every guest
         self.seen_at = ""                               # the IP address from which its owner called last
-        self.size = 0                                   # bytes that are counted for it; 0: it is new
-
-    def size_with(self, changes: Mapping[str, Any]) -> int:
-        """Bytes that it takes once these of its attributes have changed."""
-        texts = [changes.get(name, getattr(self, name)) for name in self.texts]
-        return self.own_size + sum([len(text) * MEMBER_SIZE if isinstance(text, tuple) else sys.getsizeof(text) for text in texts if text])
+        self.size = size                                # bytes that are counted for it
 
 
 class Game(Entry):
     """A game while its host is alive."""
 
     __slots__ = ("name", "info", "listed", "ready", "guests", "news", "left", "told", "dismissed", "line")
-    own_size, texts = GAME_SIZE, ("name", "info", "addresses", "left", "dismissed")
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
-        super().__init__(digest, client, NO_ADDRESSES)
+        super().__init__(digest, client, NO_ADDRESSES, GAME_SIZE)
         self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses, or replies to guests
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
         self.news = version                         # when a guest last came, moved or left
@@ -598,13 +590,11 @@ class Guest(Entry):
     """One guest's session with one game."""
 
     __slots__ = ("game", "session_id", "session_key", "reply", "replied")
-    own_size, texts = GUEST_SIZE, ("addresses", "reply")
 
     def __init__(self, game: Game, digest: bytes, client: bytes, session_id: str, session_key: str) -> None:
-        super().__init__(digest, client, b"")       # so that its first addresses are news, even if there are none
+        super().__init__(digest, client, b"", GUEST_SIZE)       # so that its first addresses are news, even if there are none
         self.game, self.session_id, self.session_key = game, session_id, session_key
-        self.reply = b""                            # what the host offers this guest in place of the game's addresses, if anything
-        self.replied = 0                            # version of reply
+        self.reply, self.replied = b"", 0           # what the host offers this guest in place of the game's addresses, if anything; its version
 
     @property
     def offer(self) -> Tuple[bytes, int]:
@@ -612,16 +602,28 @@ class Guest(Entry):
         return (self.reply, self.replied) if self.reply else (self.game.addresses, self.game.changed)
 
 
+VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # where the version of an attribute is kept, of those that have one
+
+
 def published_at(host: str, addresses: bytes) -> str:
     """The IPv4 address from which a host called, if that is among the addresses that it publishes; "" otherwise: no guest learns what it hides."""
     return host if f'"{host}:'.encode() in addresses else ""
 
 
-VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # attributes that have a version; for all others the game's line is made anew
-
-
 def game_of(entry: Union[Game, Guest]) -> Game:
     return entry.game if isinstance(entry, Guest) else entry
+
+
+def size_of(value: Any) -> int:
+    """Bytes that are counted for an attribute."""
+    return len(value) * MEMBER_SIZE if isinstance(value, tuple) else sys.getsizeof(value)
+
+
+def insist(value: Any, detail: str, problem: Callable[..., Problem], **more: Any) -> Any:
+    """The value, if it is true. Otherwise the problem."""
+    if not value:
+        raise problem(detail, **more)
+    return value
 
 
 def count_down(counter: collections.Counter[bytes], key: bytes) -> None:
@@ -660,8 +662,8 @@ class Registry:
         self._secret = os.urandom(32)
         # The lock guards everything below. Public methods take it; private ones need it held.
         self._lock = threading.Lock()
-        self._cursor = cursor
-        self._list: Optional[Tuple[int, bytes]] = None      # with its version; None: to be made anew
+        self._cursor = cursor                   # grows with every change
+        self._list, self._listed = (0, b""), -1     # the list with its version; the cursor when it was made
         self._games: Dict[str, Game] = {}       # the oldest first
         # When all games and all guests expire, each with the first in front: expiry looks at the front only, never at all of them.
         self._queues: Dict[type, collections.OrderedDict[Any, float]] = {Game: collections.OrderedDict(), Guest: collections.OrderedDict()}
@@ -681,73 +683,63 @@ class Registry:
             is_new = name not in self._games
             if is_new:
                 self._check_room("games", len(self._games), self._games_of[client])
-            game = self._games.get(name) or Game(name, digest, client, self._cursor)
-            if not hmac.compare_digest(game.digest, digest):
-                raise Conflict(f"the name {name!r} is taken")
-            self._change({game: shown})
-            self._keep_alive(game)
-            if is_new:
-                self._games[name] = game
+                self._games[name] = Game(name, digest, client, self._cursor + 1)
                 self._games_of[client] += 1
-                self._list = None
+                self._stored += GAME_SIZE
                 self.events.append(("register_game", name, "", client))
+            game = self._games[name]
+            insist(hmac.compare_digest(game.digest, digest), f"the name {name!r} is taken", Conflict)
+            self._keep_alive(game)
+            self._change(*[(game, key, value) for key, value in shown.items()])     # this never fails for a new game: a tenth of the memory is left
             return is_new
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
                   dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
         with self._lock:
             game = self._find(name, digest)
-            self._keep_alive(game)
-            game.seen_at = seen_at or game.seen_at
+            self._keep_alive(game, seen_at)
             since, is_same = self._since(after), addresses in (None, game.addresses)
             game.told = self._cursor if after is None else since
             gone = [] if is_same and replies is None else self._publish(game, addresses, replies)
             for guest in [each for each in game.guests.values() if each.session_id in dismiss] if dismiss else ():
                 self._remove(guest, "dismiss_guest")
-                self._change({game: {"dismissed": (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]}})
+                self._change((game, "dismissed", (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]))
             left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
             guests = [] if game.news <= since else [
-                Session(guest.session_id, guest.session_key, guest.addresses, guest.seen_at) for guest in game.guests.values() if guest.changed > since]
-            has_news = bool(guests or left or gone)
-            waiter = self._wait(game, name, after, wake, has_news, addresses is None, is_same and not replies and not dismiss)
-            return News(name, guests, game.news, has_news, waiter, left, gone)
+                Session(each.session_id, each.session_key, each.addresses, each.seen_at) for each in game.guests.values() if each.changed > since]
+            news = News(name, guests, game.news, bool(guests or left or gone), None, left, gone)
+            return self._wait(game, news, after, wake, addresses is None, is_same and not (replies or dismiss))
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
                    wake: Wake = None) -> News:
         with self._lock:
             game = self._find(name)
-            if hmac.compare_digest(game.digest, digest):
-                raise Conflict("a host cannot start its own game")
-            if digest in game.dismissed:
-                raise Forbidden(f"the host of the game {name!r} has sent you away")
+            insist(not hmac.compare_digest(game.digest, digest), "a host cannot start its own game", Conflict)
+            insist(digest not in game.dismissed, f"the host of the game {name!r} has sent you away", Forbidden)
             guest = game.guests.get(digest)
             if guest is None:
-                if addresses is None:
-                    raise NotFound(f"the session with the game {name!r} is gone")
+                insist(addresses is not None, f"the session with the game {name!r} is gone", NotFound)
                 self._check_room("guests", len(game.guests), sum([each.client == client for each in game.guests.values()]))
                 guest = Guest(game, digest, client, self._new_id(), self._new_id())
             has_moved = addresses not in (None, guest.addresses)
             if has_moved:
-                self._change({guest: {"addresses": addresses, "reply": b""}})
+                self._change((guest, "addresses", addresses), (guest, "reply", b""))
+                if digest not in game.guests:
+                    game.guests[digest] = guest
+                    self._stored += GUEST_SIZE
+                    self.events.append(("start_game", name, f"guests: {len(game.guests)}", client))
                 game.news = guest.changed
                 self._wake(game)
-            self._keep_alive(guest)
-            guest.seen_at = seen_at or guest.seen_at
-            if digest not in game.guests:
-                game.guests[digest] = guest
-                game.line = self._list = None
-                self.events.append(("start_game", name, f"guests: {len(game.guests)}", client))
+            self._keep_alive(guest, seen_at)
             offer, version = guest.offer
-            has_news = offer != NO_ADDRESSES and version > self._since(after)
-            waiter = self._wait(guest, name, after, wake, has_news, addresses is None, not has_moved)
-            return News(name, [Session(guest.session_id, guest.session_key, offer, published_at(game.seen_at, offer))], version, has_news, waiter)
+            host = Session(guest.session_id, guest.session_key, offer, published_at(game.seen_at, offer))
+            news = News(name, [host], version, offer != NO_ADDRESSES and version > self._since(after), None)
+            return self._wait(guest, news, after, wake, addresses is None, not has_moved)
 
     def leave_game(self, name: str, digest: bytes) -> None:
         with self._lock:
-            game = self._find(name)
-            if digest not in game.guests:
-                raise NotFound(f"there is no session with the game {name!r} that could end")
-            self._remove(game.guests[digest], "leave_game")
+            guest = self._find(name).guests.get(digest)
+            self._remove(insist(guest, f"there is no session with the game {name!r} that could end", NotFound), "leave_game")
 
     def forget_waiter(self, waiter: Waiter) -> None:
         with self._lock:
@@ -759,9 +751,10 @@ class Registry:
     def list_games(self) -> Tuple[int, bytes]:
         with self._lock:
             self._expire()
-            if self._list is None:
-                self._cursor += 1
-                self._list = self._cursor, list_text([self._line(game) for game in self._games.values() if game.listed])
+            if self._listed != self._cursor:
+                self._listed = self._cursor
+                text = list_text([self._line(game) for game in self._games.values() if game.listed])
+                self._list = self._list if text == self._list[1] else (self._cursor, text)
             return self._list
 
     def get_game(self, name: str) -> bytes:
@@ -771,9 +764,8 @@ class Registry:
     def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
         with self._lock:
             game = self._find(name, digest)
-            if self._games.get(new_name or name, game) is not game:
-                raise Conflict(f"the name {new_name!r} is taken")
-            self._change({game: {"name": new_name, **shown}})
+            insist(self._games.get(new_name or name, game) is game, f"the name {new_name!r} is taken", Conflict)
+            self._change((game, "name", new_name), *[(game, key, value) for key, value in shown.items()])
             if game.name != name:
                 self._games = {each.name: each for each in self._games.values()}     # in the same order
                 self._wake(game, *game.guests.values(), is_over=True)
@@ -790,49 +782,40 @@ class Registry:
             return {"games": len(self._games), "guests": len(self._queues[Guest]), "waiting": len(self._waiters), "stored_bytes": self._stored}
 
     def expire_games(self) -> None:
-        with self._lock:
-            self._expire()
+        self.counts()
 
     def _find(self, name: str, owner: Optional[bytes] = None) -> Game:
         """A game that has not expired. NotFound. Forbidden: somebody else owns it, where an owner is given."""
         self._expire()
-        game = self._games.get(name)
-        if game is None:
-            raise NotFound(f"there is no game {name!r}")
-        if owner is not None and not hmac.compare_digest(game.digest, owner):
-            raise Forbidden("the peerId is not the one that registered this game")
+        game: Game = insist(self._games.get(name), f"there is no game {name!r}", NotFound)
+        insist(owner is None or hmac.compare_digest(game.digest, owner), "the peerId is not the one that registered this game", Forbidden)
         return game
 
     def _check_room(self, what: str, count: int, of_client: int) -> None:
-        """Full, TooMany: of "games", or of the "guests" of a game, there are that many, and may be no more."""
-        if count >= getattr(self._settings, f"max_{what}"):
-            raise Full(f"there are {count} {what}, and no more may be", limit=what)
-        if of_client >= getattr(self._settings, f"max_{what}_per_client"):
-            raise TooMany(f"your address has {of_client} {what}, which is all that one may have", limit=f"{what}_per_client")
+        """Full, TooMany: of "games", or of the "guests" of a game, there are that many, and may be no more. Full: only a tenth of the memory is left,
+        which is kept for those that are there already."""
+        most, most_of_one = getattr(self._settings, f"max_{what}"), getattr(self._settings, f"max_{what}_per_client")
+        insist(count < most, f"there are {count} {what}, and no more may be", Full, limit=what)
+        insist(of_client < most_of_one, f"your address has {of_client} {what}, which is all that one may have", TooMany, limit=f"{what}_per_client")
+        insist(self._stored <= 900_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
 
-    def _change(self, changes: Mapping[Any, Mapping[str, Any]]) -> bool:
-        """Set attributes of games and guests, where they differ and are not None; whether any did. This is the one place that counts bytes.
+    def _change(self, *changes: Tuple[Any, str, Any]) -> None:
+        """Set attributes, each given as a game or guest, a name and a value, where they differ and the value is not None; count the bytes.
 
-        Full: there is no memory for all of it, and nothing has changed. A tenth of the memory is kept for those that are there already.
+        Full: there is no memory for all of it, and nothing has changed.
         """
-        news = {entry: {name: value for name, value in attributes.items() if value not in (None, getattr(entry, name))}
-                for entry, attributes in changes.items()}
-        sizes = {entry: entry.size_with(attributes) for entry, attributes in news.items()}
-        growth = sum([size - entry.size for entry, size in sizes.items()])
-        share = 1_000_000 if all(entry.size for entry in news) else 900_000
-        if growth > 0 and self._stored + growth > self._settings.max_memory * share:
-            raise Full("the server's memory for games is full", limit="memory")
-        self._stored += growth
+        news = [(entry, name, value) for entry, name, value in changes if value not in (None, getattr(entry, name))]
+        growths = [size_of(value) - size_of(getattr(entry, name)) for entry, name, value in news]
+        is_room = sum(growths) <= 0 or self._stored + sum(growths) <= 1_000_000 * self._settings.max_memory
+        insist(is_room, "the server's memory for games is full", Full, limit="memory")
+        self._stored += sum(growths)
         self._cursor += 1
-        for entry, attributes in news.items():
-            entry.size = sizes[entry]
-            for name, value in attributes.items():
-                setattr(entry, name, value)
-                if name in VERSIONS:
-                    setattr(entry, VERSIONS[name], self._cursor)
-                else:
-                    entry.line = self._list = None
-        return any(news.values())
+        for (entry, name, value), growth in zip(news, growths):
+            entry.size += growth
+            setattr(entry, name, value)
+            if name in VERSIONS:
+                setattr(entry, VERSIONS[name], self._cursor)
+            game_of(entry).line = None
 
     def _since(self, after: Optional[int]) -> int:
         """The version up to which a caller with this cursor knows all. One ahead of ours was given out by an earlier run whose clock was ahead: it
@@ -844,12 +827,11 @@ class Registry:
         are gone."""
         guests, is_first = {guest.session_id: guest for guest in game.guests.values()}, not game.changed
         is_ready = addresses != NO_ADDRESSES or replies is not None     # and stays so until the addresses change
-        heard = {guests[session_id]: {"reply": reply} for session_id, reply in (replies or {}).items()
-                 if session_id in guests and guests[session_id].changed <= game.told}
-        if self._change({game: {"addresses": addresses, "ready": is_ready}, **heard}):
-            if is_first and game.changed:
-                self.events.append(("poll_game", game.name, "first addresses", game.client))
-            self._wake(*[guest for guest in guests.values() if guest.offer[1] == self._cursor])
+        heard = [(guests[each], "reply", reply) for each, reply in (replies or {}).items() if each in guests and guests[each].changed <= game.told]
+        self._change((game, "addresses", addresses), (game, "ready", is_ready), *heard)
+        if is_first and game.changed:
+            self.events.append(("poll_game", game.name, "first addresses", game.client))
+        self._wake(*[guest for guest in guests.values() if guest.offer[1] == self._cursor])
         return [session_id for session_id in replies or () if session_id not in guests]
 
     def _line(self, game: Game) -> bytes:
@@ -858,28 +840,28 @@ class Registry:
             game.line = json_text({"name": game.name, "info": game.info, "guests": len(game.guests), "ready": game.ready}).encode("utf-8")
         return game.line
 
-    def _wait(self, entry: Entry, name: str, after: Optional[int], wake: Wake, has_news: bool, is_again: bool, is_busy: bool) -> Optional[Waiter]:
-        """Have a poll or start wait in place of an earlier one, if it wishes to; None if there is news, or no room. One that is asked again makes
-        way for a later one. is_busy: the earlier one did not make way for news."""
+    def _wait(self, entry: Entry, news: News, after: Optional[int], wake: Wake, is_again: bool, is_busy: bool) -> News:
+        """The news; if there are none, the poll or start waits in place of an earlier one, if it wishes to and there is room. One that is asked again
+        makes way for a later one. is_busy: the earlier one did not make way for news."""
         if entry in self._waiters:
             if is_again:
-                return None
+                return news
             self._wake(entry, is_over=True, is_busy=is_busy)
-        if has_news or wake is None or len(self._waiters) >= self._settings.max_waiting:
-            return None
-        waiter = self._waiters[entry] = Waiter(entry, name, entry.digest, after, wake)
-        return waiter
+        if wake is None or news.has_news or len(self._waiters) >= self._settings.max_waiting:
+            return news
+        waiter = self._waiters[entry] = Waiter(entry, news.name, entry.digest, after, wake)
+        return news._replace(waiter=waiter)
 
     def _wake(self, *entries: Entry, is_over: bool = False, is_busy: bool = False) -> None:
         """Have the polls and starts that wait there asked again."""
-        for entry in entries:
-            waiter = self._waiters.pop(entry, None)
-            if waiter:
-                self._keep_alive(entry)     # until now the wait did
-                waiter.is_over, waiter.is_busy = is_over, is_busy
-                waiter.wake()
+        for waiter in [self._waiters.pop(entry) for entry in entries if entry in self._waiters]:
+            self._keep_alive(waiter.entry)      # until now the wait did
+            waiter.is_over, waiter.is_busy = is_over, is_busy
+            waiter.wake()
 
-    def _keep_alive(self, entry: Entry) -> None:
+    def _keep_alive(self, entry: Entry, seen_at: str = "") -> None:
+        """Its owner has called, from that IP address if there is one."""
+        entry.seen_at = seen_at or entry.seen_at
         entries = self._queues[type(entry)]
         entries[entry] = self._clock() + self._ttls[type(entry)]
         entries.move_to_end(entry)
@@ -895,26 +877,24 @@ class Registry:
                 else:
                     self._remove(entry, "expire_game" if isinstance(entry, Game) else "expire_guest")
 
-    def _remove(self, entry: Union[Game, Guest], operation: str = "") -> None:
-        """Remove a guest, or a game with its guests. operation: what the event says; nothing for a guest that goes with its game."""
+    def _remove(self, entry: Union[Game, Guest], operation: str) -> None:
+        """Remove a guest, or a game with its guests. operation: what the event says."""
         game = game_of(entry)
-        for guest in list(game.guests.values()) if game is entry else ():
-            self._remove(guest)
-        self._wake(entry)
-        del self._queues[type(entry)][entry]
-        self._stored -= entry.size
-        self._list = game.line = None
+        for each in [game, *game.guests.values()] if entry is game else [entry]:
+            self._wake(each)
+            del self._queues[type(each)][each]
+            self._stored -= each.size
         if isinstance(entry, Game):
+            self._cursor += 1
+            game.guests.clear()
             del self._games[game.name]
             count_down(self._games_of, game.client)
-            self.events.append((operation, game.name, "", game.client))
-            return
-        del game.guests[entry.digest]
-        if operation:       # by itself and not with its game: its host is to know
+        else:
+            del game.guests[entry.digest]
             untold = [each for each in game.left if each[0] > game.told]
-            self._change({game: {"left": (*untold, (self._cursor + 1, entry.session_id))[-MAX_REMEMBERED:]}})
+            self._change((game, "left", (*untold, (self._cursor + 1, entry.session_id))[-MAX_REMEMBERED:]))
             self._wake(game)
-            self.events.append((operation, game.name, f"guests: {len(game.guests)}", entry.client))
+        self.events.append((operation, game.name, "" if entry is game else f"guests: {len(game.guests)}", entry.client))
 
 
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------

@@ -3921,6 +3921,16 @@ def test_a_change_for_which_there_is_no_memory_is_not_made_by_halves(make_regist
     assert started(registry, "castle")
 
 
+def test_a_poll_for_whose_replies_there_is_no_memory_changes_nothing(make_registry, wakes):
+    registry = make_registry(max_memory=1)
+    registry.register_game("castle", BY_HOST)
+    sessions = [registry.start_game("castle", peer, TWO, wake=wake).peers[0].session_id for peer, wake in zip((BY_GUEST, BY_OTHER), wakes)]
+    with pytest.raises(Full):
+        registry.poll_game("castle", BY_HOST, ONE, replies={sessions[0]: ONE, sessions[1]: b" " * MEGABYTE})
+    assert [wake.calls for wake in wakes] == [0, 0, 0]
+    assert [registry.start_game("castle", peer, TWO).peers[0].addresses for peer in (BY_GUEST, BY_OTHER)] == [NO_ADDRESSES] * 2
+
+
 def test_a_tenth_of_the_memory_is_kept_for_games_that_are_there(make_registry):
     registry = make_registry(max_memory=1)
     registry.register_game("castle", BY_HOST)
