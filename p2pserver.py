@@ -82,7 +82,7 @@ log = logging.getLogger("p2pserver")
 # ---- options --------------------------------------------------------------------------------------------------------
 # One table gives the limits, the command line and the environment: --game-ttl is also P2P_GAME_TTL and settings.game_ttl.
 
-def require(condition: bool, rule: str) -> None:
+def require(condition: object, rule: str) -> None:
     if not condition:
         raise ValueError(rule)
 
@@ -95,10 +95,11 @@ class Option:
         self.flag, self.variable = "--" + name.replace("_", "-"), "P2P_" + name.upper()
         self.rule = f"match {pattern}" if isinstance(default, str) else f"be from {low:.15g} to {high:.15g}"
 
-    def check(self, value: Any) -> None:
-        """ValueError: the value breaks the rule."""
+    def checked(self, value: Any) -> Any:
+        """The value. ValueError: it breaks the rule."""
         is_good = re.fullmatch(self.pattern, value) if isinstance(value, str) else self.low <= value <= self.high
-        require(bool(is_good), f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}")
+        require(is_good, f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}")
+        return value
 
 
 class Networks:
@@ -127,8 +128,7 @@ OPTIONS = (
     Option("second_stun_port", 0, "a second UDP port for STUN, by which clients learn the kind of their NAT (default: the one after the first)", 0, 65535),
     Option("stun_rate", 20.0, "STUN answers a second to one address, and 500 at once, of each port; 0 for no limit", 0, 1_000_000),
     Option("no_stun", False, "no STUN: clients then need another STUN server"),
-    Option("turn_url", "", "TURN server whose relay each host is offered, as turn:turn.example.net:3478, several with commas between",
-           pattern=r"(turns?:[^\s,]+(,(?=turns?:)|$))*"),
+    Option("turn_url", "", "TURN servers that hosts are offered, as turn:turn.example.net:3478, with commas between", pattern=r"(turns?:[^\s,]+(,(?=t)|$))*"),
     Option("turn_secret", "", "the secret that it shares with this server, coturn's static-auth-secret; better given as P2P_TURN_SECRET", pattern="(?s).*"),
     Option("game_ttl", 60.0, "seconds after which a game whose host is silent is gone", 1, 86400),
     Option("guest_ttl", 60.0, "seconds after which a guest who has not started again is gone", 1, 86400),
@@ -164,10 +164,8 @@ ORIGIN = re.compile(r"null|(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-
 MAX_NAME, MAX_PEER_ID, MAX_ADDRESS = 64, 128, 512       # characters
 MAX_ADDRESSES, MAX_REPLY_ADDRESSES = 16, 64             # candidates in one list, and in all the replies of one poll
 MAX_INFO, MAX_DEPTH = 1024, 16  # bytes as compact JSON; levels of arrays and objects in what is handed on
-MAX_FAULTS = 3                  # of one list that an answer names, so that answers stay short
-MAX_REQUEST_LINE, MAX_HEAD = 8192, 32768                # bytes; RFC 9112 section 3 asks for 8000 at least
+MAX_REQUEST_LINE, MAX_HEAD, MAX_TRAILER = 8192, 32768, 1024     # bytes; RFC 9112 section 3 asks for 8000 at least. Trailers follow a chunked body
 MAX_HEADER_FIELDS = 100
-MAX_TRAILER = 1024              # bytes of the trailers behind a chunked body
 READ_SIZE = 16384               # bytes that are received at once: a connection's buffer holds at most MAX_HEAD or a body, and READ_SIZE more
 MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, from its end
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
@@ -196,10 +194,8 @@ class Settings(argparse.Namespace):
     """The values of OPTIONS by name. ValueError: one is out of bounds, or two do not go together."""
 
     def __init__(self, **values: Any) -> None:
-        super().__init__(**{option.name: values.pop(option.name, option.default) for option in OPTIONS})
+        super().__init__(**{option.name: option.checked(values.pop(option.name, option.default)) for option in OPTIONS})
         require(not values, f"there is no option {', '.join(values)}")
-        for option in OPTIONS:
-            option.check(getattr(self, option.name))
         Networks(f"{self.trusted_proxies},{self.metrics_from}")
         self.origins = re.split(" *, *", self.cors_origin)
         require(self.cors_origin in ("", "*") or all(ORIGIN.fullmatch(origin) for origin in self.origins),
@@ -218,10 +214,9 @@ class Problem(Exception):
 
     status = 400
 
-    def __init__(self, detail: str, status: Optional[int] = None, errors: Optional[Dict[str, str]] = None, limit: str = "",
-                 headers: Optional[Dict[str, str]] = None) -> None:
+    def __init__(self, detail: str, status: int = 0, errors: Mapping[str, str] = {}, limit: str = "", headers: Mapping[str, str] = {}) -> None:
         super().__init__(detail)
-        self.detail, self.status, self.errors, self.limit, self.headers = detail, status or self.status, errors or {}, limit, headers or {}
+        self.detail, self.status, self.errors, self.limit, self.headers = detail, status or self.status, errors, limit, headers
 
 
 class NotFound(Problem):
@@ -277,8 +272,7 @@ def check_name(value: Any, scope: Scope) -> str:
     name = unicodedata.normalize("NFC", value[:4 * MAX_NAME + 1]) if isinstance(value, str) else ""
     require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name) is not None,
             f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators, / and white space at its ends, and no reserved word")
-    shown = "" if name.isascii() else EMOJI_JOINER.sub("", name)
-    unseen = [character for character in shown if unicodedata.category(character) == "Cf" or character in NOT_DRAWN]
+    unseen = [] if name.isascii() else [each for each in EMOJI_JOINER.sub("", name) if unicodedata.category(each) == "Cf" or each in NOT_DRAWN]
     require(not unseen, "must not have characters that cannot be seen, beside joiners within emoji")
     return name
 
@@ -328,18 +322,18 @@ def address_fault(value: Any, is_local: bool) -> str:
     return "must not be a loopback address, as the client is on another machine" if is_loopback(address) and not is_local else ""
 
 
-def as_array(value: Any) -> Any:
-    """An array as it is meant: encoders of Lua and PHP write an empty one as an empty object."""
-    return [] if value == {} else value
+def check_array(value: Any, most: int, members: str) -> List[Any]:
+    """An array. Encoders of Lua and PHP write an empty one as an empty object."""
+    require(isinstance(value, list) and len(value) <= most or value == {}, f"must be an array of at most {most} {members}")
+    return value or []
 
 
 def check_addresses(value: Any, scope: Scope) -> bytes:
     """Candidates, most wanted first, as JSON text."""
-    value = as_array(value)
-    require(isinstance(value, list) and len(value) <= MAX_ADDRESSES, f"must be an array of at most {MAX_ADDRESSES} addresses")
-    faults = [f"[{i}] {fault}" for i, fault in enumerate([address_fault(item, scope.is_local) for item in value]) if fault]
-    require(not faults, "; ".join(faults[:MAX_FAULTS]))
-    return f"[{','.join([to_json(item) for item in value])}]".encode()
+    candidates = check_array(value, MAX_ADDRESSES, "addresses")
+    faults = [f"[{i}] {fault}" for i, fault in enumerate([address_fault(item, scope.is_local) for item in candidates]) if fault]
+    require(not faults, "; ".join(faults[:3]))      # so that answers stay short
+    return to_json(candidates).encode()
 
 
 def check_replies(value: Any, scope: Scope) -> Dict[str, bytes]:
@@ -350,12 +344,11 @@ def check_replies(value: Any, scope: Scope) -> Dict[str, bytes]:
     return {session_id: check_addresses(addresses, scope) for session_id, addresses in value.items()}
 
 
-def check_dismiss(value: Any, scope: Scope) -> Any:
+def check_dismiss(value: Any, scope: Scope) -> List[str]:
     """The sessionIds of guests."""
-    value = as_array(value)
-    is_good = isinstance(value, list) and len(value) <= scope.max_guests and all(isinstance(each, str) for each in value)
-    require(is_good, f"must be an array of at most {scope.max_guests} sessionIds")
-    return value
+    sessions = check_array(value, scope.max_guests, "sessionIds")
+    require(all(isinstance(each, str) for each in sessions), "must hold sessionIds, which are strings")
+    return sessions
 
 
 def check_info(value: Any, scope: Scope) -> bytes:
@@ -406,16 +399,9 @@ def unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return members
 
 
-def parse_number(text: str) -> float:
-    """Python reads NaN and Infinity as well, and takes what is too large for infinite."""
-    number = float(text)
-    require(math.isfinite(number), "a number is too large, or none")
-    return int(text) if text.lstrip("-").isdigit() else number
-
-
-LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")   # it may also be half of a pair, which is fine
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=parse_number, parse_float=parse_number, parse_constant=parse_number).decode
+# A whole number that is too large for a double becomes infinite, as Python has it for others.
+from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=lambda text: int(text) if len(text) < 300 else float(text)).decode
 
 
 def json_text(members: Mapping[str, Any]) -> str:
@@ -434,10 +420,8 @@ def parse_body(body: bytes) -> Dict[str, Any]:
     """The object that a body holds. Problem 400 if it is not JSON, or JSON that not every reader reads alike."""
     try:
         require(not body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")), "it begins with a byte order mark, a BOM")
-        text = body.decode("utf-8")
-        value: Dict[str, Any] = from_json(text)
-        if LONE_SURROGATE.search(text):
-            to_json(value).encode("utf-8")
+        value: Dict[str, Any] = from_json(body.decode("utf-8"))
+        to_json(value).encode("utf-8")      # fails for what Python reads and JSON has not: NaN, infinite numbers, lone surrogates
         require(isinstance(value, dict), "it is something else")
     except (ValueError, RecursionError) as fault:
         raise Problem(f"the body must be a JSON object in UTF-8: {fault}") from None
@@ -2326,22 +2310,17 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
         parser.error(str(fault))
 
 
-def open_registry(settings: Settings) -> Optional[GameRegistry]:
-    """The registry in the store, if there is to be one. CannotStart: it does not answer, or the library is not there."""
-    if not settings.store:
-        return None
-    sys.modules["p2pserver"] = sys.modules[__name__]        # for its imports, even if this is __main__
-    try:
-        from redis_registry import RedisRegistry
-    except ImportError as error:
-        raise CannotStart(f"--store needs redis_registry.py and its library: pip install 'redis>=8.1,<9' ({error})") from None
-    return RedisRegistry(settings)
-
-
 def open_server(settings: Settings) -> Server:
-    """A server bound to its ports. Where the system picks the port for TCP, it can be taken for UDP: then it picks again."""
-    registry = open_registry(settings)
-    for _ in range(0 if settings.port else 9):
+    """A server bound to its ports, with its registry in memory or in the store. CannotStart."""
+    registry = None
+    if settings.store:
+        sys.modules["p2pserver"] = sys.modules[__name__]        # for the imports of redis_registry, even if this is __main__
+        try:
+            from redis_registry import RedisRegistry
+            registry = RedisRegistry(settings)
+        except ImportError as error:
+            raise CannotStart(f"--store needs redis_registry.py and its library: pip install 'redis>=8.1,<9' ({error})") from None
+    for _ in range(0 if settings.port else 9):      # where the system picks the port for TCP, it may be taken for UDP: then it picks again
         with contextlib.suppress(CannotStart):
             return Server(settings, registry)
     return Server(settings, registry)
@@ -2377,8 +2356,8 @@ def handle_signals(server: Server) -> None:
 def main(arguments: Optional[List[str]] = None) -> None:
     """Serve until a signal comes. SystemExit 1 with one line if the server cannot start."""
     settings = parse_settings(arguments, os.environ)
-    formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter("%(asctime)s %(levelname)s %(message)s")
-    lines = start_log(settings.log_level, formatter)
+    formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
+    lines = start_log(settings.log_level, formatter("%(asctime)s %(levelname)s %(message)s"))
     for name, advice in ignored_variables(os.environ).items():
         log.warning("%s in the environment is ignored; %s", name, advice)
     allow_many_files()
@@ -2391,18 +2370,16 @@ def main(arguments: Optional[List[str]] = None) -> None:
     try:
         handle_signals(server)
         server.start()
-        text = f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"
-        line = formatter.format(logging.makeLogRecord({"levelname": "INFO", "msg": text})) if settings.log_format == "json" else text
+        record = logging.makeLogRecord({"levelname": "INFO", "msg": f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"})
         with contextlib.suppress(OSError):      # nobody reads it
-            os.write(1, f"{line}\n".encode())
+            print(formatter().format(record), flush=True)
         while True:
             time.sleep(0.5)     # a signal that another thread has taken is acted upon when this one wakes
     except KeyboardInterrupt:
         server.stop()
         log.info("the server has ended")
-        for _ in range(50):     # half a second for the log to be written
-            if lines.unfinished_tasks:
-                time.sleep(0.01)
+        with lines.all_tasks_done:      # half a second for the log to be written
+            lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 0.5)
         os._exit(0)     # Python's own end would wait for the stream of the log, or fail where its terminal is closed
 
 
