@@ -411,7 +411,7 @@ def json_text(members: Mapping[str, Any]) -> str:
 
 TEXT_OF: Dict[type, Callable[[Any], str]] = {
     str: to_json, bool: to_json, int: str, bytes: bytes.decode, dict: json_text,
-    float: functools.lru_cache(maxsize=64)("{:.15g}".format),       # 60 rather than 60.0, which some clients do not take for a whole number
+    float: "{:.15g}".format,        # 60 rather than 60.0, which some clients do not take for a whole number
     list: lambda items: "[" + ",".join([TEXT_OF[type(item)](item) for item in items]) + "]",
 }
 
@@ -1875,8 +1875,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------
 
-class CannotStart(Exception):
-    """Why the server cannot start, in words that help."""
+class CannotStart(SystemExit):
+    """Why the server cannot start, in words that help. Python prints them and ends with status 1, where nobody catches it."""
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2297,13 +2297,12 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
     parser = argparse.ArgumentParser(prog="p2pserver", description="A rendezvous server: through it two players behind home routers find each other.",
                                      epilog="In the environment --game-ttl is P2P_GAME_TTL.", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"p2pserver {__version__}")
-    environment = {name: text for name, text in environment.items() if not text.startswith("tcp://")}      # see ignored_variables
-    if "PORT" in environment:       # hosting services say PORT
-        environment.setdefault("P2P_PORT", environment["PORT"])
+    given = {"P2P_PORT": environment["PORT"]} if "PORT" in environment else {}      # hosting services say PORT
+    given.update({name: text for name, text in environment.items() if not text.startswith("tcp://")})       # see ignored_variables
     for option in OPTIONS:
         text = f"{option.help} (default: {option.default})" if option.default not in ("", False) else option.help
         kind: Dict[str, Any] = {"type": int, "nargs": "?", "const": 1} if option.default is False else {"type": type(option.default)}
-        parser.add_argument(option.flag, default=environment.get(option.variable, option.default), help=text, **kind)
+        parser.add_argument(option.flag, default=given.get(option.variable, option.default), help=text, **kind)
     try:
         return Settings(**vars(parser.parse_args(arguments)))
     except ValueError as fault:
@@ -2335,26 +2334,18 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 10240, hard))
 
 
-def handle_signals(server: Server) -> None:
-    """Have a signal that ends the server raise KeyboardInterrupt, once: SIGINT, SIGTERM, and SIGHUP where its terminal is closed.
-
-    Else SIGHUP has the certificate loaded anew.
-    """
-    hang_up = getattr(signal, "SIGHUP", None)       # Windows has none
-    terminal = next(filter(os.isatty, (0, 1, 2)), None)     # under nohup none of the three is one
-
-    def handle(number: int, frame: Any) -> None:
-        if number == hang_up and (terminal is None or os.isatty(terminal)):
-            server.certificate_is_old = True
-        elif not server.stopping:       # which takes seconds at the most
-            raise KeyboardInterrupt
-
-    for each in filter(None, (signal.SIGINT, signal.SIGTERM, hang_up)):     # the first process of a container ignores SIGTERM unless it is handled
-        signal.signal(each, handle)
+def watch_signals() -> socket.socket:
+    """Where the number of each signal can be read as a byte that comes from now on, whichever thread takes it: SIGINT, SIGTERM, SIGHUP."""
+    numbers, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):     # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), lambda number, frame: None)
+    return numbers
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
-    """Serve until a signal comes. SystemExit 1 with one line if the server cannot start."""
+    """Serve until a signal comes: SIGINT, SIGTERM, or SIGHUP as the terminal is closed. Any other SIGHUP has the certificate loaded anew. CannotStart."""
     settings = parse_settings(arguments, os.environ)
     formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
     lines = start_log(settings.log_level, formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -2362,25 +2353,20 @@ def main(arguments: Optional[List[str]] = None) -> None:
         log.warning("%s in the environment is ignored; %s", name, advice)
     allow_many_files()
     sys.setswitchinterval(0.001)    # seconds; while a thread works for TLS, others would wait five times as long for their turn
-    try:
-        server = open_server(settings)
-    except CannotStart as reason:
-        sys.exit(f"p2pserver: {reason}")
-
-    try:
-        handle_signals(server)
-        server.start()
-        record = logging.makeLogRecord({"levelname": "INFO", "msg": f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"})
-        with contextlib.suppress(OSError):      # nobody reads it
-            print(formatter().format(record), flush=True)
-        while True:
-            time.sleep(0.5)     # a signal that another thread has taken is acted upon when this one wakes
-    except KeyboardInterrupt:
-        server.stop()
-        log.info("the server has ended")
-        with lines.all_tasks_done:      # half a second for the log to be written
-            lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 0.5)
-        os._exit(0)     # Python's own end would wait for the stream of the log, or fail where its terminal is closed
+    server = open_server(settings)
+    signals = watch_signals()
+    terminal = next(filter(os.isatty, (0, 1, 2)), None)     # under nohup none of the three is one
+    server.start()
+    record = logging.makeLogRecord({"levelname": "INFO", "msg": f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"})
+    with contextlib.suppress(OSError):      # nobody reads it
+        print(formatter().format(record), flush=True)
+    while signals.recv(1)[0] == getattr(signal, "SIGHUP", None) and (terminal is None or os.isatty(terminal)):
+        server.certificate_is_old = True
+    server.stop()
+    log.info("the server has ended")
+    with lines.all_tasks_done:      # half a second for the log to be written
+        lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 0.5)
+    os._exit(0)     # Python's own end would wait for the stream of the log, or fail where its terminal is closed
 
 
 if __name__ == "__main__":
