@@ -82,9 +82,11 @@ log = logging.getLogger("p2pserver")
 # ---- options --------------------------------------------------------------------------------------------------------
 # One table gives the limits, the command line and the environment: --game-ttl is also P2P_GAME_TTL and settings.game_ttl.
 
-def require(condition: object, rule: str) -> None:
+def require(condition: object, rule: str, value: Any = None) -> Any:
+    """The value. ValueError, with the rule, where the condition does not hold."""
     if not condition:
         raise ValueError(rule)
+    return value
 
 
 class Option:
@@ -98,8 +100,7 @@ class Option:
     def checked(self, value: Any) -> Any:
         """The value. ValueError: it breaks the rule."""
         is_good = re.fullmatch(self.pattern, value) if isinstance(value, str) else self.low <= value <= self.high
-        require(is_good, f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}")
-        return value
+        return require(is_good, f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}", value)
 
 
 class Networks:
@@ -266,22 +267,20 @@ EMOJI = "\xa9\xae\u203c-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
 EMOJI_JOINER = re.compile(f"(?<=[{EMOJI}])\ufe0f|(?<=[{EMOJI}\ufe0f])\u200d(?=[{EMOJI}])|(?<=[0-9#*])\ufe0f(?=\u20e3)")
 
 
-def check_name(value: Any, scope: Scope) -> str:
+def check_name(value: Any, scope: Scope) -> Any:
     """A game's name, normalised to NFC, so that two ways of typing one name are one game."""
     # NFC makes at most four characters one: what is longer than four times the limit stays too long, and need not be normalised whole.
     name = unicodedata.normalize("NFC", value[:4 * MAX_NAME + 1]) if isinstance(value, str) else ""
-    require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name) is not None,
+    require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name),
             f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators, / and white space at its ends, and no reserved word")
     unseen = [] if name.isascii() else [each for each in EMOJI_JOINER.sub("", name) if unicodedata.category(each) == "Cf" or each in NOT_DRAWN]
-    require(not unseen, "must not have characters that cannot be seen, beside joiners within emoji")
-    return name
+    return require(not unseen, "must not have characters that cannot be seen, beside joiners within emoji", name)
 
 
 def check_peer_id(value: Any, scope: Scope) -> Any:
     """The secret that authorises its owner."""
     is_good = isinstance(value, str) and 0 < len(value) <= MAX_PEER_ID and value.isprintable()
-    require(is_good, f"must be a string of 1 to {MAX_PEER_ID} printable characters")
-    return value
+    return require(is_good, f"must be a string of 1 to {MAX_PEER_ID} printable characters", value)
 
 
 def packed_address(text: str) -> bytes:
@@ -297,7 +296,7 @@ def is_loopback(packed: bytes) -> bool:
 
 
 def is_too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
-    """Whether arrays and objects are nested deeper than that. Python may read such a value and then fail to write it."""
+    """Whether arrays and objects are nested deeper than that. How deep a JSON reader goes is its own affair (RFC 8259 section 9)."""
     items = value.values() if isinstance(value, dict) else value
     return isinstance(value, (dict, list)) and (levels == 0 or any(is_too_deep(item, levels - 1) for item in items))
 
@@ -322,10 +321,9 @@ def address_fault(value: Any, is_local: bool) -> str:
     return "must not be a loopback address, as the client is on another machine" if is_loopback(address) and not is_local else ""
 
 
-def check_array(value: Any, most: int, members: str) -> List[Any]:
+def check_array(value: Any, most: int, members: str) -> Any:
     """An array. Encoders of Lua and PHP write an empty one as an empty object."""
-    require(isinstance(value, list) and len(value) <= most or value == {}, f"must be an array of at most {most} {members}")
-    return value or []
+    return require(isinstance(value, list) and len(value) <= most or value == {}, f"must be an array of at most {most} {members}", value or [])
 
 
 def check_addresses(value: Any, scope: Scope) -> bytes:
@@ -344,23 +342,20 @@ def check_replies(value: Any, scope: Scope) -> Dict[str, bytes]:
     return {session_id: check_addresses(addresses, scope) for session_id, addresses in value.items()}
 
 
-def check_dismiss(value: Any, scope: Scope) -> List[str]:
+def check_dismiss(value: Any, scope: Scope) -> Any:
     """The sessionIds of guests."""
     sessions = check_array(value, scope.max_guests, "sessionIds")
-    require(all(isinstance(each, str) for each in sessions), "must hold sessionIds, which are strings")
-    return sessions
+    return require(all(isinstance(each, str) for each in sessions), "must hold sessionIds, which are strings", sessions)
 
 
-def check_info(value: Any, scope: Scope) -> bytes:
+def check_info(value: Any, scope: Scope) -> Any:
     """What lobbies show of a game, as JSON text."""
     text = to_json(value).encode() if isinstance(value, dict) and not is_too_deep(value) else b""
-    require(0 < len(text) <= MAX_INFO, f"must be an object of at most {MAX_INFO} bytes of JSON and {MAX_DEPTH} levels")
-    return text
+    return require(0 < len(text) <= MAX_INFO, f"must be an object of at most {MAX_INFO} bytes of JSON and {MAX_DEPTH} levels", text)
 
 
 def check_flag(value: Any, scope: Scope) -> Any:
-    require(isinstance(value, bool), "must be true or false")
-    return value
+    return require(isinstance(value, bool), "must be true or false", value)
 
 
 def check_whole_number(value: Any, scope: Scope) -> Any:
@@ -392,15 +387,14 @@ def validate(body: Mapping[str, Any], fields: Mapping[str, Field], scope: Scope)
     return values
 
 
-def unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def unique_keys(pairs: List[Tuple[str, Any]]) -> Any:
     """An object none of whose names comes twice: readers differ in which one they take (RFC 8259 section 4)."""
     members = dict(pairs)
-    require(len(members) == len(pairs), "a name stands twice in one object")
-    return members
+    return require(len(members) == len(pairs), "a name stands twice in one object", members)
 
 
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-# A whole number that is too large for a double becomes infinite, as Python has it for others.
+# To Python 1e999 is infinite. So is a whole number that is too large for a double.
 from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=lambda text: int(text) if len(text) < 300 else float(text)).decode
 
 
@@ -2287,9 +2281,9 @@ class JsonFormatter(TextFormatter):
 def ignored_variables(environment: Mapping[str, str]) -> Dict[str, str]:
     """Variables that look like an option's and are none, each with what helps."""
     known = [*[option.variable for option in OPTIONS], "P2P_STORE_SECRET", "P2P_STORE_SECRET_FILE"]
-    return {name: "Kubernetes sets it for a service named p2p" if value.startswith("tcp://")
-            else f"the option with the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}"
-            for name, value in environment.items() if name.startswith("P2P_") and (name not in known or value.startswith("tcp://"))}
+    ignored = [name for name, text in environment.items() if name.startswith("P2P_") and (name not in known or text.startswith("tcp://"))]
+    return {name: "Kubernetes sets it for a service named p2p" if environment[name].startswith("tcp://")
+            else f"the option with the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}" for name in ignored}
 
 
 def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str]) -> Settings:
