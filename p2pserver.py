@@ -24,10 +24,9 @@ directly from then on. JSON over HTTP/1.1; fields in brackets are optional:
     any error              application/problem+json (RFC 9457): {type, title, status, detail, [errors: {field: rule}]}
 
 The peerId authorises: whoever registers a game with it owns the game; a request without a body may bring it as Authorization:
-Bearer. Only a keyed digest of it is kept. Each pair of host and
-guest has a session, whose sessionKey only the two know. With after, the cursor of an earlier answer, an answer tells what is
-new since. With wait, or Prefer: wait=N (RFC 7240), a poll waits for news and a start for addresses of the host;
-Preference-Applied in the answer says so.
+Bearer. Only a keyed digest of it is kept. Each pair of host and guest has a session, whose sessionKey only the two know. With
+after, the cursor of an earlier answer, an answer tells what is new since. With wait, or Prefer: wait=N (RFC 7240), a poll waits
+for news and a start for addresses of the host; Preference-Applied in the answer says so.
 
 Threads: 1. One thread accepts and serves all connections; it never waits for a single one. 2. A connection that must wait,
 for bytes or for news of its game, is parked: it costs a record and no thread, until there is something to go on with.
@@ -114,7 +113,7 @@ class Networks:
     def __init__(self, text: str) -> None:
         self._networks = []
         for network in [ipaddress.ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip()]:
-            mapped = network.network_address.ipv4_mapped if network.version == 6 else None
+            mapped = getattr(network.network_address, "ipv4_mapped", None)
             self._networks.append(ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network)
 
     def __contains__(self, address: str) -> bool:
@@ -2294,7 +2293,7 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
     given = {"P2P_PORT": environment["PORT"]} if "PORT" in environment else {}      # hosting services say PORT
     given.update({name: text for name, text in environment.items() if not text.startswith("tcp://")})       # see ignored_variables
     for option in OPTIONS:
-        text = f"{option.help} (default: {option.default})" if option.default not in ("", False) else option.help
+        text = f"{option.help} (default: {option.default})" if option.default else option.help
         kind: Dict[str, Any] = {"type": int, "nargs": "?", "const": 1} if option.default is False else {"type": type(option.default)}
         parser.add_argument(option.flag, default=given.get(option.variable, option.default), help=text, **kind)
     try:
@@ -2329,7 +2328,7 @@ def allow_many_files() -> None:
 
 
 def watch_signals() -> socket.socket:
-    """Where the number of each signal can be read as a byte that comes from now on, whichever thread takes it: SIGINT, SIGTERM, SIGHUP."""
+    """Have SIGINT, SIGTERM and SIGHUP do nothing but send their numbers, a byte each, to the socket returned, whichever thread takes them."""
     numbers, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.detach())
