@@ -125,11 +125,11 @@ OPTIONS = (
     Option("host", "", "address to listen on, or a name: all its addresses; all addresses, IPv6 and IPv4, if not given"),
     Option("port", 8000, "port to listen on, TCP for HTTP and UDP for STUN; 0 picks a free one and prints it", 0, 65535),
     Option("stun_port", 0, "another UDP port for STUN than that of HTTP", 0, 65535),
-    Option("second_stun_port", 0, "a second UDP port for STUN, by which clients learn the kind of their NAT (default: the one after the first)", 0, 65535),
+    Option("second_stun_port", 0, "a second UDP port for STUN, for clients to learn the kind of their NAT (default: the next one)", 0, 65535),
     Option("stun_rate", 20.0, "STUN answers a second to one address, and 500 at once, of each port; 0 for no limit", 0, 1_000_000),
     Option("no_stun", False, "no STUN: clients then need another STUN server"),
-    Option("turn_url", "", "TURN servers that hosts are offered, as turn:turn.example.net:3478, with commas between", pattern=r"(turns?:[^\s,]+(,(?=t)|$))*"),
-    Option("turn_secret", "", "the secret that it shares with this server, coturn's static-auth-secret; better given as P2P_TURN_SECRET", pattern="(?s).*"),
+    Option("turn_url", "", "TURN servers for hosts, as turn:turn.example.net:3478, with commas between", pattern=r"(turns?:[^\s,]+(,(?=t)|$))*"),
+    Option("turn_secret", "", "the secret shared with them, coturn's static-auth-secret; better given as P2P_TURN_SECRET", pattern="(?s).*"),
     Option("game_ttl", 60.0, "seconds after which a game whose host is silent is gone", 1, 86400),
     Option("guest_ttl", 60.0, "seconds after which a guest who has not started again is gone", 1, 86400),
     Option("poll_after", 2.0, "seconds that clients are advised to wait between two polls", 0.1, 3600),
@@ -172,7 +172,7 @@ MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plainte
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
 TURN_TTL = 86400                # seconds for which the credentials of a relay are good
 STUN_BURST = 500                # answers that one address gets at once of each port, on top of --stun-rate a second: a school may be one
-FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one for each 512 bytes; each more costs a token, as do 512 bytes of chunks' framing
+FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one for each 512 bytes; more cost a token each, as do 512 bytes of framing
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
 MAX_REFUSALS = 100              # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
@@ -214,9 +214,9 @@ class Problem(Exception):
 
     status = 400
 
-    def __init__(self, detail: str, status: int = 0, errors: Mapping[str, str] = {}, limit: str = "", headers: Mapping[str, str] = {}) -> None:
+    def __init__(self, detail: str, status: int = 0, errors: Any = None, limit: str = "", headers: Optional[Dict[str, str]] = None) -> None:
         super().__init__(detail)
-        self.detail, self.status, self.errors, self.limit, self.headers = detail, status or self.status, errors, limit, headers
+        self.detail, self.status, self.errors, self.limit, self.headers = detail, status or self.status, errors or {}, limit, headers or {}
 
 
 class NotFound(Problem):
@@ -261,7 +261,7 @@ IP_PORT = re.compile(r"(?:([0-9]+(?:\.[0-9]+){3})|\[([0-9A-Fa-f:.]+(?:%[^\]]*)?)
 GAME_NAME = re.compile(rf"(?!\s)[^\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029/]{{1,{MAX_NAME}}}(?<!\s)")
 
 # Two names that look alike must not differ by what is not drawn: category Cf, fillers, blanks, and selectors of variants.
-NOT_DRAWN = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0" + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+NOT_DRAWN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 EMOJI = "\xa9\xae\u203c-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
 EMOJI_JOINER = re.compile(f"(?<=[{EMOJI}])\ufe0f|(?<=[{EMOJI}\ufe0f])\u200d(?=[{EMOJI}])|(?<=[0-9#*])\ufe0f(?=\u20e3)")
 
@@ -272,7 +272,7 @@ def check_name(value: Any, scope: Scope) -> Any:
     name = unicodedata.normalize("NFC", value[:4 * MAX_NAME + 1]) if isinstance(value, str) else ""
     require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name),
             f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators, / and white space at its ends, and no reserved word")
-    unseen = [] if name.isascii() else [each for each in EMOJI_JOINER.sub("", name) if unicodedata.category(each) == "Cf" or each in NOT_DRAWN]
+    unseen = [] if name.isascii() else [each for each in EMOJI_JOINER.sub("", name) if unicodedata.category(each) == "Cf" or NOT_DRAWN.match(each)]
     return require(not unseen, "must not have characters that cannot be seen, beside joiners within emoji", name)
 
 
@@ -2338,7 +2338,7 @@ def watch_signals() -> socket.socket:
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
-    """Serve until a signal comes: SIGINT, SIGTERM, or SIGHUP as the terminal is closed. Any other SIGHUP has the certificate loaded anew. CannotStart."""
+    """Serve until SIGINT, SIGTERM, or SIGHUP as the terminal is closed. Any other SIGHUP has the certificate loaded anew. CannotStart."""
     settings = parse_settings(arguments, os.environ)
     formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
     lines = start_log(settings.log_level, formatter("%(asctime)s %(levelname)s %(message)s"))
