@@ -24,10 +24,9 @@ directly from then on. JSON over HTTP/1.1; fields in brackets are optional:
     any error              application/problem+json (RFC 9457): {type, title, status, detail, [errors: {field: rule}]}
 
 The peerId authorises: whoever registers a game with it owns the game; a request without a body may bring it as Authorization:
-Bearer. Only a keyed digest of it is kept. Each pair of host and
-guest has a session, whose sessionKey only the two know. With after, the cursor of an earlier answer, an answer tells what is
-new since. With wait, or Prefer: wait=N (RFC 7240), a poll waits for news and a start for addresses of the host;
-Preference-Applied in the answer says so.
+Bearer. Only a keyed digest of it is kept. Each pair of host and guest has a session, whose sessionKey only the two know. With
+after, the cursor of an earlier answer, an answer tells what is new since. With wait, or Prefer: wait=N (RFC 7240), a poll waits
+for news and a start for addresses of the host; Preference-Applied in the answer says so.
 
 Threads: 1. One thread accepts and serves all connections; it never waits for a single one. 2. A connection that must wait,
 for bytes or for news of its game, is parked: it costs a record and no thread, until there is something to go on with.
@@ -83,9 +82,11 @@ log = logging.getLogger("p2pserver")
 # ---- options --------------------------------------------------------------------------------------------------------
 # One table gives the limits, the command line and the environment: --game-ttl is also P2P_GAME_TTL and settings.game_ttl.
 
-def require(condition: bool, rule: str) -> None:
+def require(condition: object, rule: str, value: Any = None) -> Any:
+    """The value. ValueError, with the rule, where the condition does not hold."""
     if not condition:
         raise ValueError(rule)
+    return value
 
 
 class Option:
@@ -96,10 +97,10 @@ class Option:
         self.flag, self.variable = "--" + name.replace("_", "-"), "P2P_" + name.upper()
         self.rule = f"match {pattern}" if isinstance(default, str) else f"be from {low:.15g} to {high:.15g}"
 
-    def check(self, value: Any) -> None:
-        """ValueError: the value breaks the rule."""
+    def checked(self, value: Any) -> Any:
+        """The value. ValueError: it breaks the rule."""
         is_good = re.fullmatch(self.pattern, value) if isinstance(value, str) else self.low <= value <= self.high
-        require(bool(is_good), f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}")
+        return require(is_good, f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}", value)
 
 
 class Networks:
@@ -113,7 +114,7 @@ class Networks:
     def __init__(self, text: str) -> None:
         self._networks = []
         for network in [ipaddress.ip_network(each.strip(), strict=False) for each in text.split(",") if each.strip()]:
-            mapped = network.network_address.ipv4_mapped if network.version == 6 else None
+            mapped = getattr(network.network_address, "ipv4_mapped", None)
             self._networks.append(ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network)
 
     def __contains__(self, address: str) -> bool:
@@ -125,12 +126,11 @@ OPTIONS = (
     Option("host", "", "address to listen on, or a name: all its addresses; all addresses, IPv6 and IPv4, if not given"),
     Option("port", 8000, "port to listen on, TCP for HTTP and UDP for STUN; 0 picks a free one and prints it", 0, 65535),
     Option("stun_port", 0, "another UDP port for STUN than that of HTTP", 0, 65535),
-    Option("second_stun_port", 0, "a second UDP port for STUN, by which clients learn the kind of their NAT (default: the one after the first)", 0, 65535),
+    Option("second_stun_port", 0, "a second UDP port for STUN, for clients to learn the kind of their NAT (default: the next one)", 0, 65535),
     Option("stun_rate", 20.0, "STUN answers a second to one address, and 500 at once, of each port; 0 for no limit", 0, 1_000_000),
     Option("no_stun", False, "no STUN: clients then need another STUN server"),
-    Option("turn_url", "", "TURN server whose relay each host is offered, as turn:turn.example.net:3478, several with commas between",
-           pattern=r"(turns?:[^\s,]+(,(?=turns?:)|$))*"),
-    Option("turn_secret", "", "the secret that it shares with this server, coturn's static-auth-secret; better given as P2P_TURN_SECRET", pattern="(?s).*"),
+    Option("turn_url", "", "TURN servers for hosts, as turn:turn.example.net:3478, with commas between", pattern=r"(turns?:[^\s,]+(,(?=t)|$))*"),
+    Option("turn_secret", "", "the secret shared with them, coturn's static-auth-secret; better given as P2P_TURN_SECRET", pattern="(?s).*"),
     Option("game_ttl", 60.0, "seconds after which a game whose host is silent is gone", 1, 86400),
     Option("guest_ttl", 60.0, "seconds after which a guest who has not started again is gone", 1, 86400),
     Option("poll_after", 2.0, "seconds that clients are advised to wait between two polls", 0.1, 3600),
@@ -165,17 +165,15 @@ ORIGIN = re.compile(r"null|(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-
 MAX_NAME, MAX_PEER_ID, MAX_ADDRESS = 64, 128, 512       # characters
 MAX_ADDRESSES, MAX_REPLY_ADDRESSES = 16, 64             # candidates in one list, and in all the replies of one poll
 MAX_INFO, MAX_DEPTH = 1024, 16  # bytes as compact JSON; levels of arrays and objects in what is handed on
-MAX_FAULTS = 3                  # of one list that an answer names, so that answers stay short
-MAX_REQUEST_LINE, MAX_HEAD = 8192, 32768                # bytes; RFC 9112 section 3 asks for 8000 at least
+MAX_REQUEST_LINE, MAX_HEAD, MAX_TRAILER = 8192, 32768, 1024     # bytes; RFC 9112 section 3 asks for 8000 at least. Trailers follow a chunked body
 MAX_HEADER_FIELDS = 100
-MAX_TRAILER = 1024              # bytes of the trailers behind a chunked body
 READ_SIZE = 16384               # bytes that are received at once: a connection's buffer holds at most MAX_HEAD or a body, and READ_SIZE more
 MAX_FORWARDED = 2048            # characters of X-Forwarded-For that are read, from its end
 MAX_CIPHERTEXT = 65536          # bytes of TLS that may come without any plaintext; a record has at most 16,640 (RFC 8446 section 5.2)
 MAX_STUN, MAX_STUN_ATTRIBUTES = 1280, 16                # bytes of a request, and attributes in it
 TURN_TTL = 86400                # seconds for which the credentials of a relay are good
 STUN_BURST = 500                # answers that one address gets at once of each port, on top of --stun-rate a second: a school may be one
-FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one for each 512 bytes; each more costs a token, as do 512 bytes of chunks' framing
+FREE_READS, BYTES_PER_READ = 8, 512     # a request may take 8 reads, and one for each 512 bytes; more cost a token each, as do 512 bytes of framing
 BYTES_PER_TOKEN = 16384         # of an answer's body: a long list costs as much as many short answers
 FORBIDDEN_COST = 10             # tokens that a wrong peerId costs, so that guessing is slow
 MAX_REFUSALS = 100              # refusals that a client, or the server in all, sends at once beyond a limit; then it closes without a word
@@ -197,10 +195,8 @@ class Settings(argparse.Namespace):
     """The values of OPTIONS by name. ValueError: one is out of bounds, or two do not go together."""
 
     def __init__(self, **values: Any) -> None:
-        super().__init__(**{option.name: values.pop(option.name, option.default) for option in OPTIONS})
+        super().__init__(**{option.name: option.checked(values.pop(option.name, option.default)) for option in OPTIONS})
         require(not values, f"there is no option {', '.join(values)}")
-        for option in OPTIONS:
-            option.check(getattr(self, option.name))
         Networks(f"{self.trusted_proxies},{self.metrics_from}")
         self.origins = re.split(" *, *", self.cors_origin)
         require(self.cors_origin in ("", "*") or all(ORIGIN.fullmatch(origin) for origin in self.origins),
@@ -219,8 +215,7 @@ class Problem(Exception):
 
     status = 400
 
-    def __init__(self, detail: str, status: Optional[int] = None, errors: Optional[Dict[str, str]] = None, limit: str = "",
-                 headers: Optional[Dict[str, str]] = None) -> None:
+    def __init__(self, detail: str, status: int = 0, errors: Any = None, limit: str = "", headers: Optional[Dict[str, str]] = None) -> None:
         super().__init__(detail)
         self.detail, self.status, self.errors, self.limit, self.headers = detail, status or self.status, errors or {}, limit, headers or {}
 
@@ -267,28 +262,25 @@ IP_PORT = re.compile(r"(?:([0-9]+(?:\.[0-9]+){3})|\[([0-9A-Fa-f:.]+(?:%[^\]]*)?)
 GAME_NAME = re.compile(rf"(?!\s)[^\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029/]{{1,{MAX_NAME}}}(?<!\s)")
 
 # Two names that look alike must not differ by what is not drawn: category Cf, fillers, blanks, and selectors of variants.
-NOT_DRAWN = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0" + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+NOT_DRAWN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 EMOJI = "\xa9\xae\u203c-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
 EMOJI_JOINER = re.compile(f"(?<=[{EMOJI}])\ufe0f|(?<=[{EMOJI}\ufe0f])\u200d(?=[{EMOJI}])|(?<=[0-9#*])\ufe0f(?=\u20e3)")
 
 
-def check_name(value: Any, scope: Scope) -> str:
+def check_name(value: Any, scope: Scope) -> Any:
     """A game's name, normalised to NFC, so that two ways of typing one name are one game."""
     # NFC makes at most four characters one: what is longer than four times the limit stays too long, and need not be normalised whole.
     name = unicodedata.normalize("NFC", value[:4 * MAX_NAME + 1]) if isinstance(value, str) else ""
-    require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name) is not None,
+    require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name),
             f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators, / and white space at its ends, and no reserved word")
-    shown = "" if name.isascii() else EMOJI_JOINER.sub("", name)
-    unseen = [character for character in shown if unicodedata.category(character) == "Cf" or character in NOT_DRAWN]
-    require(not unseen, "must not have characters that cannot be seen, beside joiners within emoji")
-    return name
+    unseen = [] if name.isascii() else [each for each in EMOJI_JOINER.sub("", name) if unicodedata.category(each) == "Cf" or NOT_DRAWN.match(each)]
+    return require(not unseen, "must not have characters that cannot be seen, beside joiners within emoji", name)
 
 
 def check_peer_id(value: Any, scope: Scope) -> Any:
     """The secret that authorises its owner."""
     is_good = isinstance(value, str) and 0 < len(value) <= MAX_PEER_ID and value.isprintable()
-    require(is_good, f"must be a string of 1 to {MAX_PEER_ID} printable characters")
-    return value
+    return require(is_good, f"must be a string of 1 to {MAX_PEER_ID} printable characters", value)
 
 
 def packed_address(text: str) -> bytes:
@@ -304,7 +296,7 @@ def is_loopback(packed: bytes) -> bool:
 
 
 def is_too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
-    """Whether arrays and objects are nested deeper than that. Python may read such a value and then fail to write it."""
+    """Whether arrays and objects are nested deeper than that. How deep a JSON reader goes is its own affair (RFC 8259 section 9)."""
     items = value.values() if isinstance(value, dict) else value
     return isinstance(value, (dict, list)) and (levels == 0 or any(is_too_deep(item, levels - 1) for item in items))
 
@@ -329,18 +321,17 @@ def address_fault(value: Any, is_local: bool) -> str:
     return "must not be a loopback address, as the client is on another machine" if is_loopback(address) and not is_local else ""
 
 
-def as_array(value: Any) -> Any:
-    """An array as it is meant: encoders of Lua and PHP write an empty one as an empty object."""
-    return [] if value == {} else value
+def check_array(value: Any, most: int, members: str) -> Any:
+    """An array. Encoders of Lua and PHP write an empty one as an empty object."""
+    return require(isinstance(value, list) and len(value) <= most or value == {}, f"must be an array of at most {most} {members}", value or [])
 
 
 def check_addresses(value: Any, scope: Scope) -> bytes:
     """Candidates, most wanted first, as JSON text."""
-    value = as_array(value)
-    require(isinstance(value, list) and len(value) <= MAX_ADDRESSES, f"must be an array of at most {MAX_ADDRESSES} addresses")
-    faults = [f"[{i}] {fault}" for i, fault in enumerate([address_fault(item, scope.is_local) for item in value]) if fault]
-    require(not faults, "; ".join(faults[:MAX_FAULTS]))
-    return f"[{','.join([to_json(item) for item in value])}]".encode()
+    candidates = check_array(value, MAX_ADDRESSES, "addresses")
+    faults = [f"[{i}] {fault}" for i, fault in enumerate([address_fault(item, scope.is_local) for item in candidates]) if fault]
+    require(not faults, "; ".join(faults[:3]))      # so that answers stay short
+    return to_json(candidates).encode()
 
 
 def check_replies(value: Any, scope: Scope) -> Dict[str, bytes]:
@@ -353,22 +344,18 @@ def check_replies(value: Any, scope: Scope) -> Dict[str, bytes]:
 
 def check_dismiss(value: Any, scope: Scope) -> Any:
     """The sessionIds of guests."""
-    value = as_array(value)
-    is_good = isinstance(value, list) and len(value) <= scope.max_guests and all(isinstance(each, str) for each in value)
-    require(is_good, f"must be an array of at most {scope.max_guests} sessionIds")
-    return value
+    sessions = check_array(value, scope.max_guests, "sessionIds")
+    return require(all(isinstance(each, str) for each in sessions), "must hold sessionIds, which are strings", sessions)
 
 
-def check_info(value: Any, scope: Scope) -> bytes:
+def check_info(value: Any, scope: Scope) -> Any:
     """What lobbies show of a game, as JSON text."""
     text = to_json(value).encode() if isinstance(value, dict) and not is_too_deep(value) else b""
-    require(0 < len(text) <= MAX_INFO, f"must be an object of at most {MAX_INFO} bytes of JSON and {MAX_DEPTH} levels")
-    return text
+    return require(0 < len(text) <= MAX_INFO, f"must be an object of at most {MAX_INFO} bytes of JSON and {MAX_DEPTH} levels", text)
 
 
 def check_flag(value: Any, scope: Scope) -> Any:
-    require(isinstance(value, bool), "must be true or false")
-    return value
+    return require(isinstance(value, bool), "must be true or false", value)
 
 
 def check_whole_number(value: Any, scope: Scope) -> Any:
@@ -400,23 +387,15 @@ def validate(body: Mapping[str, Any], fields: Mapping[str, Field], scope: Scope)
     return values
 
 
-def unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def unique_keys(pairs: List[Tuple[str, Any]]) -> Any:
     """An object none of whose names comes twice: readers differ in which one they take (RFC 8259 section 4)."""
     members = dict(pairs)
-    require(len(members) == len(pairs), "a name stands twice in one object")
-    return members
+    return require(len(members) == len(pairs), "a name stands twice in one object", members)
 
 
-def parse_number(text: str) -> float:
-    """Python reads NaN and Infinity as well, and takes what is too large for infinite."""
-    number = float(text)
-    require(math.isfinite(number), "a number is too large, or none")
-    return int(text) if text.lstrip("-").isdigit() else number
-
-
-LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")   # it may also be half of a pair, which is fine
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=parse_number, parse_float=parse_number, parse_constant=parse_number).decode
+# To Python 1e999 is infinite. So is a whole number that is too large for a double.
+from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=lambda text: int(text) if len(text) < 300 else float(text)).decode
 
 
 def json_text(members: Mapping[str, Any]) -> str:
@@ -426,7 +405,7 @@ def json_text(members: Mapping[str, Any]) -> str:
 
 TEXT_OF: Dict[type, Callable[[Any], str]] = {
     str: to_json, bool: to_json, int: str, bytes: bytes.decode, dict: json_text,
-    float: functools.lru_cache(maxsize=64)("{:.15g}".format),       # 60 rather than 60.0, which some clients do not take for a whole number
+    float: "{:.15g}".format,        # 60 rather than 60.0, which some clients do not take for a whole number
     list: lambda items: "[" + ",".join([TEXT_OF[type(item)](item) for item in items]) + "]",
 }
 
@@ -435,10 +414,8 @@ def parse_body(body: bytes) -> Dict[str, Any]:
     """The object that a body holds. Problem 400 if it is not JSON, or JSON that not every reader reads alike."""
     try:
         require(not body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")), "it begins with a byte order mark, a BOM")
-        text = body.decode("utf-8")
-        value: Dict[str, Any] = from_json(text)
-        if LONE_SURROGATE.search(text):
-            to_json(value).encode("utf-8")
+        value: Dict[str, Any] = from_json(body.decode("utf-8"))
+        to_json(value).encode("utf-8")      # fails for what Python reads and JSON has not: NaN, infinite numbers, lone surrogates
         require(isinstance(value, dict), "it is something else")
     except (ValueError, RecursionError) as fault:
         raise Problem(f"the body must be a JSON object in UTF-8: {fault}") from None
@@ -1892,8 +1869,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------
 
-class CannotStart(Exception):
-    """Why the server cannot start, in words that help."""
+class CannotStart(SystemExit):
+    """Why the server cannot start, in words that help. Python prints them and ends with status 1, where nobody catches it."""
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2285,9 +2262,9 @@ class JsonFormatter(TextFormatter):
 def ignored_variables(environment: Mapping[str, str]) -> Dict[str, str]:
     """Variables that look like an option's and are none, each with what helps."""
     known = [*[option.variable for option in OPTIONS], "P2P_STORE_SECRET", "P2P_STORE_SECRET_FILE"]
-    return {name: "Kubernetes sets it for a service named p2p" if value.startswith("tcp://")
-            else f"the option with the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}"
-            for name, value in environment.items() if name.startswith("P2P_") and (name not in known or value.startswith("tcp://"))}
+    ignored = [name for name, text in environment.items() if name.startswith("P2P_") and (name not in known or text.startswith("tcp://"))]
+    return {name: "Kubernetes sets it for a service named p2p" if environment[name].startswith("tcp://")
+            else f"the option with the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}" for name in ignored}
 
 
 def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str]) -> Settings:
@@ -2295,35 +2272,29 @@ def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str
     parser = argparse.ArgumentParser(prog="p2pserver", description="A rendezvous server: through it two players behind home routers find each other.",
                                      epilog="In the environment --game-ttl is P2P_GAME_TTL.", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"p2pserver {__version__}")
-    environment = {name: text for name, text in environment.items() if not text.startswith("tcp://")}      # see ignored_variables
-    if "PORT" in environment:       # hosting services say PORT
-        environment.setdefault("P2P_PORT", environment["PORT"])
+    given = {"P2P_PORT": environment["PORT"]} if "PORT" in environment else {}      # hosting services say PORT
+    given.update({name: text for name, text in environment.items() if not text.startswith("tcp://")})       # see ignored_variables
     for option in OPTIONS:
-        text = f"{option.help} (default: {option.default})" if option.default not in ("", False) else option.help
+        text = f"{option.help} (default: {option.default})" if option.default else option.help
         kind: Dict[str, Any] = {"type": int, "nargs": "?", "const": 1} if option.default is False else {"type": type(option.default)}
-        parser.add_argument(option.flag, default=environment.get(option.variable, option.default), help=text, **kind)
+        parser.add_argument(option.flag, default=given.get(option.variable, option.default), help=text, **kind)
     try:
         return Settings(**vars(parser.parse_args(arguments)))
     except ValueError as fault:
         parser.error(str(fault))
 
 
-def open_registry(settings: Settings) -> Optional[GameRegistry]:
-    """The registry in the store, if there is to be one. CannotStart: it does not answer, or the library is not there."""
-    if not settings.store:
-        return None
-    sys.modules["p2pserver"] = sys.modules[__name__]        # for its imports, even if this is __main__
-    try:
-        from redis_registry import RedisRegistry
-    except ImportError as error:
-        raise CannotStart(f"--store needs redis_registry.py and its library: pip install 'redis>=8.1,<9' ({error})") from None
-    return RedisRegistry(settings)
-
-
 def open_server(settings: Settings) -> Server:
-    """A server bound to its ports. Where the system picks the port for TCP, it can be taken for UDP: then it picks again."""
-    registry = open_registry(settings)
-    for _ in range(0 if settings.port else 9):
+    """A server bound to its ports, with its registry in memory or in the store. CannotStart."""
+    registry = None
+    if settings.store:
+        sys.modules["p2pserver"] = sys.modules[__name__]        # for the imports of redis_registry, even if this is __main__
+        try:
+            from redis_registry import RedisRegistry
+            registry = RedisRegistry(settings)
+        except ImportError as error:
+            raise CannotStart(f"--store needs redis_registry.py and its library: pip install 'redis>=8.1,<9' ({error})") from None
+    for _ in range(0 if settings.port else 9):      # where the system picks the port for TCP, it may be taken for UDP: then it picks again
         with contextlib.suppress(CannotStart):
             return Server(settings, registry)
     return Server(settings, registry)
@@ -2338,54 +2309,39 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else 10240, hard))
 
 
-def handle_signals(server: Server) -> None:
-    """Have a signal that ends the server raise KeyboardInterrupt, once: SIGINT, SIGTERM, and SIGHUP where its terminal is closed.
-
-    Else SIGHUP has the certificate loaded anew.
-    """
-    hang_up = getattr(signal, "SIGHUP", None)       # Windows has none
-    terminal = next(filter(os.isatty, (0, 1, 2)), None)     # under nohup none of the three is one
-
-    def handle(number: int, frame: Any) -> None:
-        if number == hang_up and (terminal is None or os.isatty(terminal)):
-            server.certificate_is_old = True
-        elif not server.stopping:       # which takes seconds at the most
-            raise KeyboardInterrupt
-
-    for each in filter(None, (signal.SIGINT, signal.SIGTERM, hang_up)):     # the first process of a container ignores SIGTERM unless it is handled
-        signal.signal(each, handle)
+def watch_signals() -> socket.socket:
+    """Have SIGINT, SIGTERM and SIGHUP do nothing but send their numbers, a byte each, to the socket returned, whichever thread takes them."""
+    numbers, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):     # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), lambda number, frame: None)
+    return numbers
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
-    """Serve until a signal comes. SystemExit 1 with one line if the server cannot start."""
+    """Serve until SIGINT, SIGTERM, or SIGHUP as the terminal is closed. Any other SIGHUP has the certificate loaded anew. CannotStart."""
     settings = parse_settings(arguments, os.environ)
-    formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter("%(asctime)s %(levelname)s %(message)s")
-    lines = start_log(settings.log_level, formatter)
+    formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
+    lines = start_log(settings.log_level, formatter("%(asctime)s %(levelname)s %(message)s"))
     for name, advice in ignored_variables(os.environ).items():
         log.warning("%s in the environment is ignored; %s", name, advice)
     allow_many_files()
     sys.setswitchinterval(0.001)    # seconds; while a thread works for TLS, others would wait five times as long for their turn
-    try:
-        server = open_server(settings)
-    except CannotStart as reason:
-        sys.exit(f"p2pserver: {reason}")
-
-    try:
-        handle_signals(server)
-        server.start()
-        text = f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"
-        line = formatter.format(logging.makeLogRecord({"levelname": "INFO", "msg": text})) if settings.log_format == "json" else text
-        with contextlib.suppress(OSError):      # nobody reads it
-            os.write(1, f"{line}\n".encode())
-        while True:
-            time.sleep(0.5)     # a signal that another thread has taken is acted upon when this one wakes
-    except KeyboardInterrupt:
-        server.stop()
-        log.info("the server has ended")
-        for _ in range(50):     # half a second for the log to be written
-            if lines.unfinished_tasks:
-                time.sleep(0.01)
-        os._exit(0)     # Python's own end would wait for the stream of the log, or fail where its terminal is closed
+    server = open_server(settings)
+    signals = watch_signals()
+    terminal = next(filter(os.isatty, (0, 1, 2)), None)     # under nohup none of the three is one
+    server.start()
+    record = logging.makeLogRecord({"levelname": "INFO", "msg": f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"})
+    with contextlib.suppress(OSError):      # nobody reads it
+        print(formatter().format(record), flush=True)
+    while signals.recv(1)[0] == getattr(signal, "SIGHUP", None) and (terminal is None or os.isatty(terminal)):
+        server.certificate_is_old = True
+    server.stop()
+    log.info("the server has ended")
+    with lines.all_tasks_done:      # half a second for the log to be written
+        lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, 0.5)
+    os._exit(0)     # Python's own end would wait for the stream of the log, or fail where its terminal is closed
 
 
 if __name__ == "__main__":
