@@ -935,30 +935,26 @@ class Client(NamedTuple):
 def client_of(host: str) -> Client:
     """Who has this address. OSError: it is none."""
     packed = packed_address(host)
-    family, key = (socket.AF_INET, packed) if len(packed) == 4 else (socket.AF_INET6, packed[:7])
-    return Client(socket.inet_ntop(family, packed), key, is_loopback(packed))
+    return Client(socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed), packed[:7], is_loopback(packed))
 
 
 def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -> Client:
-    """Who asks, where the connection comes from peer. If that is one of the proxies: the last address in X-Forwarded-For that is none of them.
+    """Who asks, where the connection comes from peer: who is the last in the row of X-Forwarded-For and peer that is none of the proxies.
 
-    From anybody else the field is ignored, except that its sender is not taken for a user of this machine. All clients of whom a proxy tells
-    nothing are one.
+    Who comes with that field is not taken for a user of this machine. All clients of whom a proxy tells nothing are one.
     """
     forwarded = headers.get("x-forwarded-for")
     if forwarded is None:
         return peer
-    if peer.address not in proxies:
-        if not proxies.has_warned:
-            proxies.has_warned = True
-            log.warning("X-Forwarded-For from %s is not believed, as --trusted-proxies does not name it: all who come through it are one client", peer.address)
-        return peer._replace(is_local=False)
+    if peer.address not in proxies and not proxies.has_warned:
+        proxies.has_warned = True
+        log.warning("X-Forwarded-For from %s is not believed, as --trusted-proxies does not name it: all who come through it are one client", peer.address)
+    client, members = peer, forwarded[-MAX_FORWARDED:].split(",")
     with contextlib.suppress(OSError):
-        for member in reversed(forwarded[-MAX_FORWARDED:].split(",")):      # the last ones are the proxies' own
-            match = IP_PORT.fullmatch(member.strip())       # some proxies add the port
-            client = client_of((match[1] or match[2]) if match else member.strip(" \t[]"))
-            if client.address not in proxies:
-                break
+        while members and client.address in proxies:
+            member = members.pop().strip()
+            match = IP_PORT.fullmatch(member)       # some proxies add the port
+            client = client_of(match[1] or match[2] if match else member.strip("[]"))
         return client._replace(is_local=False)
     return Client(UNKNOWN, b"", False)
 
@@ -978,8 +974,7 @@ class RateLimiter:
 
     def pause(self, key: bytes) -> float:
         """Seconds until there is a token; 0 if there is one."""
-        now = self._clock()
-        pause = max(self._full_at[hash(key) % BUCKETS], now) + self._interval - now - self._depth
+        pause = self._full_at[hash(key) % BUCKETS] - self._clock() + self._interval - self._depth
         return pause if pause > 1e-6 else 0.0      # sums of fractions are not exact
 
     def acquire(self, key: bytes) -> float:
@@ -1001,29 +996,26 @@ class RateLimiter:
 # ignored: on a port for STUN alone it tells nothing (section 12).
 
 STUN_COOKIE = b"\x21\x12\xa4\x42"
-STUN_REQUEST, STUN_SUCCESS, STUN_ERROR = 0x0001, 0x0101, 0x0111     # Binding, by class
-STUN_MAPPED_ADDRESS, STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS = 0x0001, 0x0009, 0x000A, 0x0020
-STUN_INTEGRITY = (0x0008, 0x001C)       # MESSAGE-INTEGRITY, by SHA-1 and SHA-256: not checked; what follows is ignored (sections 14.5 and 14.6)
+STUN_REQUEST, STUN_SUCCESS, STUN_ERROR = b"\0\x01", b"\1\x01", b"\1\x11"      # types of messages: Binding, by class
+# Types of attributes.
+STUN_MAPPED_ADDRESS, STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS = b"\0\x01", b"\0\x09", b"\0\x0a", b"\0\x20"
+STUN_INTEGRITY = b"\0\x08", b"\0\x1c"   # MESSAGE-INTEGRITY, by SHA-1 and SHA-256: not checked; what follows is ignored (sections 14.5 and 14.6)
 # What ICE agents add for each other (RFC 8445 section 7.1): to be comprehended, not obeyed. USERNAME, PRIORITY and USE-CANDIDATE.
-STUN_IGNORED = (0x0006, 0x0024, 0x0025)
+STUN_IGNORED = b"\0\x06", b"\0\x24", b"\0\x25"
 
 
-def stun_attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack(">HH", kind, len(value)) + value + bytes(-len(value) % 4)
-
-
-def stun_unknown_attributes(request: bytes) -> Optional[List[int]]:
-    """The types of a Binding request's attributes that must be comprehended and are not, or None for everything that is not a well-formed one."""
-    if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:4] != struct.pack(">HH", STUN_REQUEST, len(request) - 20):
+def stun_unknown_attributes(request: bytes) -> Optional[bytes]:
+    """The types of a Binding request's attributes that must be comprehended and are not, one after the other; None: it is no well-formed request."""
+    if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:4] != struct.pack(">2sH", STUN_REQUEST, len(request) - 20):
         return None
-    kinds: List[int] = []
+    kinds: List[bytes] = []
     position = 20
     while position < len(request) and len(kinds) < MAX_STUN_ATTRIBUTES:
-        kind, length = struct.unpack_from(">HH", request, position)
+        kind, length = struct.unpack_from(">2sH", request, position)
         kinds.append(kind)
         position += 4 + length + -length % 4
     obeyed = itertools.takewhile(lambda kind: kind not in STUN_INTEGRITY, kinds)
-    return [kind for kind in obeyed if kind < 0x8000 and kind not in STUN_IGNORED] if position == len(request) else None
+    return b"".join([kind for kind in obeyed if kind < b"\x80" and kind not in STUN_IGNORED]) if position == len(request) else None
 
 
 def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
@@ -1031,15 +1023,15 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
     unknown, has_cookie = stun_unknown_attributes(request), request[4:8] == STUN_COOKIE
     if unknown is None or unknown and not has_cookie:
         return None     # RFC 8489 section 6.3.1 asks for 420, but old clients that get it ask again at once
-    if unknown:     # RFC 8489 section 6.3.1
-        kind, body = STUN_ERROR, stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
-        body += stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown))
+    if unknown:
+        kind, attributes = STUN_ERROR, {STUN_ERROR_CODE: b"\0\0\x04\x14Unknown Attribute", STUN_UNKNOWN_ATTRIBUTES: unknown}
     else:
         address = packed_address(source[0])
         mask = request[4:6] + request[4:20] if has_cookie else bytes(18)    # of port and address (section 14.2)
         value = (b"\0\1" if len(address) == 4 else b"\0\2") + bytes(a ^ b for a, b in zip(struct.pack(">H", source[1]) + address, mask))
-        kind, body = STUN_SUCCESS, stun_attribute(STUN_XOR_MAPPED_ADDRESS if has_cookie else STUN_MAPPED_ADDRESS, value)
-    return struct.pack(">HH", kind, len(body)) + request[4:20] + body
+        kind, attributes = STUN_SUCCESS, {STUN_XOR_MAPPED_ADDRESS if has_cookie else STUN_MAPPED_ADDRESS: value}
+    body = b"".join([struct.pack(">2sH", each, len(value)) + value + bytes(-len(value) % 4) for each, value in attributes.items()])
+    return struct.pack(">2sH", kind, len(body)) + request[4:20] + body
 
 
 class StunServer(socketserver.UDPServer):
@@ -1050,8 +1042,7 @@ class StunServer(socketserver.UDPServer):
     """
 
     def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
-        self.address_family = family
-        self._limiter = limiter
+        self.address_family, self._limiter = family, limiter
         self.results: collections.Counter[str] = collections.Counter()      # datagrams so far, by what they got
         super().__init__(address, socketserver.BaseRequestHandler)
 
@@ -1071,8 +1062,7 @@ class StunServer(socketserver.UDPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         # The limiter first: to parse costs more than to refuse.
-        is_over = self._limiter.acquire(client_of(client_address[0]).key)
-        answer = None if is_over else stun_answer(request[0], client_address)
+        answer = None if self._limiter.acquire(client_of(client_address[0]).key) else stun_answer(request[0], client_address)
         self.results["answer" if answer else "silence"] += 1
         if answer and sys.platform == "linux":
             self.socket.sendmsg([answer], request[1], 0, client_address)
