@@ -248,6 +248,13 @@ class TooMany(Full):
     status = 429
 
 
+def ensure(value: Any, detail: str, status: int = 400, headers: Optional[Dict[str, str]] = None) -> Any:
+    """The value, if it is true. Problem: it is not."""
+    if not value:
+        raise Problem(detail, status, headers=headers)
+    return value
+
+
 # ---- fields ---------------------------------------------------------------------------------------------------------
 # A check returns the value to use, or raises ValueError with the rule. Addresses and info become JSON text: as Python's
 # objects they can take twenty times as much memory.
@@ -1124,20 +1131,18 @@ def location(name: str) -> Dict[str, str]:
 
 
 def turn_credentials(settings: Settings) -> Dict[str, Any]:
-    """What one host needs to take a relay for a day, in the words of WebRTC's RTCIceServer; nothing without --turn-url. The TURN server checks the
-    password by the secret, as coturn does with use-auth-secret (draft-uberti-behave-turn-rest-00 section 2.2)."""
-    if not settings.turn_url:
-        return {}
+    """What one host needs to take a relay for a day, in the words of WebRTC's RTCIceServer. The TURN server checks the credential by the secret,
+    as coturn does with use-auth-secret (draft-uberti-behave-turn-rest-00 section 2.2)."""
     username = f"{int(time.time()) + TURN_TTL}:{os.urandom(4).hex()}"
-    password = hmac.digest(settings.turn_secret.encode("ascii"), username.encode("ascii"), "sha1")
-    turn = {"urls": settings.turn_url.split(","), "username": username, "credential": base64.b64encode(password).decode("ascii"), "ttl_seconds": TURN_TTL}
-    return {"turn": turn}
+    credential = base64.b64encode(hmac.digest(settings.turn_secret.encode("ascii"), username.encode("ascii"), "sha1")).decode("ascii")
+    return {"urls": settings.turn_url.split(","), "username": username, "credential": credential, "ttl_seconds": TURN_TTL}
 
 
 def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
     is_new = server.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
-    body = {"name": request.name, "stun": server.stun_ports, **turn_credentials(server.settings)}
+    turn = {"turn": turn_credentials(server.settings)} if server.settings.turn_url else {}
+    body = {"name": request.name, "stun": server.stun_ports, **turn}
     answer = answer_with_ttl(server, request, 200, body, server.settings.game_ttl)
     return answer._replace(status=201, headers=location(request.name)) if is_new else answer
 
@@ -1202,8 +1207,7 @@ def show_health(server: Server, request: Request) -> Answer:
 
 def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
-    if not request.client.is_local and request.client.address not in server.watchers:
-        raise Forbidden("metrics are for this machine and for whom --metrics-from names")
+    ensure(request.client.is_local or request.client.address in server.watchers, "metrics are for this machine and whom --metrics-from names", 403)
     gauges = {**server.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
               "uptime_seconds": round(time.monotonic() - server.began, 3)}
     text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
@@ -1219,7 +1223,7 @@ def show_metrics(server: Server, request: Request) -> Answer:
 
 def show_start_page(server: Server, request: Request) -> Answer:
     """this page"""
-    rows = "".join([f"{route.method:8}{route.path:18}{route.endpoint.__doc__}\n" for route in ROUTES])
+    rows = "".join([f"{method:8}{path:18}{route.endpoint.__doc__}\n" for path, routes in ROUTES.items() for method, route in routes.items()])
     text = f"p2pserver {__version__}: the rendezvous server by which two players behind home routers find each other\n\n{rows}"
     return Answer(200, text.encode("ascii"), media_type="text/plain; charset=utf-8")
 
@@ -1246,40 +1250,32 @@ Outcome = Union[Answer, Waiter]
 
 
 class Route(NamedTuple):
-    """A row of the table: what answers a method on a path, and the fields that its body must or may have."""
+    """What answers a method on a path, and the fields that its body must or may have."""
 
-    method: str
-    path: str
     endpoint: Callable[[Server, Request], Outcome]
     fields: Mapping[str, Field] = {}
 
 
-NAME, PEER_ID, ADDRESSES = Field(check_name), Field(check_peer_id), Field(check_addresses)
+OWNER = {"name": Field(check_name), "peerId": Field(check_peer_id)}
 SHOWN = {"info": Field(check_info, required=False), "listed": Field(check_flag, required=False)}       # what the list shows of a game
 AFTER = WAIT = Field(check_whole_number, required=False)
-MEETING = {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "after": AFTER, "wait": WAIT}      # what a poll and a start have
+MEETING = {**OWNER, "addresses": Field(check_addresses), "after": AFTER, "wait": WAIT}     # what a poll and a start have
 OF_HOST = {"replies": Field(check_replies, required=False), "dismiss": Field(check_dismiss, required=False)}
-CHANGES = {"peerId": PEER_ID, "name": Field(check_name, required=False), **SHOWN}
-POLL_PATH, HEALTH_PATH = "/games/poll", "/healthz"
+UPDATE = Route(update_game, {"peerId": Field(check_peer_id), "name": Field(check_name, required=False), **SHOWN})
+GAME_PATH, POLL_PATH, HEALTH_PATH = "/games/<name>", "/games/poll", "/healthz"
 
-ROUTES = (
-    Route("POST", "/games/register", register_game, {"name": NAME, "peerId": PEER_ID, **SHOWN}),
-    Route("POST", POLL_PATH, poll_game, {**MEETING, **OF_HOST}),
-    Route("POST", "/games/start", start_game, MEETING),
-    Route("POST", "/games/leave", leave_game, {"name": NAME, "peerId": PEER_ID}),
-    Route("GET", "/games", list_games),
-    Route("GET", "/games/<name>", get_game),
-    Route("PATCH", "/games/<name>", update_game, CHANGES),
-    Route("PUT", "/games/<name>", update_game, CHANGES),
-    Route("DELETE", "/games/<name>", delete_game, {"peerId": PEER_ID}),
-    Route("GET", HEALTH_PATH, show_health),
-    Route("GET", "/metrics", show_metrics),
-    Route("GET", "/", show_start_page),
-)
-
-ROUTES_AT = {row.path: {route.method: route for route in ROUTES if route.path == row.path} for row in ROUTES}     # by path and method
-GAME_ROUTES = ROUTES_AT.pop("/games/<name>")
-RESERVED_NAMES.update(path[len("/games/"):] for path in ROUTES_AT if path.startswith("/games/"))
+ROUTES: Dict[str, Dict[str, Route]] = {     # by path and method
+    "/games/register": {"POST": Route(register_game, {**OWNER, **SHOWN})},
+    POLL_PATH: {"POST": Route(poll_game, {**MEETING, **OF_HOST})},
+    "/games/start": {"POST": Route(start_game, MEETING)},
+    "/games/leave": {"POST": Route(leave_game, OWNER)},
+    "/games": {"GET": Route(list_games)},
+    GAME_PATH: {"GET": Route(get_game), "PATCH": UPDATE, "PUT": UPDATE, "DELETE": Route(delete_game, {"peerId": Field(check_peer_id)})},
+    HEALTH_PATH: {"GET": Route(show_health)},
+    "/metrics": {"GET": Route(show_metrics)},
+    "/": {"GET": Route(show_start_page)},
+}
+RESERVED_NAMES.update(path[len("/games/"):] for path in ROUTES if path.startswith("/games/") and path != GAME_PATH)
 
 # A preference by its name and value, with its parameters (RFC 7240 section 2). A quoted string that does not end goes on to the end.
 PREFERENCE = re.compile(r'[ \t,]*([^=;," \t]*)[ \t]*(?:=[ \t]*("(?:[^"\\]|\\.)*"?|[^;," \t]*))?[^",]*(?:"(?:[^"\\]|\\.)*"?[^",]*)*')
@@ -1292,34 +1288,23 @@ def allowed(methods: Iterable[str]) -> str:
 
 # A host and perhaps a port (RFC 9112 section 3.2, RFC 3986 section 3.2), and a target in origin-form or absolute-form. It may hold what a URI may,
 # and what browsers leave as it is: []^| and, in a query, \`{} (https://url.spec.whatwg.org/#percent-encoded-bytes).
-AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f]*:[0-9A-Fa-f:.]*)\]|(?:[!$&-.0-9;=A-Z_a-z~]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?")
-TARGET = re.compile(r"(?!.*%(?![0-9A-Fa-f]{2}))(?:[Hh][Tt][Tt][Pp][Ss]?://([^/?:][^/?]*)|(?=/))((?:/[!$-;=@-[\]-_a-z|~]*)?)(?:\?[!$-;=?-~]*)?")
-
-
-def is_authority(text: str) -> bool:
-    """Whether this is a host, which may be empty, and perhaps a port."""
-    match = AUTHORITY.fullmatch(text)
-    with contextlib.suppress(OSError):
-        return bool(match and (not match[1] or packed_address(match[1])))
-    return False
+AUTHORITY = r"(?:\[(?![^\]]*::(?:[^\]]*:)?:)(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f.]*\]|(?:[!$&-.0-9;=A-Z_a-z~]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
+TARGET = re.compile(rf"(?!.*%(?![0-9A-Fa-f]{{2}}))(?:(?i:https?)://(?=[^:/?]){AUTHORITY}|(?=/))((?:/[!$-;=@-[\]-_a-z|~]*)?)(?:\?[!$-;=?-~]*)?")
 
 
 def path_of(target: str) -> str:
     """The path that a request target names, without the slash at its end, which says nothing; of what is no target, nothing."""
     match = TARGET.fullmatch(target)
-    return match[2].removesuffix("/") or "/" if match and (not match[1] or is_authority(match[1])) else ""
+    return match[1].removesuffix("/") or "/" if match else ""
 
 
 def resolve(path: str) -> Tuple[Dict[str, Route], str]:
     """The routes at a path by method, and the game that it names."""
-    if not path:
-        raise Problem("the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
-    if path in ROUTES_AT:
-        return ROUTES_AT[path], ""
-    prefix, _, quoted = path.rpartition("/")
-    with contextlib.suppress(ValueError):       # the name breaks a rule, or is not UTF-8
-        if prefix == "/games":
-            return GAME_ROUTES, check_name(urllib.parse.unquote(quoted, errors="strict"), Scope())
+    ensure(path, "the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
+    if path in ROUTES:
+        return ROUTES[path], ""
+    with contextlib.suppress(ValueError):       # the name breaks a rule, as one with a slash does, or is not UTF-8
+        return ROUTES[GAME_PATH], check_name(urllib.parse.unquote(path.removeprefix("/games/"), errors="strict"), Scope())
     raise NotFound("there is nothing here, and no game can have such a name; GET / lists what there is")
 
 
@@ -1395,7 +1380,7 @@ def parse_head(head: bytes) -> Head:
     for is_wrong, status, detail in (
         (version[0] != "1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
         # Only HTTP/1.0 may do without (RFC 9112 section 3.2). A slash is no host.
-        (not is_authority(headers.get("host", "/" if version > "1.0" else "")), 400, "Host must stand once, as a host with perhaps a port"),
+        (not re.fullmatch(AUTHORITY, headers.get("host", "/" if version > "1.0" else "")), 400, "Host must stand once, as a host with perhaps a port"),
         (method not in METHODS, 501, "methods are case-sensitive: write it in capitals" if method.upper() in METHODS else "there is no such method"),
         # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
         (is_chunked and (version == "1.0" or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1 without Content-Length"),
@@ -1736,7 +1721,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if connection.problem:
             raise connection.problem
         if self.command == "OPTIONS":
-            return self.options([route.method for route in ROUTES] if self.path == "*" else resolve(connection.head.path)[0])
+            return self.options(set().union(*ROUTES.values()) if self.path == "*" else resolve(connection.head.path)[0])
         routes, name = resolve(connection.head.path)
         route = connection.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
