@@ -1300,9 +1300,9 @@ def path_of(target: str) -> str:
 
 def resolve(path: str) -> Tuple[Dict[str, Route], str]:
     """The routes at a path by method, and the game that it names."""
-    ensure(path, "the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
     if path in ROUTES:
         return ROUTES[path], ""
+    ensure(path, "the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
     with contextlib.suppress(ValueError):       # the name breaks a rule, as one with a slash does, or is not UTF-8
         return ROUTES[GAME_PATH], check_name(urllib.parse.unquote(path.removeprefix("/games/"), errors="strict"), Scope())
     raise NotFound("there is nothing here, and no game can have such a name; GET / lists what there is")
@@ -1348,21 +1348,18 @@ NO_HEAD = Head()
 
 def find_head(buffer: bytearray, scanned: int) -> int:
     """Where the head at the start of the buffer ends, or -1 while it is not whole. scanned: the bytes that an earlier call has seen."""
-    if not BEGINNING.match(buffer):     # 22 begins a handshake (RFC 8446 section 5.1); some clients show words in HTTP, and an alert has none
-        raise Problem("this port speaks HTTP, not TLS: use http://" if buffer[0] == 22 else "the request line is malformed")
-    if len(buffer) >= MAX_REQUEST_LINE and buffer.find(b"\n", 0, MAX_REQUEST_LINE) < 0:
-        raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
+    # 22 begins a handshake (RFC 8446 section 5.1). It is told in HTTP, whose words some clients show; an alert has none.
+    ensure(BEGINNING.match(buffer), "this port speaks HTTP, not TLS: use http://" if buffer[:1] == b"\x16" else "the request line is malformed")
+    ensure(len(buffer) < MAX_REQUEST_LINE or buffer.find(b"\n", 0, MAX_REQUEST_LINE) >= 0, "the request line is too long", 414)
     return find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
 
 
 def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
     """Where the empty line that ends the fields begins, or -1 while it has not come. Bytes before start were searched already."""
     end = buffer.find(b"\r\n\r\n", start, limit + 4)
-    # Readers differ on what ends a line. Where they do, requests can be smuggled.
-    if end < 0 and FORBIDDEN.search(buffer, start):
-        raise Problem("a line of the head does not end in CRLF, or holds a control character")
-    if end < 0 and len(buffer) >= limit + 4:
-        raise Problem(f"the head has more than {MAX_HEAD} bytes, or the trailers more than {MAX_TRAILER}", 431)
+    if end < 0:     # readers differ on what ends a line: where they do, requests can be smuggled
+        ensure(not FORBIDDEN.search(buffer, start), "a line of the head does not end in CRLF, or holds a control character")
+        ensure(len(buffer) < limit + 4, f"the head has more than {MAX_HEAD} bytes, or the trailers more than {MAX_TRAILER}", 431)
     return end
 
 
@@ -1370,27 +1367,20 @@ def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
 def parse_head(head: bytes) -> Head:
     """The head without its last empty line, read strictly after RFC 9112. Clients send the same one again and again."""
     line, *lines = head.decode("latin-1").split("\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise Problem("the request line is malformed")
-    method, target, version = match.groups()
+    method, target, version = ensure(REQUEST_LINE.fullmatch(line), "the request line is malformed").groups()
     headers = parse_fields(lines)
     length, codings = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked").lower()
-    is_chunked = "transfer-encoding" in headers
-    for is_wrong, status, detail in (
-        (version[0] != "1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
-        # Only HTTP/1.0 may do without (RFC 9112 section 3.2). A slash is no host.
-        (not re.fullmatch(AUTHORITY, headers.get("host", "/" if version > "1.0" else "")), 400, "Host must stand once, as a host with perhaps a port"),
-        (method not in METHODS, 501, "methods are case-sensitive: write it in capitals" if method.upper() in METHODS else "there is no such method"),
-        # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
-        (is_chunked and (version == "1.0" or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1 without Content-Length"),
-        (codings != "chunked", 501 if codings.count("chunked") == 1 and re.search(",[ \t]*chunked$", codings) else 400, "only chunked is decoded"),
-        (method in ("POST", "PUT", "PATCH") and "content-length" not in headers and not is_chunked, 411, "a Content-Length is required"),
-        (not re.fullmatch("[0-9]+", length), 400, "Content-Length must stand once, and be a number"),
-        (headers.get("expect", "100-continue").lower() != "100-continue", 417, "only Expect: 100-continue is understood"),
-    ):
-        if is_wrong:
-            raise Problem(detail, status)
+    has_length, is_chunked = "content-length" in headers, "transfer-encoding" in headers
+    ensure(version[0] == "1", "only HTTP/1.0 and HTTP/1.1 are supported", 505)
+    # Only HTTP/1.0 may do without (RFC 9112 section 3.2). A slash is no host.
+    ensure(re.fullmatch(AUTHORITY, headers.get("host", "/" if version > "1.0" else "")), "Host must stand once, as a host with perhaps a port")
+    ensure(method in METHODS, "methods are case-sensitive: write it in capitals" if method.upper() in METHODS else "there is no such method", 501)
+    # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
+    ensure(not is_chunked or version > "1.0" and not has_length, "Transfer-Encoding is for HTTP/1.1 without Content-Length")
+    ensure(codings == "chunked", "only chunked is decoded", 501 if codings.count("chunked") == 1 and re.search(",[ \t]*chunked$", codings) else 400)
+    ensure(has_length or is_chunked or method not in ("POST", "PUT", "PATCH"), "a Content-Length is required", 411)
+    ensure(re.fullmatch("[0-9]+", length), "Content-Length must stand once, and be a number")
+    ensure(headers.get("expect", "100-continue").lower() == "100-continue", "only Expect: 100-continue is understood", 417)
     options = headers.get("connection", "").lower().replace(",", " ").split()
     closes = "close" in options or version == "1.0" and "keep-alive" not in options
     # More digits are too large a length in any case, and slow to convert.
@@ -1399,13 +1389,10 @@ def parse_head(head: bytes) -> Head:
 
 def parse_fields(lines: List[str]) -> Dict[str, str]:
     """Header fields by name in lower case. Those that come twice are joined (RFC 9110 section 5.3)."""
-    if len(lines) > MAX_HEADER_FIELDS:
-        raise Problem(f"the head has more than {MAX_HEADER_FIELDS} fields", 431)
+    ensure(len(lines) <= MAX_HEADER_FIELDS, f"the head has more than {MAX_HEADER_FIELDS} fields", 431)
     headers: Dict[str, str] = {}
     for line in lines:
-        match = FIELD.fullmatch(line)
-        if not match:
-            raise Problem("a header field is malformed")
+        match = ensure(FIELD.fullmatch(line), "a header field is malformed")
         name, value = match[1].lower(), match[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
@@ -1419,15 +1406,11 @@ def decode_chunks(buffer: bytearray, length: int, limit: int) -> Tuple[int, bool
     """
     size = -1
     while size and length < len(buffer):
-        chunk = CHUNK.match(buffer, length)
-        if not chunk:
-            raise Problem("the size of a chunk is malformed")
+        chunk = ensure(CHUNK.match(buffer, length), "the size of a chunk is malformed")
         start, size = chunk.end(), int(chunk[1], 16)
-        if length + size > limit:
-            raise Problem(f"the body has more than {limit} bytes", 413)
+        ensure(length + size <= limit, f"the body has more than {limit} bytes", 413)
         end = start + size if size else 2 + find_empty_line(buffer, start - 2, start + MAX_TRAILER)     # of the data, or of the trailers
-        if end >= start and not b"\r\n".startswith(bytes(buffer[end:end + 2])):
-            raise Problem("a chunk is longer than its size")
+        ensure(end < start or b"\r\n".startswith(bytes(buffer[end:end + 2])), "a chunk is longer than its size")
         if not start <= end <= len(buffer) - 2:
             return length, True
         parse_fields(buffer[start + size:end].decode("latin-1").split("\r\n")[:-1])
@@ -1441,7 +1424,8 @@ def read_head(head: bytes) -> Head:
     return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
 
 
-JSON_TYPE = re.compile(r"application/json|(?!application/json-patch).*\+json")
+# A media type that is JSON, with any parameters but a charset other than UTF-8.
+JSON_TYPE = re.compile(r'[ \t]*(application/json|(?!application/json-patch)[^;]*\+json)[ \t]*(;(?!.*charset=(?!"?utf-?8"?[ \t]*(;|$))).*)?')
 
 
 def read_body(head: Head, body: bytes) -> Dict[str, Any]:
@@ -1452,13 +1436,10 @@ def read_body(head: Head, body: bytes) -> Dict[str, Any]:
     if not body:
         scheme, _, token = head.headers.get("authorization", "").partition(" ")
         return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")} if scheme.lower() == "bearer" else {}
-    if head.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Problem("the body must not be compressed; leave out Content-Encoding", 415, headers={"Accept-Encoding": "identity"})
-    media_type, _, parameters = head.headers.get("content-type", "application/json").lower().partition(";")
-    is_json = JSON_TYPE.fullmatch(media_type.strip())
-    if not is_json or "charset" in parameters and not re.search(r'charset="?utf-?8"?[ \t]*(;|$)', parameters):
-        accept = "Accept-Patch" if head.method == "PATCH" else "Accept"     # RFC 5789 section 2.2
-        raise Problem("the body must be JSON in UTF-8: set Content-Type: application/json", 415, headers={accept: "application/json"})
+    coding, media_type = head.headers.get("content-encoding", "identity").lower(), head.headers.get("content-type", "application/json").lower()
+    ensure(coding == "identity", "the body must not be compressed; leave out Content-Encoding", 415, {"Accept-Encoding": "identity"})
+    accept = "Accept-Patch" if head.method == "PATCH" else "Accept"     # RFC 5789 section 2.2
+    ensure(JSON_TYPE.fullmatch(media_type), "the body must be JSON in UTF-8: set Content-Type: application/json", 415, {accept: "application/json"})
     return parse_body(body)
 
 
