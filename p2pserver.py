@@ -116,8 +116,8 @@ class Networks:
             self._networks.append(ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network)
 
     def __contains__(self, address: str) -> bool:
-        """Whether the text of an IP address is in one of them; UNKNOWN never is."""
-        return address != UNKNOWN and any(ipaddress.ip_address(address) in network for network in self._networks)
+        """Whether the text of an IP address is in one of them; that of who is unknown, which is empty, never is."""
+        return bool(address) and any(ipaddress.ip_address(address) in network for network in self._networks)
 
 
 OPTIONS = (
@@ -926,14 +926,13 @@ class Registry:
 
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
 
-UNKNOWN = "unknown"     # stands for the address of a client of which its proxy tells nothing
 BUCKETS = 65536         # 512 KiB
 
 
 class Client(NamedTuple):
     """Who asks. Limits take for one client: an IPv4 address, or an IPv6 /56, which is what a home line often gets (RFC 6177 section 2)."""
 
-    address: str        # IP, as text
+    address: str        # IP, as text; empty: its proxy tells nothing of it
     key: bytes          # that limits count it by
     is_local: bool      # it is this machine
 
@@ -963,7 +962,7 @@ def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -
             match = IP_PORT.fullmatch(member)       # some proxies add the port
             client = client_of(match[1] or match[2] if match else member.strip("[]"))
         return client._replace(is_local=False)
-    return Client(UNKNOWN, b"", False)
+    return Client("", b"", False)
 
 
 class RateLimiter:
@@ -1152,17 +1151,17 @@ def poll_game(server: Server, request: Request) -> Outcome:
     fields = request.fields
     polled = server.registry.poll_game(
         request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake,
-        request.client.address.replace(UNKNOWN, ""))
+        request.client.address)
     body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
     return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, polled.has_news)
 
 
 def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
-    after, client = request.fields["after"], request.client
+    fields, client = request.fields, request.client
     started = server.registry.start_game(
-        request.name, request.digest, request.fields.get("addresses"), after, client.key, client.address.replace(UNKNOWN, ""), request.wake)
-    host = started.peers[0]
+        request.name, request.digest, fields.get("addresses"), fields["after"], client.key, client.address, request.wake)
+    [host] = started.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
     body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": server.stun_ports}
     return started.waiter or answer_with_ttl(server, request, status, body, server.settings.guest_ttl, started.has_news)
@@ -1216,8 +1215,7 @@ def show_metrics(server: Server, request: Request) -> Answer:
         ("refused_total", '{limit="%s"}', server.refused),
         ("stun_total", '{result="%s"}', sum([stun.results for stun in server.stuns], collections.Counter())),
     ):
-        text += f"# TYPE p2pserver_{name} counter\n"
-        text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(counts.items())])
+        text += f"# TYPE p2pserver_{name} counter\n" + "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(counts.items())])
     return Answer(200, text.encode("ascii"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -1239,10 +1237,10 @@ def check_preconditions(server: Server, request: Request, method: str, routes: M
     current: Any = routes["GET"].endpoint(server, request) if "GET" in routes else Answer(200)
     if current.status != 200:   # they are for what would succeed (section 13.2.1)
         return None
-    tags = {"*", current.headers.get("ETag", "*")} if current.body else set()
+    tags = {"*", current.headers.get("ETag")} if current.body else set()
+    is_wanted = match is None or tags & set(match.replace(",", " ").split())
     is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
-    if match is not None and not tags & set(match.replace(",", " ").split()) or is_known and method not in ("GET", "HEAD"):
-        raise Problem("If-Match or If-None-Match does not hold", 412)
+    ensure(is_wanted and (method in ("GET", "HEAD") or not is_known), "If-Match or If-None-Match does not hold", 412)
     return Answer(304, None, current.headers) if is_known else None
 
 
@@ -1258,8 +1256,8 @@ class Route(NamedTuple):
 
 OWNER = {"name": Field(check_name), "peerId": Field(check_peer_id)}
 SHOWN = {"info": Field(check_info, required=False), "listed": Field(check_flag, required=False)}       # what the list shows of a game
-AFTER = WAIT = Field(check_whole_number, required=False)
-MEETING = {**OWNER, "addresses": Field(check_addresses), "after": AFTER, "wait": WAIT}     # what a poll and a start have
+# What a poll and a start have.
+MEETING = {**OWNER, "addresses": Field(check_addresses), "after": Field(check_whole_number, required=False), "wait": Field(check_whole_number, required=False)}
 OF_HOST = {"replies": Field(check_replies, required=False), "dismiss": Field(check_dismiss, required=False)}
 UPDATE = Route(update_game, {"peerId": Field(check_peer_id), "name": Field(check_name, required=False), **SHOWN})
 GAME_PATH, POLL_PATH, HEALTH_PATH = "/games/<name>", "/games/poll", "/healthz"
@@ -1286,18 +1284,6 @@ def allowed(methods: Iterable[str]) -> str:
     return ", ".join(sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
 
 
-# A host and perhaps a port (RFC 9112 section 3.2, RFC 3986 section 3.2), and a target in origin-form or absolute-form. It may hold what a URI may,
-# and what browsers leave as it is: []^| and, in a query, \`{} (https://url.spec.whatwg.org/#percent-encoded-bytes).
-AUTHORITY = r"(?:\[(?![^\]]*::(?:[^\]]*:)?:)(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f.]*\]|(?:[!$&-.0-9;=A-Z_a-z~]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
-TARGET = re.compile(rf"(?!.*%(?![0-9A-Fa-f]{{2}}))(?:(?i:https?)://(?=[^:/?]){AUTHORITY}|(?=/))((?:/[!$-;=@-[\]-_a-z|~]*)?)(?:\?[!$-;=?-~]*)?")
-
-
-def path_of(target: str) -> str:
-    """The path that a request target names, without the slash at its end, which says nothing; of what is no target, nothing."""
-    match = TARGET.fullmatch(target)
-    return match[1].removesuffix("/") or "/" if match else ""
-
-
 def resolve(path: str) -> Tuple[Dict[str, Route], str]:
     """The routes at a path by method, and the game that it names."""
     if path in ROUTES:
@@ -1312,9 +1298,8 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
     """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
     wait: Optional[float] = fields.get("wait", 0)       # other requests than poll and start have no such field
     if wait is None and "prefer" in headers:
-        value = next((value for name, value in PREFERENCE.findall(headers["prefer"]) if name.lower() == "wait"), "")
-        number = re.fullmatch(r"[0-9]+(\.0*)?", value.replace("\\", "").strip('"'))
-        wait = float(number[0]) if number else 0
+        wishes = [value.replace("\\", "").strip('"') for name, value in PREFERENCE.findall(headers["prefer"]) if name.lower() == "wait"]
+        wait = float(wishes[0]) if wishes and wishes[0].isdecimal() else 0
     return int(min(wait or 0, max_wait))
 
 
@@ -1323,11 +1308,17 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]\.[0-9])")      # RFC 9112 section 3
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "TRACE")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
+# A host and perhaps a port (RFC 9112 section 3.2, RFC 3986 section 3.2), and a target in origin-form or absolute-form. It may hold what a URI may,
+# and what browsers leave as it is: []^| and, in a query, \`{} (https://url.spec.whatwg.org/#percent-encoded-bytes).
+AUTHORITY = r"(?:\[(?![^\]]*::(?:[^\]]*:)?:)(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f.]*\]|(?:[!$&-.0-9;=A-Z_a-z~]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
+TARGET = re.compile(rf"(?!.*%(?![0-9A-Fa-f]{{2}}))(?:(?i:https?)://(?=[^:/?]){AUTHORITY}|(?=/))((?:/[!$-;=@-[\]-_a-z|~]*)?)(?:\?[!$-;=?-~]*)?")
 # The size and extension of a chunk (RFC 9112 section 7.1), as far as it has come.
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]{0,8}(?:;[\t -~\x80-\xff]{0,256}|\Z))?(?:\r\n|\r?\Z)")
 # The first line of a request, as far as it has come; and what no head may hold: a bare LF or CR, and control characters.
 BEGINNING = re.compile(rb"\r?\Z|[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:\Z| [!-~]*(?:\Z| [HTP/.0-9]{0,8}(?:\Z|\r)))")
 FORBIDDEN = re.compile(rb"(?<!\r)\n|\r[^\n]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+# A media type that is JSON, with any parameters but a charset other than UTF-8.
+JSON_TYPE = re.compile(r'[ \t]*(application/json|(?!application/json-patch)[^;]*\+json)[ \t]*(;(?!.*charset=(?!"?utf-?8"?[ \t]*(;|$))).*)?')
 
 
 class Head(NamedTuple):
@@ -1344,6 +1335,12 @@ class Head(NamedTuple):
 
 
 NO_HEAD = Head()
+
+
+def path_of(target: str) -> str:
+    """The path that a request target names, without the slash at its end, which says nothing; of what is no target, nothing."""
+    match = TARGET.fullmatch(target)
+    return match[1].removesuffix("/") or "/" if match else ""
 
 
 def find_head(buffer: bytearray, scanned: int) -> int:
@@ -1387,6 +1384,11 @@ def parse_head(head: bytes) -> Head:
     return Head(method, target, path_of(target), version, headers, int(length.lstrip("0")[:18] or "0"), is_chunked, closes)
 
 
+def read_head(head: bytes) -> Head:
+    """As parse_head. What may hold a secret is not cached."""
+    return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
+
+
 def parse_fields(lines: List[str]) -> Dict[str, str]:
     """Header fields by name in lower case. Those that come twice are joined (RFC 9110 section 5.3)."""
     ensure(len(lines) <= MAX_HEADER_FIELDS, f"the head has more than {MAX_HEADER_FIELDS} fields", 431)
@@ -1417,15 +1419,6 @@ def decode_chunks(buffer: bytearray, length: int, limit: int) -> Tuple[int, bool
         del buffer[start + size:end + 2], buffer[length:start]
         length += size
     return length, size != 0
-
-
-def read_head(head: bytes) -> Head:
-    """As parse_head. What may hold a secret is not cached."""
-    return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
-
-
-# A media type that is JSON, with any parameters but a charset other than UTF-8.
-JSON_TYPE = re.compile(r'[ \t]*(application/json|(?!application/json-patch)[^;]*\+json)[ \t]*(;(?!.*charset=(?!"?utf-?8"?[ \t]*(;|$))).*)?')
 
 
 def read_body(head: Head, body: bytes) -> Dict[str, Any]:
@@ -1841,7 +1834,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         route = self.connection.route
         self.server.tally(self.server.answered, (route.endpoint.__name__ if route else "none", code))
         if self.server.settings.access_log:
-            log_fields("{client} {method} {path!r} {status} {bytes}", client=self.connection.client.address, method=self.command,
+            log_fields("{client} {method} {path!r} {status} {bytes}", client=self.connection.client.address or "unknown", method=self.command,
                        path=self.path.partition("?")[0], status=code, bytes=size)
 
 
