@@ -1148,19 +1148,17 @@ def register_game(server: Server, request: Request) -> Answer:
 
 def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
-    fields = request.fields
+    name, digest, fields = request.name, request.digest, request.fields
     polled = server.registry.poll_game(
-        request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake,
-        request.client.address)
+        name, digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake, request.client.address)
     body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
     return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, polled.has_news)
 
 
 def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
-    fields, client = request.fields, request.client
-    started = server.registry.start_game(
-        request.name, request.digest, fields.get("addresses"), fields["after"], client.key, client.address, request.wake)
+    name, digest, fields, client = request.name, request.digest, request.fields, request.client
+    started = server.registry.start_game(name, digest, fields.get("addresses"), fields["after"], client.key, client.address, request.wake)
     [host] = started.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
     body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": server.stun_ports}
@@ -1199,9 +1197,9 @@ def delete_game(server: Server, request: Request) -> Answer:
 
 def show_health(server: Server, request: Request) -> Answer:
     """for load balancers and monitors"""
+    ensure(not server.stopping, "the server is shutting down", 503)
     counts = server.registry.counts()
-    body = {"status": "stopping" if server.stopping else "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]}
-    return Answer(503 if server.stopping else 200, body)
+    return Answer(200, {"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]})
 
 
 def show_metrics(server: Server, request: Request) -> Answer:
@@ -1229,14 +1227,12 @@ def show_start_page(server: Server, request: Request) -> Answer:
 def check_preconditions(server: Server, request: Request, method: str, routes: Mapping[str, Route]) -> Optional[Answer]:
     """The answer 304, or None: the request is to be performed. Problem 412: it must not be (RFC 9110 section 13.2.2).
 
-    What they are compared with is what GET gives now. Where there is no GET, nothing matches.
+    What they are compared with is what GET gives now; a Problem of its own goes first. Where there is no GET, nothing matches.
     """
     match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "")
     if match is None and not none_match:
         return None
-    current: Any = routes["GET"].endpoint(server, request) if "GET" in routes else Answer(200)
-    if current.status != 200:   # they are for what would succeed (section 13.2.1)
-        return None
+    current: Any = routes["GET"].endpoint(server, request) if "GET" in routes else Answer(404)
     tags = {"*", current.headers.get("ETag")} if current.body else set()
     is_wanted = match is None or tags & set(match.replace(",", " ").split())
     is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
