@@ -249,7 +249,7 @@ class TooMany(Full):
 
 
 def ensure(value: Any, detail: str, status: int = 400, headers: Optional[Dict[str, str]] = None) -> Any:
-    """The value, if it is true. Problem: it is not."""
+    """The value, which must be true. Problem: it is not."""
     if not value:
         raise Problem(detail, status, headers=headers)
     return value
@@ -1107,10 +1107,10 @@ class Answer(NamedTuple):
         return json_text(self.body).encode("utf-8") + b"\n" if isinstance(self.body, dict) else self.body or b""
 
 
-def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool = True) -> Answer:
-    """The answer with how long the game or guest is remembered and when to ask again, in seconds.
+def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool) -> Answer:
+    """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds.
 
-    That is later where a poll or start finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
+    That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
     has_no_place = request.wake is not None and not has_news
     if has_no_place:
@@ -1141,9 +1141,8 @@ def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
     is_new = server.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
     turn = {"turn": turn_credentials(server.settings)} if server.settings.turn_url else {}
-    body = {"name": request.name, "stun": server.stun_ports, **turn}
-    answer = answer_with_ttl(server, request, 200, body, server.settings.game_ttl)
-    return answer._replace(status=201, headers=location(request.name)) if is_new else answer
+    body = {"name": request.name, "stun": server.stun_ports, **turn, "expiresIn": server.settings.game_ttl, "pollAfter": server.settings.poll_after}
+    return Answer(201, body, location(request.name)) if is_new else Answer(200, body)
 
 
 def poll_game(server: Server, request: Request) -> Outcome:
