@@ -248,10 +248,10 @@ class TooMany(Full):
     status = 429
 
 
-def ensure(value: Any, detail: str, status: int = 400, headers: Optional[Dict[str, str]] = None) -> Any:
-    """The value, which must be true. Problem: it is not."""
+def insist(value: Any, detail: str, problem: Callable[..., Problem] = Problem, **more: Any) -> Any:
+    """The value, if it is true. Otherwise the problem."""
     if not value:
-        raise Problem(detail, status, headers=headers)
+        raise problem(detail, **more)
     return value
 
 
@@ -1147,9 +1147,9 @@ def register_game(server: Server, request: Request) -> Answer:
 
 def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
-    name, digest, fields = request.name, request.digest, request.fields
+    name, digest, fields, wake = request.name, request.digest, request.fields, request.wake
     polled = server.registry.poll_game(
-        name, digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake, request.client.address)
+        name, digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), wake, request.client.address)
     body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
     return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, polled.has_news)
 
@@ -1196,14 +1196,14 @@ def delete_game(server: Server, request: Request) -> Answer:
 
 def show_health(server: Server, request: Request) -> Answer:
     """for load balancers and monitors"""
-    ensure(not server.stopping, "the server is shutting down", 503)
+    insist(not server.stopping, "the server is shutting down", status=503)
     counts = server.registry.counts()
     return Answer(200, {"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]})
 
 
 def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
-    ensure(request.client.is_local or request.client.address in server.watchers, "metrics are for this machine and whom --metrics-from names", 403)
+    insist(request.client.is_local or request.client.address in server.watchers, "metrics are for this machine and for --metrics-from", Forbidden)
     gauges = {**server.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
               "uptime_seconds": round(time.monotonic() - server.began, 3)}
     text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
@@ -1235,7 +1235,7 @@ def check_preconditions(server: Server, request: Request, method: str, routes: M
     tags = {"*", current.headers.get("ETag")} if current.body else set()
     is_wanted = match is None or tags & set(match.replace(",", " ").split())
     is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
-    ensure(is_wanted and (method in ("GET", "HEAD") or not is_known), "If-Match or If-None-Match does not hold", 412)
+    insist(is_wanted and (method in ("GET", "HEAD") or not is_known), "If-Match or If-None-Match does not hold", status=412)
     return Answer(304, None, current.headers) if is_known else None
 
 
@@ -1252,7 +1252,7 @@ class Route(NamedTuple):
 OWNER = {"name": Field(check_name), "peerId": Field(check_peer_id)}
 SHOWN = {"info": Field(check_info, required=False), "listed": Field(check_flag, required=False)}       # what the list shows of a game
 # What a poll and a start have.
-MEETING = {**OWNER, "addresses": Field(check_addresses), "after": Field(check_whole_number, required=False), "wait": Field(check_whole_number, required=False)}
+MEETING = {**OWNER, "addresses": Field(check_addresses), **dict.fromkeys(("after", "wait"), Field(check_whole_number, required=False))}
 OF_HOST = {"replies": Field(check_replies, required=False), "dismiss": Field(check_dismiss, required=False)}
 UPDATE = Route(update_game, {"peerId": Field(check_peer_id), "name": Field(check_name, required=False), **SHOWN})
 GAME_PATH, POLL_PATH, HEALTH_PATH = "/games/<name>", "/games/poll", "/healthz"
@@ -1283,7 +1283,7 @@ def resolve(path: str) -> Tuple[Dict[str, Route], str]:
     """The routes at a path by method, and the game that it names."""
     if path in ROUTES:
         return ROUTES[path], ""
-    ensure(path, "the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
+    insist(path, "the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
     with contextlib.suppress(ValueError):       # the name breaks a rule, as one with a slash does, or is not UTF-8
         return ROUTES[GAME_PATH], check_name(urllib.parse.unquote(path.removeprefix("/games/"), errors="strict"), Scope())
     raise NotFound("there is nothing here, and no game can have such a name; GET / lists what there is")
@@ -1341,8 +1341,8 @@ def path_of(target: str) -> str:
 def find_head(buffer: bytearray, scanned: int) -> int:
     """Where the head at the start of the buffer ends, or -1 while it is not whole. scanned: the bytes that an earlier call has seen."""
     # 22 begins a handshake (RFC 8446 section 5.1). It is told in HTTP, whose words some clients show; an alert has none.
-    ensure(BEGINNING.match(buffer), "this port speaks HTTP, not TLS: use http://" if buffer[:1] == b"\x16" else "the request line is malformed")
-    ensure(len(buffer) < MAX_REQUEST_LINE or buffer.find(b"\n", 0, MAX_REQUEST_LINE) >= 0, "the request line is too long", 414)
+    insist(BEGINNING.match(buffer), "this port speaks HTTP, not TLS: use http://" if buffer[:1] == b"\x16" else "the request line is malformed")
+    insist(len(buffer) < MAX_REQUEST_LINE or buffer.find(b"\n", 0, MAX_REQUEST_LINE) >= 0, "the request line is too long", status=414)
     return find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
 
 
@@ -1350,8 +1350,8 @@ def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
     """Where the empty line that ends the fields begins, or -1 while it has not come. Bytes before start were searched already."""
     end = buffer.find(b"\r\n\r\n", start, limit + 4)
     if end < 0:     # readers differ on what ends a line: where they do, requests can be smuggled
-        ensure(not FORBIDDEN.search(buffer, start), "a line of the head does not end in CRLF, or holds a control character")
-        ensure(len(buffer) < limit + 4, f"the head has more than {MAX_HEAD} bytes, or the trailers more than {MAX_TRAILER}", 431)
+        insist(not FORBIDDEN.search(buffer, start), "a line of the head does not end in CRLF, or holds a control character")
+        insist(len(buffer) < limit + 4, f"the head has more than {MAX_HEAD} bytes, or the trailers more than {MAX_TRAILER}", status=431)
     return end
 
 
@@ -1359,20 +1359,20 @@ def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
 def parse_head(head: bytes) -> Head:
     """The head without its last empty line, read strictly after RFC 9112. Clients send the same one again and again."""
     line, *lines = head.decode("latin-1").split("\r\n")
-    method, target, version = ensure(REQUEST_LINE.fullmatch(line), "the request line is malformed").groups()
+    method, target, version = insist(REQUEST_LINE.fullmatch(line), "the request line is malformed").groups()
     headers = parse_fields(lines)
-    length, codings = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked").lower()
+    length, coding = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked").lower()
     has_length, is_chunked = "content-length" in headers, "transfer-encoding" in headers
-    ensure(version[0] == "1", "only HTTP/1.0 and HTTP/1.1 are supported", 505)
+    insist(version[0] == "1", "only HTTP/1.0 and HTTP/1.1 are supported", status=505)
     # Only HTTP/1.0 may do without (RFC 9112 section 3.2). A slash is no host.
-    ensure(re.fullmatch(AUTHORITY, headers.get("host", "/" if version > "1.0" else "")), "Host must stand once, as a host with perhaps a port")
-    ensure(method in METHODS, "methods are case-sensitive: write it in capitals" if method.upper() in METHODS else "there is no such method", 501)
+    insist(re.fullmatch(AUTHORITY, headers.get("host", "/" if version > "1.0" else "")), "Host must stand once, as a host with perhaps a port")
+    insist(method in METHODS, "methods are case-sensitive: use capitals" if method.upper() in METHODS else "there is no such method", status=501)
     # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
-    ensure(not is_chunked or version > "1.0" and not has_length, "Transfer-Encoding is for HTTP/1.1 without Content-Length")
-    ensure(codings == "chunked", "only chunked is decoded", 501 if codings.count("chunked") == 1 and re.search(",[ \t]*chunked$", codings) else 400)
-    ensure(has_length or is_chunked or method not in ("POST", "PUT", "PATCH"), "a Content-Length is required", 411)
-    ensure(re.fullmatch("[0-9]+", length), "Content-Length must stand once, and be a number")
-    ensure(headers.get("expect", "100-continue").lower() == "100-continue", "only Expect: 100-continue is understood", 417)
+    insist(not is_chunked or version > "1.0" and not has_length, "Transfer-Encoding is for HTTP/1.1 without Content-Length")
+    insist(coding == "chunked", "only chunked is decoded", status=501 if coding.count("chunked") == 1 and re.search(", *chunked$", coding) else 400)
+    insist(has_length or is_chunked or method not in ("POST", "PUT", "PATCH"), "a Content-Length is required", status=411)
+    insist(re.fullmatch("[0-9]+", length), "Content-Length must stand once, and be a number")
+    insist(headers.get("expect", "100-continue").lower() == "100-continue", "only Expect: 100-continue is understood", status=417)
     options = headers.get("connection", "").lower().replace(",", " ").split()
     closes = "close" in options or version == "1.0" and "keep-alive" not in options
     # More digits are too large a length in any case, and slow to convert.
@@ -1386,10 +1386,10 @@ def read_head(head: bytes) -> Head:
 
 def parse_fields(lines: List[str]) -> Dict[str, str]:
     """Header fields by name in lower case. Those that come twice are joined (RFC 9110 section 5.3)."""
-    ensure(len(lines) <= MAX_HEADER_FIELDS, f"the head has more than {MAX_HEADER_FIELDS} fields", 431)
+    insist(len(lines) <= MAX_HEADER_FIELDS, f"the head has more than {MAX_HEADER_FIELDS} fields", status=431)
     headers: Dict[str, str] = {}
     for line in lines:
-        match = ensure(FIELD.fullmatch(line), "a header field is malformed")
+        match = insist(FIELD.fullmatch(line), "a header field is malformed")
         name, value = match[1].lower(), match[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
@@ -1403,11 +1403,11 @@ def decode_chunks(buffer: bytearray, length: int, limit: int) -> Tuple[int, bool
     """
     size = -1
     while size and length < len(buffer):
-        chunk = ensure(CHUNK.match(buffer, length), "the size of a chunk is malformed")
+        chunk = insist(CHUNK.match(buffer, length), "the size of a chunk is malformed")
         start, size = chunk.end(), int(chunk[1], 16)
-        ensure(length + size <= limit, f"the body has more than {limit} bytes", 413)
+        insist(length + size <= limit, f"the body has more than {limit} bytes", status=413)
         end = start + size if size else 2 + find_empty_line(buffer, start - 2, start + MAX_TRAILER)     # of the data, or of the trailers
-        ensure(end < start or b"\r\n".startswith(bytes(buffer[end:end + 2])), "a chunk is longer than its size")
+        insist(end < start or b"\r\n".startswith(bytes(buffer[end:end + 2])), "a chunk is longer than its size")
         if not start <= end <= len(buffer) - 2:
             return length, True
         parse_fields(buffer[start + size:end].decode("latin-1").split("\r\n")[:-1])
@@ -1425,9 +1425,9 @@ def read_body(head: Head, body: bytes) -> Dict[str, Any]:
         scheme, _, token = head.headers.get("authorization", "").partition(" ")
         return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")} if scheme.lower() == "bearer" else {}
     coding, media_type = head.headers.get("content-encoding", "identity").lower(), head.headers.get("content-type", "application/json").lower()
-    ensure(coding == "identity", "the body must not be compressed; leave out Content-Encoding", 415, {"Accept-Encoding": "identity"})
-    accept = "Accept-Patch" if head.method == "PATCH" else "Accept"     # RFC 5789 section 2.2
-    ensure(JSON_TYPE.fullmatch(media_type), "the body must be JSON in UTF-8: set Content-Type: application/json", 415, {accept: "application/json"})
+    insist(coding == "identity", "the body must not be compressed; leave out Content-Encoding", status=415, headers={"Accept-Encoding": "identity"})
+    accept = {"Accept-Patch" if head.method == "PATCH" else "Accept": "application/json"}       # RFC 5789 section 2.2
+    insist(JSON_TYPE.fullmatch(media_type), "the body must be JSON in UTF-8: set Content-Type: application/json", status=415, headers=accept)
     return parse_body(body)
 
 
