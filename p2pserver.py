@@ -118,8 +118,8 @@ class Networks:
             self._networks.append(ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network)
 
     def __contains__(self, address: str) -> bool:
-        """Whether the text of an IP address is in one of them; UNKNOWN never is."""
-        return address != UNKNOWN and any(ipaddress.ip_address(address) in network for network in self._networks)
+        """Whether the text of an IP address is in one of them; that of who is unknown, which is empty, never is."""
+        return bool(address) and any(ipaddress.ip_address(address) in network for network in self._networks)
 
 
 OPTIONS = (
@@ -242,6 +242,13 @@ class TooMany(Full):
     """A limit that each client has for itself is reached (RFC 6585 section 4)."""
 
     status = 429
+
+
+def insist(value: Any, detail: str, problem: Callable[..., Problem] = Problem, **more: Any) -> Any:
+    """The value, if it is true. Otherwise the problem."""
+    if not value:
+        raise problem(detail, **more)
+    return value
 
 
 # ---- fields ---------------------------------------------------------------------------------------------------------
@@ -596,13 +603,6 @@ def size_of(value: Any) -> int:
     return len(value) * MEMBER_SIZE if isinstance(value, tuple) else sys.getsizeof(value)
 
 
-def insist(value: Any, detail: str, problem: Callable[..., Problem], **more: Any) -> Any:
-    """The value, if it is true. Otherwise the problem."""
-    if not value:
-        raise problem(detail, **more)
-    return value
-
-
 def count_down(counter: collections.Counter[bytes], key: bytes) -> None:
     """One less for a client. At zero it is forgotten, or all clients that ever came would be kept."""
     counter[key] -= 1
@@ -876,14 +876,13 @@ class Registry:
 
 # ---- clients and rate limiter ---------------------------------------------------------------------------------------
 
-UNKNOWN = "unknown"     # stands for the address of a client of which its proxy tells nothing
 BUCKETS = 65536         # 512 KiB
 
 
 class Client(NamedTuple):
     """Who asks. Limits take for one client: an IPv4 address, or an IPv6 /56, which is what a home line often gets (RFC 6177 section 2)."""
 
-    address: str        # IP, as text
+    address: str        # IP, as text; empty: its proxy tells nothing of it
     key: bytes          # that limits count it by
     is_local: bool      # it is this machine
 
@@ -892,32 +891,28 @@ class Client(NamedTuple):
 def client_of(host: str) -> Client:
     """Who has this address. OSError: it is none."""
     packed = packed_address(host)
-    family, key = (socket.AF_INET, packed) if len(packed) == 4 else (socket.AF_INET6, packed[:7])
-    return Client(socket.inet_ntop(family, packed), key, is_loopback(packed))
+    return Client(socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed), packed[:7], is_loopback(packed))
 
 
 def client_behind(peer: Client, headers: Mapping[str, str], proxies: Networks) -> Client:
-    """Who asks, where the connection comes from peer. If that is one of the proxies: the last address in X-Forwarded-For that is none of them.
+    """Who asks, where the connection comes from peer: who is the last in the row of X-Forwarded-For and peer that is none of the proxies.
 
-    From anybody else the field is ignored, except that its sender is not taken for a user of this machine. All clients of whom a proxy tells
-    nothing are one.
+    Who comes with that field is not taken for a user of this machine. All clients of whom a proxy tells nothing are one.
     """
     forwarded = headers.get("x-forwarded-for")
     if forwarded is None:
         return peer
-    if peer.address not in proxies:
-        if not proxies.has_warned:
-            proxies.has_warned = True
-            log.warning("X-Forwarded-For from %s is not believed, as --trusted-proxies does not name it: all who come through it are one client", peer.address)
-        return peer._replace(is_local=False)
+    if peer.address not in proxies and not proxies.has_warned:
+        proxies.has_warned = True
+        log.warning("X-Forwarded-For from %s is not believed, as --trusted-proxies does not name it: all who come through it are one client", peer.address)
+    client, members = peer, forwarded[-MAX_FORWARDED:].split(",")
     with contextlib.suppress(OSError):
-        for member in reversed(forwarded[-MAX_FORWARDED:].split(",")):      # the last ones are the proxies' own
-            match = IP_PORT.fullmatch(member.strip())       # some proxies add the port
-            client = client_of((match[1] or match[2]) if match else member.strip(" \t[]"))
-            if client.address not in proxies:
-                break
+        while members and client.address in proxies:
+            member = members.pop().strip()
+            match = IP_PORT.fullmatch(member)       # some proxies add the port
+            client = client_of(match[1] or match[2] if match else member.strip("[]"))
         return client._replace(is_local=False)
-    return Client(UNKNOWN, b"", False)
+    return Client("", b"", False)
 
 
 class RateLimiter:
@@ -935,8 +930,7 @@ class RateLimiter:
 
     def pause(self, key: bytes) -> float:
         """Seconds until there is a token; 0 if there is one."""
-        now = self._clock()
-        pause = max(self._full_at[hash(key) % BUCKETS], now) + self._interval - now - self._depth
+        pause = self._full_at[hash(key) % BUCKETS] - self._clock() + self._interval - self._depth
         return pause if pause > 1e-6 else 0.0      # sums of fractions are not exact
 
     def acquire(self, key: bytes) -> float:
@@ -958,29 +952,26 @@ class RateLimiter:
 # ignored: on a port for STUN alone it tells nothing (section 12).
 
 STUN_COOKIE = b"\x21\x12\xa4\x42"
-STUN_REQUEST, STUN_SUCCESS, STUN_ERROR = 0x0001, 0x0101, 0x0111     # Binding, by class
-STUN_MAPPED_ADDRESS, STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS = 0x0001, 0x0009, 0x000A, 0x0020
-STUN_INTEGRITY = (0x0008, 0x001C)       # MESSAGE-INTEGRITY, by SHA-1 and SHA-256: not checked; what follows is ignored (sections 14.5 and 14.6)
+STUN_REQUEST, STUN_SUCCESS, STUN_ERROR = b"\0\x01", b"\1\x01", b"\1\x11"      # types of messages: Binding, by class
+# Types of attributes.
+STUN_MAPPED_ADDRESS, STUN_ERROR_CODE, STUN_UNKNOWN_ATTRIBUTES, STUN_XOR_MAPPED_ADDRESS = b"\0\x01", b"\0\x09", b"\0\x0a", b"\0\x20"
+STUN_INTEGRITY = b"\0\x08", b"\0\x1c"   # MESSAGE-INTEGRITY, by SHA-1 and SHA-256: not checked; what follows is ignored (sections 14.5 and 14.6)
 # What ICE agents add for each other (RFC 8445 section 7.1): to be comprehended, not obeyed. USERNAME, PRIORITY and USE-CANDIDATE.
-STUN_IGNORED = (0x0006, 0x0024, 0x0025)
+STUN_IGNORED = b"\0\x06", b"\0\x24", b"\0\x25"
 
 
-def stun_attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack(">HH", kind, len(value)) + value + bytes(-len(value) % 4)
-
-
-def stun_unknown_attributes(request: bytes) -> Optional[List[int]]:
-    """The types of a Binding request's attributes that must be comprehended and are not, or None for everything that is not a well-formed one."""
-    if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:4] != struct.pack(">HH", STUN_REQUEST, len(request) - 20):
+def stun_unknown_attributes(request: bytes) -> Optional[bytes]:
+    """The types of a Binding request's attributes that must be comprehended and are not, one after the other; None: it is no well-formed request."""
+    if not 20 <= len(request) <= MAX_STUN or len(request) % 4 or request[:4] != struct.pack(">2sH", STUN_REQUEST, len(request) - 20):
         return None
-    kinds: List[int] = []
+    kinds: List[bytes] = []
     position = 20
     while position < len(request) and len(kinds) < MAX_STUN_ATTRIBUTES:
-        kind, length = struct.unpack_from(">HH", request, position)
+        kind, length = struct.unpack_from(">2sH", request, position)
         kinds.append(kind)
         position += 4 + length + -length % 4
     obeyed = itertools.takewhile(lambda kind: kind not in STUN_INTEGRITY, kinds)
-    return [kind for kind in obeyed if kind < 0x8000 and kind not in STUN_IGNORED] if position == len(request) else None
+    return b"".join([kind for kind in obeyed if kind < b"\x80" and kind not in STUN_IGNORED]) if position == len(request) else None
 
 
 def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
@@ -988,15 +979,15 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
     unknown, has_cookie = stun_unknown_attributes(request), request[4:8] == STUN_COOKIE
     if unknown is None or unknown and not has_cookie:
         return None     # RFC 8489 section 6.3.1 asks for 420, but old clients that get it ask again at once
-    if unknown:     # RFC 8489 section 6.3.1
-        kind, body = STUN_ERROR, stun_attribute(STUN_ERROR_CODE, b"\0\0\x04\x14Unknown Attribute")
-        body += stun_attribute(STUN_UNKNOWN_ATTRIBUTES, struct.pack(f">{len(unknown)}H", *unknown))
+    if unknown:
+        kind, attributes = STUN_ERROR, {STUN_ERROR_CODE: b"\0\0\x04\x14Unknown Attribute", STUN_UNKNOWN_ATTRIBUTES: unknown}
     else:
         address = packed_address(source[0])
         mask = request[4:6] + request[4:20] if has_cookie else bytes(18)    # of port and address (section 14.2)
         value = (b"\0\1" if len(address) == 4 else b"\0\2") + bytes(a ^ b for a, b in zip(struct.pack(">H", source[1]) + address, mask))
-        kind, body = STUN_SUCCESS, stun_attribute(STUN_XOR_MAPPED_ADDRESS if has_cookie else STUN_MAPPED_ADDRESS, value)
-    return struct.pack(">HH", kind, len(body)) + request[4:20] + body
+        kind, attributes = STUN_SUCCESS, {STUN_XOR_MAPPED_ADDRESS if has_cookie else STUN_MAPPED_ADDRESS: value}
+    body = b"".join([struct.pack(">2sH", each, len(value)) + value + bytes(-len(value) % 4) for each, value in attributes.items()])
+    return struct.pack(">2sH", kind, len(body)) + request[4:20] + body
 
 
 class StunServer(socketserver.UDPServer):
@@ -1007,8 +998,7 @@ class StunServer(socketserver.UDPServer):
     """
 
     def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
-        self.address_family = family
-        self._limiter = limiter
+        self.address_family, self._limiter = family, limiter
         self.results: collections.Counter[str] = collections.Counter()      # datagrams so far, by what they got
         super().__init__(address, socketserver.BaseRequestHandler)
 
@@ -1028,8 +1018,7 @@ class StunServer(socketserver.UDPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         # The limiter first: to parse costs more than to refuse.
-        is_over = self._limiter.acquire(client_of(client_address[0]).key)
-        answer = None if is_over else stun_answer(request[0], client_address)
+        answer = None if self._limiter.acquire(client_of(client_address[0]).key) else stun_answer(request[0], client_address)
         self.results["answer" if answer else "silence"] += 1
         if answer and sys.platform == "linux":
             self.socket.sendmsg([answer], request[1], 0, client_address)
@@ -1068,10 +1057,10 @@ class Answer(NamedTuple):
         return json_text(self.body).encode("utf-8") + b"\n" if isinstance(self.body, dict) else self.body or b""
 
 
-def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool = True) -> Answer:
-    """The answer with how long the game or guest is remembered and when to ask again, in seconds.
+def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool) -> Answer:
+    """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds.
 
-    That is later where a poll or start finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
+    That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
     has_no_place = request.wake is not None and not has_news
     if has_no_place:
@@ -1091,40 +1080,35 @@ def location(name: str) -> Dict[str, str]:
 
 
 def turn_credentials(settings: Settings) -> Dict[str, Any]:
-    """What one host needs to take a relay for a day, in the words of WebRTC's RTCIceServer; nothing without --turn-url. The TURN server checks the
-    password by the secret, as coturn does with use-auth-secret (draft-uberti-behave-turn-rest-00 section 2.2)."""
-    if not settings.turn_url:
-        return {}
+    """What one host needs to take a relay for a day, in the words of WebRTC's RTCIceServer. The TURN server checks the credential by the secret,
+    as coturn does with use-auth-secret (draft-uberti-behave-turn-rest-00 section 2.2)."""
     username = f"{int(time.time()) + TURN_TTL}:{os.urandom(4).hex()}"
-    password = hmac.digest(settings.turn_secret.encode("ascii"), username.encode("ascii"), "sha1")
-    turn = {"urls": settings.turn_url.split(","), "username": username, "credential": base64.b64encode(password).decode("ascii"), "ttl_seconds": TURN_TTL}
-    return {"turn": turn}
+    credential = base64.b64encode(hmac.digest(settings.turn_secret.encode("ascii"), username.encode("ascii"), "sha1")).decode("ascii")
+    return {"urls": settings.turn_url.split(","), "username": username, "credential": credential, "ttl_seconds": TURN_TTL}
 
 
 def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
     is_new = server.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
-    body = {"name": request.name, "stun": server.stun_ports, **turn_credentials(server.settings)}
-    answer = answer_with_ttl(server, request, 200, body, server.settings.game_ttl)
-    return answer._replace(status=201, headers=location(request.name)) if is_new else answer
+    turn = {"turn": turn_credentials(server.settings)} if server.settings.turn_url else {}
+    body = {"name": request.name, "stun": server.stun_ports, **turn, "expiresIn": server.settings.game_ttl, "pollAfter": server.settings.poll_after}
+    return Answer(201, body, location(request.name)) if is_new else Answer(200, body)
 
 
 def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
-    fields = request.fields
+    name, digest, fields, wake = request.name, request.digest, request.fields, request.wake
     polled = server.registry.poll_game(
-        request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake,
-        request.client.address.replace(UNKNOWN, ""))
+        name, digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), wake, request.client.address)
     body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
     return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, polled.has_news)
 
 
 def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
-    after, client = request.fields["after"], request.client
-    started = server.registry.start_game(
-        request.name, request.digest, request.fields.get("addresses"), after, client.key, client.address.replace(UNKNOWN, ""), request.wake)
-    host = started.peers[0]
+    name, digest, fields, client = request.name, request.digest, request.fields, request.client
+    started = server.registry.start_game(name, digest, fields.get("addresses"), fields["after"], client.key, client.address, request.wake)
+    [host] = started.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
     body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": server.stun_ports}
     return started.waiter or answer_with_ttl(server, request, status, body, server.settings.guest_ttl, started.has_news)
@@ -1162,15 +1146,14 @@ def delete_game(server: Server, request: Request) -> Answer:
 
 def show_health(server: Server, request: Request) -> Answer:
     """for load balancers and monitors"""
+    insist(not server.stopping, "the server is shutting down", status=503)
     counts = server.registry.counts()
-    body = {"status": "stopping" if server.stopping else "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]}
-    return Answer(503 if server.stopping else 200, body)
+    return Answer(200, {"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]})
 
 
 def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
-    if not request.client.is_local and request.client.address not in server.watchers:
-        raise Forbidden("metrics are for this machine and for whom --metrics-from names")
+    insist(request.client.is_local or request.client.address in server.watchers, "metrics are for this machine and for --metrics-from", Forbidden)
     gauges = {**server.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
               "uptime_seconds": round(time.monotonic() - server.began, 3)}
     text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
@@ -1179,14 +1162,13 @@ def show_metrics(server: Server, request: Request) -> Answer:
         ("refused_total", '{limit="%s"}', server.refused),
         ("stun_total", '{result="%s"}', sum([stun.results for stun in server.stuns], collections.Counter())),
     ):
-        text += f"# TYPE p2pserver_{name} counter\n"
-        text += "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(counts.items())])
+        text += f"# TYPE p2pserver_{name} counter\n" + "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(counts.items())])
     return Answer(200, text.encode("ascii"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def show_start_page(server: Server, request: Request) -> Answer:
     """this page"""
-    rows = "".join([f"{route.method:8}{route.path:18}{route.endpoint.__doc__}\n" for route in ROUTES])
+    rows = "".join([f"{method:8}{path:18}{route.endpoint.__doc__}\n" for path, routes in ROUTES.items() for method, route in routes.items()])
     text = f"p2pserver {__version__}: the rendezvous server by which two players behind home routers find each other\n\n{rows}"
     return Answer(200, text.encode("ascii"), media_type="text/plain; charset=utf-8")
 
@@ -1194,18 +1176,16 @@ def show_start_page(server: Server, request: Request) -> Answer:
 def check_preconditions(server: Server, request: Request, method: str, routes: Mapping[str, Route]) -> Optional[Answer]:
     """The answer 304, or None: the request is to be performed. Problem 412: it must not be (RFC 9110 section 13.2.2).
 
-    What they are compared with is what GET gives now. Where there is no GET, nothing matches.
+    What they are compared with is what GET gives now; a Problem of its own goes first. Where there is no GET, nothing matches.
     """
     match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "")
     if match is None and not none_match:
         return None
-    current: Any = routes["GET"].endpoint(server, request) if "GET" in routes else Answer(200)
-    if current.status != 200:   # they are for what would succeed (section 13.2.1)
-        return None
-    tags = {"*", current.headers.get("ETag", "*")} if current.body else set()
+    current: Any = routes["GET"].endpoint(server, request) if "GET" in routes else Answer(404)
+    tags = {"*", current.headers.get("ETag")} if current.body else set()
+    is_wanted = match is None or tags & set(match.replace(",", " ").split())
     is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
-    if match is not None and not tags & set(match.replace(",", " ").split()) or is_known and method not in ("GET", "HEAD"):
-        raise Problem("If-Match or If-None-Match does not hold", 412)
+    insist(is_wanted and (method in ("GET", "HEAD") or not is_known), "If-Match or If-None-Match does not hold", status=412)
     return Answer(304, None, current.headers) if is_known else None
 
 
@@ -1213,40 +1193,32 @@ Outcome = Union[Answer, Waiter]
 
 
 class Route(NamedTuple):
-    """A row of the table: what answers a method on a path, and the fields that its body must or may have."""
+    """What answers a method on a path, and the fields that its body must or may have."""
 
-    method: str
-    path: str
     endpoint: Callable[[Server, Request], Outcome]
     fields: Mapping[str, Field] = {}
 
 
-NAME, PEER_ID, ADDRESSES = Field(check_name), Field(check_peer_id), Field(check_addresses)
+OWNER = {"name": Field(check_name), "peerId": Field(check_peer_id)}
 SHOWN = {"info": Field(check_info, required=False), "listed": Field(check_flag, required=False)}       # what the list shows of a game
-AFTER = WAIT = Field(check_whole_number, required=False)
-MEETING = {"name": NAME, "peerId": PEER_ID, "addresses": ADDRESSES, "after": AFTER, "wait": WAIT}      # what a poll and a start have
+# What a poll and a start have.
+MEETING = {**OWNER, "addresses": Field(check_addresses), **dict.fromkeys(("after", "wait"), Field(check_whole_number, required=False))}
 OF_HOST = {"replies": Field(check_replies, required=False), "dismiss": Field(check_dismiss, required=False)}
-CHANGES = {"peerId": PEER_ID, "name": Field(check_name, required=False), **SHOWN}
-POLL_PATH, HEALTH_PATH = "/games/poll", "/healthz"
+UPDATE = Route(update_game, {"peerId": Field(check_peer_id), "name": Field(check_name, required=False), **SHOWN})
+GAME_PATH, POLL_PATH, HEALTH_PATH = "/games/<name>", "/games/poll", "/healthz"
 
-ROUTES = (
-    Route("POST", "/games/register", register_game, {"name": NAME, "peerId": PEER_ID, **SHOWN}),
-    Route("POST", POLL_PATH, poll_game, {**MEETING, **OF_HOST}),
-    Route("POST", "/games/start", start_game, MEETING),
-    Route("POST", "/games/leave", leave_game, {"name": NAME, "peerId": PEER_ID}),
-    Route("GET", "/games", list_games),
-    Route("GET", "/games/<name>", get_game),
-    Route("PATCH", "/games/<name>", update_game, CHANGES),
-    Route("PUT", "/games/<name>", update_game, CHANGES),
-    Route("DELETE", "/games/<name>", delete_game, {"peerId": PEER_ID}),
-    Route("GET", HEALTH_PATH, show_health),
-    Route("GET", "/metrics", show_metrics),
-    Route("GET", "/", show_start_page),
-)
-
-ROUTES_AT = {row.path: {route.method: route for route in ROUTES if route.path == row.path} for row in ROUTES}     # by path and method
-GAME_ROUTES = ROUTES_AT.pop("/games/<name>")
-RESERVED_NAMES.update(path[len("/games/"):] for path in ROUTES_AT if path.startswith("/games/"))
+ROUTES: Dict[str, Dict[str, Route]] = {     # by path and method
+    "/games/register": {"POST": Route(register_game, {**OWNER, **SHOWN})},
+    POLL_PATH: {"POST": Route(poll_game, {**MEETING, **OF_HOST})},
+    "/games/start": {"POST": Route(start_game, MEETING)},
+    "/games/leave": {"POST": Route(leave_game, OWNER)},
+    "/games": {"GET": Route(list_games)},
+    GAME_PATH: {"GET": Route(get_game), "PATCH": UPDATE, "PUT": UPDATE, "DELETE": Route(delete_game, {"peerId": Field(check_peer_id)})},
+    HEALTH_PATH: {"GET": Route(show_health)},
+    "/metrics": {"GET": Route(show_metrics)},
+    "/": {"GET": Route(show_start_page)},
+}
+RESERVED_NAMES.update(path[len("/games/"):] for path in ROUTES if path.startswith("/games/") and path != GAME_PATH)
 
 # A preference by its name and value, with its parameters (RFC 7240 section 2). A quoted string that does not end goes on to the end.
 PREFERENCE = re.compile(r'[ \t,]*([^=;," \t]*)[ \t]*(?:=[ \t]*("(?:[^"\\]|\\.)*"?|[^;," \t]*))?[^",]*(?:"(?:[^"\\]|\\.)*"?[^",]*)*')
@@ -1257,36 +1229,13 @@ def allowed(methods: Iterable[str]) -> str:
     return ", ".join(sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
 
 
-# A host and perhaps a port (RFC 9112 section 3.2, RFC 3986 section 3.2), and a target in origin-form or absolute-form. It may hold what a URI may,
-# and what browsers leave as it is: []^| and, in a query, \`{} (https://url.spec.whatwg.org/#percent-encoded-bytes).
-AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f]*:[0-9A-Fa-f:.]*)\]|(?:[!$&-.0-9;=A-Z_a-z~]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?")
-TARGET = re.compile(r"(?!.*%(?![0-9A-Fa-f]{2}))(?:[Hh][Tt][Tt][Pp][Ss]?://([^/?:][^/?]*)|(?=/))((?:/[!$-;=@-[\]-_a-z|~]*)?)(?:\?[!$-;=?-~]*)?")
-
-
-def is_authority(text: str) -> bool:
-    """Whether this is a host, which may be empty, and perhaps a port."""
-    match = AUTHORITY.fullmatch(text)
-    with contextlib.suppress(OSError):
-        return bool(match and (not match[1] or packed_address(match[1])))
-    return False
-
-
-def path_of(target: str) -> str:
-    """The path that a request target names, without the slash at its end, which says nothing; of what is no target, nothing."""
-    match = TARGET.fullmatch(target)
-    return match[2].removesuffix("/") or "/" if match and (not match[1] or is_authority(match[1])) else ""
-
-
 def resolve(path: str) -> Tuple[Dict[str, Route], str]:
     """The routes at a path by method, and the game that it names."""
-    if not path:
-        raise Problem("the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
-    if path in ROUTES_AT:
-        return ROUTES_AT[path], ""
-    prefix, _, quoted = path.rpartition("/")
-    with contextlib.suppress(ValueError):       # the name breaks a rule, or is not UTF-8
-        if prefix == "/games":
-            return GAME_ROUTES, check_name(urllib.parse.unquote(quoted, errors="strict"), Scope())
+    if path in ROUTES:
+        return ROUTES[path], ""
+    insist(path, "the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
+    with contextlib.suppress(ValueError):       # the name breaks a rule, as one with a slash does, or is not UTF-8
+        return ROUTES[GAME_PATH], check_name(urllib.parse.unquote(path.removeprefix("/games/"), errors="strict"), Scope())
     raise NotFound("there is nothing here, and no game can have such a name; GET / lists what there is")
 
 
@@ -1294,9 +1243,8 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
     """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
     wait: Optional[float] = fields.get("wait", 0)       # other requests than poll and start have no such field
     if wait is None and "prefer" in headers:
-        value = next((value for name, value in PREFERENCE.findall(headers["prefer"]) if name.lower() == "wait"), "")
-        number = re.fullmatch(r"[0-9]+(\.0*)?", value.replace("\\", "").strip('"'))
-        wait = float(number[0]) if number else 0
+        wishes = [value.replace("\\", "").strip('"') for name, value in PREFERENCE.findall(headers["prefer"]) if name.lower() == "wait"]
+        wait = float(wishes[0]) if wishes and wishes[0].isdecimal() else 0
     return int(min(wait or 0, max_wait))
 
 
@@ -1305,11 +1253,17 @@ def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait:
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]\.[0-9])")      # RFC 9112 section 3
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "TRACE")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")      # RFC 9110 sections 5.1 and 5.5
+# A host and perhaps a port (RFC 9112 section 3.2, RFC 3986 section 3.2), and a target in origin-form or absolute-form. It may hold what a URI may,
+# and what browsers leave as it is: []^| and, in a query, \`{} (https://url.spec.whatwg.org/#percent-encoded-bytes).
+AUTHORITY = r"(?:\[(?![^\]]*::(?:[^\]]*:)?:)(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f.]*\]|(?:[!$&-.0-9;=A-Z_a-z~]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
+TARGET = re.compile(rf"(?!.*%(?![0-9A-Fa-f]{{2}}))(?:(?i:https?)://(?=[^:/?]){AUTHORITY}|(?=/))((?:/[!$-;=@-[\]-_a-z|~]*)?)(?:\?[!$-;=?-~]*)?")
 # The size and extension of a chunk (RFC 9112 section 7.1), as far as it has come.
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]{0,8}(?:;[\t -~\x80-\xff]{0,256}|\Z))?(?:\r\n|\r?\Z)")
 # The first line of a request, as far as it has come; and what no head may hold: a bare LF or CR, and control characters.
 BEGINNING = re.compile(rb"\r?\Z|[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:\Z| [!-~]*(?:\Z| [HTP/.0-9]{0,8}(?:\Z|\r)))")
 FORBIDDEN = re.compile(rb"(?<!\r)\n|\r[^\n]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+# A media type that is JSON, with any parameters but a charset other than UTF-8.
+JSON_TYPE = re.compile(r'[ \t]*(application/json|(?!application/json-patch)[^;]*\+json)[ \t]*(;(?!.*charset=(?!"?utf-?8"?[ \t]*(;|$))).*)?')
 
 
 class Head(NamedTuple):
@@ -1328,23 +1282,26 @@ class Head(NamedTuple):
 NO_HEAD = Head()
 
 
+def path_of(target: str) -> str:
+    """The path that a request target names, without the slash at its end, which says nothing; of what is no target, nothing."""
+    match = TARGET.fullmatch(target)
+    return match[1].removesuffix("/") or "/" if match else ""
+
+
 def find_head(buffer: bytearray, scanned: int) -> int:
     """Where the head at the start of the buffer ends, or -1 while it is not whole. scanned: the bytes that an earlier call has seen."""
-    if not BEGINNING.match(buffer):     # 22 begins a handshake (RFC 8446 section 5.1); some clients show words in HTTP, and an alert has none
-        raise Problem("this port speaks HTTP, not TLS: use http://" if buffer[0] == 22 else "the request line is malformed")
-    if len(buffer) >= MAX_REQUEST_LINE and buffer.find(b"\n", 0, MAX_REQUEST_LINE) < 0:
-        raise Problem(f"the request line has more than {MAX_REQUEST_LINE} bytes", 414)
+    # 22 begins a handshake (RFC 8446 section 5.1). It is told in HTTP, whose words some clients show; an alert has none.
+    insist(BEGINNING.match(buffer), "this port speaks HTTP, not TLS: use http://" if buffer[:1] == b"\x16" else "the request line is malformed")
+    insist(len(buffer) < MAX_REQUEST_LINE or buffer.find(b"\n", 0, MAX_REQUEST_LINE) >= 0, "the request line is too long", status=414)
     return find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
 
 
 def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
     """Where the empty line that ends the fields begins, or -1 while it has not come. Bytes before start were searched already."""
     end = buffer.find(b"\r\n\r\n", start, limit + 4)
-    # Readers differ on what ends a line. Where they do, requests can be smuggled.
-    if end < 0 and FORBIDDEN.search(buffer, start):
-        raise Problem("a line of the head does not end in CRLF, or holds a control character")
-    if end < 0 and len(buffer) >= limit + 4:
-        raise Problem(f"the head has more than {MAX_HEAD} bytes, or the trailers more than {MAX_TRAILER}", 431)
+    if end < 0:     # readers differ on what ends a line: where they do, requests can be smuggled
+        insist(not FORBIDDEN.search(buffer, start), "a line of the head does not end in CRLF, or holds a control character")
+        insist(len(buffer) < limit + 4, f"the head has more than {MAX_HEAD} bytes, or the trailers more than {MAX_TRAILER}", status=431)
     return end
 
 
@@ -1352,42 +1309,37 @@ def find_empty_line(buffer: bytearray, start: int, limit: int) -> int:
 def parse_head(head: bytes) -> Head:
     """The head without its last empty line, read strictly after RFC 9112. Clients send the same one again and again."""
     line, *lines = head.decode("latin-1").split("\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise Problem("the request line is malformed")
-    method, target, version = match.groups()
+    method, target, version = insist(REQUEST_LINE.fullmatch(line), "the request line is malformed").groups()
     headers = parse_fields(lines)
-    length, codings = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked").lower()
-    is_chunked = "transfer-encoding" in headers
-    for is_wrong, status, detail in (
-        (version[0] != "1", 505, "only HTTP/1.0 and HTTP/1.1 are supported"),
-        # Only HTTP/1.0 may do without (RFC 9112 section 3.2). A slash is no host.
-        (not is_authority(headers.get("host", "/" if version > "1.0" else "")), 400, "Host must stand once, as a host with perhaps a port"),
-        (method not in METHODS, 501, "methods are case-sensitive: write it in capitals" if method.upper() in METHODS else "there is no such method"),
-        # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
-        (is_chunked and (version == "1.0" or "content-length" in headers), 400, "Transfer-Encoding is for HTTP/1.1 without Content-Length"),
-        (codings != "chunked", 501 if codings.count("chunked") == 1 and re.search(",[ \t]*chunked$", codings) else 400, "only chunked is decoded"),
-        (method in ("POST", "PUT", "PATCH") and "content-length" not in headers and not is_chunked, 411, "a Content-Length is required"),
-        (not re.fullmatch("[0-9]+", length), 400, "Content-Length must stand once, and be a number"),
-        (headers.get("expect", "100-continue").lower() != "100-continue", 417, "only Expect: 100-continue is understood"),
-    ):
-        if is_wrong:
-            raise Problem(detail, status)
+    length, coding = headers.get("content-length", "0"), headers.get("transfer-encoding", "chunked").lower()
+    has_length, is_chunked = "content-length" in headers, "transfer-encoding" in headers
+    insist(version[0] == "1", "only HTTP/1.0 and HTTP/1.1 are supported", status=505)
+    # Only HTTP/1.0 may do without (RFC 9112 section 3.2). A slash is no host.
+    insist(re.fullmatch(AUTHORITY, headers.get("host", "/" if version > "1.0" else "")), "Host must stand once, as a host with perhaps a port")
+    insist(method in METHODS, "methods are case-sensitive: use capitals" if method.upper() in METHODS else "there is no such method", status=501)
+    # Where readers could differ on where the body ends, requests can be smuggled (RFC 9112 section 6.3).
+    insist(not is_chunked or version > "1.0" and not has_length, "Transfer-Encoding is for HTTP/1.1 without Content-Length")
+    insist(coding == "chunked", "only chunked is decoded", status=501 if coding.count("chunked") == 1 and re.search(", *chunked$", coding) else 400)
+    insist(has_length or is_chunked or method not in ("POST", "PUT", "PATCH"), "a Content-Length is required", status=411)
+    insist(re.fullmatch("[0-9]+", length), "Content-Length must stand once, and be a number")
+    insist(headers.get("expect", "100-continue").lower() == "100-continue", "only Expect: 100-continue is understood", status=417)
     options = headers.get("connection", "").lower().replace(",", " ").split()
     closes = "close" in options or version == "1.0" and "keep-alive" not in options
     # More digits are too large a length in any case, and slow to convert.
     return Head(method, target, path_of(target), version, headers, int(length.lstrip("0")[:18] or "0"), is_chunked, closes)
 
 
+def read_head(head: bytes) -> Head:
+    """As parse_head. What may hold a secret is not cached."""
+    return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
+
+
 def parse_fields(lines: List[str]) -> Dict[str, str]:
     """Header fields by name in lower case. Those that come twice are joined (RFC 9110 section 5.3)."""
-    if len(lines) > MAX_HEADER_FIELDS:
-        raise Problem(f"the head has more than {MAX_HEADER_FIELDS} fields", 431)
+    insist(len(lines) <= MAX_HEADER_FIELDS, f"the head has more than {MAX_HEADER_FIELDS} fields", status=431)
     headers: Dict[str, str] = {}
     for line in lines:
-        match = FIELD.fullmatch(line)
-        if not match:
-            raise Problem("a header field is malformed")
+        match = insist(FIELD.fullmatch(line), "a header field is malformed")
         name, value = match[1].lower(), match[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
@@ -1401,29 +1353,17 @@ def decode_chunks(buffer: bytearray, length: int, limit: int) -> Tuple[int, bool
     """
     size = -1
     while size and length < len(buffer):
-        chunk = CHUNK.match(buffer, length)
-        if not chunk:
-            raise Problem("the size of a chunk is malformed")
+        chunk = insist(CHUNK.match(buffer, length), "the size of a chunk is malformed")
         start, size = chunk.end(), int(chunk[1], 16)
-        if length + size > limit:
-            raise Problem(f"the body has more than {limit} bytes", 413)
+        insist(length + size <= limit, f"the body has more than {limit} bytes", status=413)
         end = start + size if size else 2 + find_empty_line(buffer, start - 2, start + MAX_TRAILER)     # of the data, or of the trailers
-        if end >= start and not b"\r\n".startswith(bytes(buffer[end:end + 2])):
-            raise Problem("a chunk is longer than its size")
+        insist(end < start or b"\r\n".startswith(bytes(buffer[end:end + 2])), "a chunk is longer than its size")
         if not start <= end <= len(buffer) - 2:
             return length, True
         parse_fields(buffer[start + size:end].decode("latin-1").split("\r\n")[:-1])
         del buffer[start + size:end + 2], buffer[length:start]
         length += size
     return length, size != 0
-
-
-def read_head(head: bytes) -> Head:
-    """As parse_head. What may hold a secret is not cached."""
-    return parse_head.__wrapped__(head) if len(head) > 1024 or b"authorization" in head.lower() else parse_head(head)
-
-
-JSON_TYPE = re.compile(r"application/json|(?!application/json-patch).*\+json")
 
 
 def read_body(head: Head, body: bytes) -> Dict[str, Any]:
@@ -1434,13 +1374,10 @@ def read_body(head: Head, body: bytes) -> Dict[str, Any]:
     if not body:
         scheme, _, token = head.headers.get("authorization", "").partition(" ")
         return {"peerId": token.strip(" \t").encode("latin-1").decode("utf-8", "replace")} if scheme.lower() == "bearer" else {}
-    if head.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Problem("the body must not be compressed; leave out Content-Encoding", 415, headers={"Accept-Encoding": "identity"})
-    media_type, _, parameters = head.headers.get("content-type", "application/json").lower().partition(";")
-    is_json = JSON_TYPE.fullmatch(media_type.strip())
-    if not is_json or "charset" in parameters and not re.search(r'charset="?utf-?8"?[ \t]*(;|$)', parameters):
-        accept = "Accept-Patch" if head.method == "PATCH" else "Accept"     # RFC 5789 section 2.2
-        raise Problem("the body must be JSON in UTF-8: set Content-Type: application/json", 415, headers={accept: "application/json"})
+    coding, media_type = head.headers.get("content-encoding", "identity").lower(), head.headers.get("content-type", "application/json").lower()
+    insist(coding == "identity", "the body must not be compressed; leave out Content-Encoding", status=415, headers={"Accept-Encoding": "identity"})
+    accept = {"Accept-Patch" if head.method == "PATCH" else "Accept": "application/json"}       # RFC 5789 section 2.2
+    insist(JSON_TYPE.fullmatch(media_type), "the body must be JSON in UTF-8: set Content-Type: application/json", status=415, headers=accept)
     return parse_body(body)
 
 
@@ -1646,8 +1583,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.is_proxy and self.client is not self.peer:
             self.server.count(self, self.client.key)    # until it is answered
         limit = self.server.settings.max_body * (POLL_FACTOR if head.path == POLL_PATH else 1)
-        if head.length > limit:
-            raise Problem(f"the body has more than {limit} bytes", 413)
+        insist(head.length <= limit, f"the body has more than {limit} bytes", status=413)
         length, is_chunked = head.length, head.is_chunked
         if head.version > "1.0" and "expect" in head.headers and length + is_chunked > len(buffer):
             yield from self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -1678,11 +1614,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.deadline = time.monotonic() + REQUEST_TIME
             if not data:
                 raise Gone
-        elif not data:
-            raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
+        status = 503 if self.server.stopping else 408 if self.is_late else 400
+        insist(data, "the request ended early, or did not come in time", status=status)
         self.buffer += data
-        if self.server.tls and self.connection.is_plain:
-            raise Problem("this port speaks TLS: use https://")
+        insist(not self.server.tls or not self.connection.is_plain, "this port speaks TLS: use https://")
 
     def read(self) -> bytes:
         """What has come; nothing at the end of the stream. BlockingIOError: nothing has come."""
@@ -1738,8 +1673,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.problem:
             raise self.problem
         if self.command == "OPTIONS":
-            methods = [route.method for route in ROUTES] if self.path == "*" else resolve(head.path)[0]
-            return functools.partial(self.options, methods)
+            return functools.partial(self.options, set().union(*ROUTES.values()) if self.path == "*" else resolve(head.path)[0])
         routes, name = resolve(head.path)
         route = self.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
@@ -1863,7 +1797,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
         self.server.tally(self.server.answered, (self.route.endpoint.__name__ if self.route else "none", code))
         if self.server.settings.access_log:
-            log_fields("{client} {method} {path!r} {status} {bytes}", client=self.client.address, method=self.command,
+            log_fields("{client} {method} {path!r} {status} {bytes}", client=self.client.address or "unknown", method=self.command,
                        path=self.path.partition("?")[0], status=code, bytes=size)
 
 

@@ -16,7 +16,7 @@ import p2pserver  # noqa: E402
 DOCUMENT = yaml.safe_load((ROOT / "docs" / "openapi.yaml").read_text(encoding="utf-8"))
 SCHEMAS = DOCUMENT["components"]["schemas"]
 OPERATIONS = {(method.upper(), path): operation for path, item in DOCUMENT["paths"].items() for method, operation in item.items() if method != "parameters"}
-ROUTES = {(route.method, route.path.replace("<name>", "{name}")): route for route in p2pserver.ROUTES}
+ROUTES = {(method, path.replace("<name>", "{name}")): route for path, routes in p2pserver.ROUTES.items() for method, route in routes.items()}
 TRIAL_SECONDS = os.environ.get("TRIAL_SECONDS", "120")
 
 
