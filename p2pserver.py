@@ -372,21 +372,21 @@ def check_whole_number(value: Any, scope: Scope) -> Any:
     return int(value)
 
 
-class Field(NamedTuple):
-    """A field of a body. An optional one that is absent or null is None."""
-
-    check: Callable[[Any, Scope], Any]
-    required: bool = True
+Check = Callable[[Any, Scope], Any]
 
 
-def validate(body: Mapping[str, Any], fields: Mapping[str, Field], scope: Scope) -> Dict[str, Any]:
+def optional(check: Check) -> Check:
+    """The check of a field that may be absent or null, which is None then. Every other check refuses None."""
+    return lambda value, scope: None if value is None else check(value, scope)
+
+
+def validate(body: Mapping[str, Any], fields: Mapping[str, Check], scope: Scope) -> Dict[str, Any]:
     """The checked values by field name. Other fields of the body are ignored, so newer clients work. Problem names every fault at once."""
     values: Dict[str, Any] = {}
     faults = {}
-    for name, (check, is_required) in fields.items():
-        value = body.get(name)
+    for name, check in fields.items():
         try:
-            values[name] = check(value, scope) if is_required or value is not None else None
+            values[name] = check(body.get(name), scope)
         except ValueError as fault:
             faults[name] = str(fault)
     if faults:
@@ -1196,15 +1196,15 @@ class Route(NamedTuple):
     """What answers a method on a path, and the fields that its body must or may have."""
 
     endpoint: Callable[[Server, Request], Outcome]
-    fields: Mapping[str, Field] = {}
+    fields: Mapping[str, Check] = {}
 
 
-OWNER = {"name": Field(check_name), "peerId": Field(check_peer_id)}
-SHOWN = {"info": Field(check_info, required=False), "listed": Field(check_flag, required=False)}       # what the list shows of a game
+OWNER = {"name": check_name, "peerId": check_peer_id}
+SHOWN = {"info": optional(check_info), "listed": optional(check_flag)}       # what the list shows of a game
 # What a poll and a start have.
-MEETING = {**OWNER, "addresses": Field(check_addresses), **dict.fromkeys(("after", "wait"), Field(check_whole_number, required=False))}
-OF_HOST = {"replies": Field(check_replies, required=False), "dismiss": Field(check_dismiss, required=False)}
-UPDATE = Route(update_game, {"peerId": Field(check_peer_id), "name": Field(check_name, required=False), **SHOWN})
+MEETING = {**OWNER, "addresses": check_addresses, **dict.fromkeys(("after", "wait"), optional(check_whole_number))}
+OF_HOST = {"replies": optional(check_replies), "dismiss": optional(check_dismiss)}
+UPDATE = Route(update_game, {"peerId": check_peer_id, "name": optional(check_name), **SHOWN})
 GAME_PATH, POLL_PATH, HEALTH_PATH = "/games/<name>", "/games/poll", "/healthz"
 
 ROUTES: Dict[str, Dict[str, Route]] = {     # by path and method
@@ -1213,7 +1213,7 @@ ROUTES: Dict[str, Dict[str, Route]] = {     # by path and method
     "/games/start": {"POST": Route(start_game, MEETING)},
     "/games/leave": {"POST": Route(leave_game, OWNER)},
     "/games": {"GET": Route(list_games)},
-    GAME_PATH: {"GET": Route(get_game), "PATCH": UPDATE, "PUT": UPDATE, "DELETE": Route(delete_game, {"peerId": Field(check_peer_id)})},
+    GAME_PATH: {"GET": Route(get_game), "PATCH": UPDATE, "PUT": UPDATE, "DELETE": Route(delete_game, {"peerId": check_peer_id})},
     HEALTH_PATH: {"GET": Route(show_health)},
     "/metrics": {"GET": Route(show_metrics)},
     "/": {"GET": Route(show_start_page)},
