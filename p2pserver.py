@@ -1818,7 +1818,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, settings: Settings, registry: Optional[GameRegistry] = None) -> None:
         self.settings = settings
         self.registry: GameRegistry = registry or Registry(settings, cursor=time.time_ns() // 100_000)
-        self.stopping = self.certificate_is_old = False
+        self.stopping = False
         self.tls = load_certificate(settings)
         self.proxies, self.watchers = Networks(settings.trusted_proxies), Networks(settings.metrics_from)
         self.limiter = RateLimiter(settings.rate, settings.burst)
@@ -1952,14 +1952,11 @@ class Server(http.server.ThreadingHTTPServer):
             self.log_events()
             if time.monotonic() >= self.next_report:
                 self.log_refusals()
-            if self.certificate_is_old:
-                self.renew_certificate()
         except Exception:
             log.exception("the server failed in one thing, and goes on")
 
     def renew_certificate(self) -> None:
         """Have new connections use the certificate as its file is now."""
-        self.certificate_is_old = False
         try:
             self.tls = load_certificate(self.settings)
             log.info("the certificate was loaded anew" if self.tls else "SIGHUP is ignored: without --tls-cert there is no certificate to load anew")
@@ -2270,7 +2267,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     with contextlib.suppress(OSError):      # nobody reads it
         print(formatter().format(record), flush=True)
     while signals.recv(1)[0] == getattr(signal, "SIGHUP", None) and (terminal is None or os.isatty(terminal)):
-        server.certificate_is_old = True
+        server.renew_certificate()
     server.stop()
     log.info("the server has ended")
     with lines.all_tasks_done:      # half a second for the log to be written

@@ -4397,7 +4397,7 @@ def test_a_renewed_certificate_is_for_new_connections_and_old_ones_go_on(secure,
     with Tls(api, GET + END) as old:
         assert old.answer().status == 200
         certificate.write_text(CERTIFICATES[1])
-        api.server.certificate_is_old = True
+        api.server.renew_certificate()
         wait_until(lambda: shown_by(api) == certificate_of(CERTIFICATES[1]))
         old.send(GET + END)
         assert old.answer().status == 200
@@ -4458,7 +4458,7 @@ def test_a_bad_certificate_is_refused_with_file_and_fault_and_the_old_one_stays(
     with pytest.raises(p2pserver.CannotStart, match="--tls-cert") as refused:
         p2pserver.open_server(api.server.settings)
     assert words.format(*files) in str(refused.value) and "MIH" not in str(refused.value)
-    api.server.certificate_is_old = True
+    api.server.renew_certificate()
     wait_until(lambda: any(line.endswith("look at --tls-cert and --tls-key; the old one stays in use") for line in lines))
     assert shown_by(api) == certificate_of(CERTIFICATES[0])
 
