@@ -12,7 +12,9 @@ pytestmark = [pytest.mark.skipif(_reason is not None, reason=str(_reason)), pyte
 
 EASY, BOTH_WAYS = "port-restricted", (False, True)
 PREDICTABLE = [("sequential", EASY), ("step", EASY), ("block", EASY), ("sequential", "sequential"), ("sequential", "step")]
-HOPELESS = [("symmetric", EASY), ("symmetric", "symmetric"), ("symmetric", "sequential"), ("block", "sequential")]
+PROBED = [("symmetric", EASY), ("big-block", EASY), ("block", "sequential"), ("block", "step"), ("block", "block")]
+HOPELESS = [("symmetric", EASY), ("symmetric", "symmetric"), ("symmetric", "sequential"), ("symmetric", "block"), ("block", "sequential"),
+            ("block", "block")]
 
 
 def both_ways(pairs):
@@ -29,7 +31,7 @@ def test_pair_connects_by_prediction_and_talks(host, guest):
         hosting.expect("the other player has left; 5 messages echoed")
 
 
-@pytest.mark.parametrize("host,guest", both_ways([("symmetric", EASY), ("big-block", EASY)]))
+@pytest.mark.parametrize("host,guest", both_ways(PROBED))
 def test_pair_connects_by_probing_if_both_want_it(host, guest):
     with Stage() as stage:
         hosting = stage.host(stage.site("host", nat=host).machine(), "--probing")
