@@ -530,6 +530,30 @@ def test_a_pair_is_hopeless_only_where_that_is_certain(own, peer, hopeless):
     assert probing.is_hopeless(own, peer, probing.Methods()) == hopeless
 
 
+def blocked(addresses=()):
+    return candidates.Candidates(["192.168.0.2:5000", *addresses], nat="no answer")
+
+
+NOWHERE = peer_of("no answer", found=[])
+
+
+@pytest.mark.parametrize("own, peer, hopeless", [
+    *[(blocked(), peer_of(nat), True) for nat in ("none", "endpoint-independent", "symmetric")],
+    *[(own_of(nat), NOWHERE, True) for nat in ("none", "endpoint-independent", "symmetric")],
+    (blocked(), NOWHERE, True),
+    *[(blocked(), peer_of(nat), False) for nat in ("no answer", "not asked", "unknown", "")],          # the server's port is closed, perhaps
+    *[(own_of(nat), NOWHERE, False) for nat in ("no answer", "not asked", "unknown")],
+    (blocked(["198.51.100.1:6000"]), peer_of("endpoint-independent"), False),                           # a port is forwarded to us, perhaps
+    (own_of("endpoint-independent"), peer_of("no answer"), False),                                      # or to the peer
+    (blocked(), peer_of("endpoint-independent", found=[PRIVATE, OTHERS]), False),                       # a LAN, or a VPN
+    (blocked(["[2001:db8::1]:1"]), peer_of("none", found=[("2001:db8::2", 1), OTHERS]), False),
+    (blocked(), peer_of("none", found=[("2001:db8::2", 1), OTHERS]), True),                             # we have no IPv6
+    (blocked(), dataclasses.replace(peer_of("none"), relay=OTHERS), False),
+], ids=str)
+def test_who_has_no_answer_of_stun_is_without_udp_only_where_that_is_certain(own, peer, hopeless):
+    assert probing.is_hopeless(own, peer, probing.Methods()) == hopeless
+
+
 def test_where_both_probe_a_random_router_and_an_easy_one_are_not_hopeless():
     own = own_of("symmetric", RANDOM, probing=True)
     assert not probing.is_hopeless(own, peer_of("endpoint-independent", probing=True), probing.Methods(probing=True))

@@ -1,4 +1,5 @@
 """Proves that symmetric routers are crossed by prediction and by probing, and what becomes of pairs for which neither helps: the real simulators."""
+import signal
 import sys
 import time
 
@@ -62,6 +63,34 @@ def test_hopeless_pair_is_told_why_within_three_seconds(host, guest):
         passed = time.monotonic() - began
         joining.expect("(random|sequential) ports")
         assert joining.wait() == 1 and passed < 4, f"{passed:.1f} s"     # three, and what a machine with little time to spare adds
+
+
+@pytest.mark.parametrize("host,guest", both_ways([("blocked", nat) for nat in ("none", EASY, "symmetric", "blocked")]))
+def test_who_has_no_udp_or_joins_such_a_host_is_told_so_within_three_seconds(host, guest):
+    with Stage() as stage:
+        stage.host(stage.site("host", nat=host).machine())
+        joining = stage.guest(stage.site("guest", nat=guest).machine())
+        joining.expect("joining game 1")
+        began = time.monotonic()
+        joining.expect("not connected: (no UDP datagram comes back to you|the host never answered, nor does any STUN server answer it)")
+        passed = time.monotonic() - began
+        assert joining.wait() == 1 and passed < 4, f"{passed:.1f} s"
+
+
+@pytest.mark.at_once(seconds=20)
+@pytest.mark.parametrize("host,guest", [("none", EASY), (EASY, "none"), (EASY, EASY)])
+def test_host_that_is_late_is_waited_for_where_nobody_has_an_answer_of_stun_as_its_port_is_closed(host, guest):
+    with Stage() as stage:
+        stage.server.run(["nft", "add table ip closed; add chain ip closed arriving { type filter hook input priority 0; meta l4proto udp drop; }"])
+        sites = [stage.site("host", nat=host)]
+        sites += [stage.site("guest", nat=guest)] if host != guest else sites      # neighbours
+        hosting = stage.host(sites[0].machine())
+        hosting.expect("on offer")
+        hosting.signal(signal.SIGSTOP)
+        joining = stage.guest(sites[-1].machine())
+        joining.expect("the host has not answered for 3 seconds")
+        hosting.signal(signal.SIGCONT)
+        assert joining.wait() == 0, joining.text
 
 
 @pytest.mark.parametrize("host,guest", [("sequential", EASY), (EASY, "sequential")])

@@ -81,10 +81,10 @@ def why_not(session: Session, own: Candidates, published: Iterable[Any]) -> Conn
         reason, advice = session.over, ""
     elif own.nat == "no answer":
         reason = "no UDP datagram comes back to you, not even from the STUN server"
-        advice = "A firewall or router seems to block UDP: try another network, or a relay (TURN)."
+        advice = "A firewall or router seems to block UDP: try another network, or a VPN."
     elif host.nat == "no answer":
         reason = "the host never answered, nor does any STUN server answer it"
-        advice = "Its firewall or router seems to block UDP: it might try another network, or a relay (TURN)."
+        advice = "Its firewall or router seems to block UDP: it might try another network, or a VPN."
     elif yours and hosts:
         reason = "both routers give each destination another port (symmetric NAT), so neither of you can be told where to send"
     elif yours or hosts:

@@ -15,9 +15,9 @@ ports of its sequence, or uses its own block up likewise.
 from __future__ import annotations
 
 import collections
-from typing import Deque, List, NamedTuple, Optional, Tuple
+from typing import Deque, List, NamedTuple, Optional, Sequence, Tuple
 
-from .addresses import Address
+from .addresses import Address, parse_candidate
 from .candidates import Candidates, PeerCandidates, public_ipv4
 from .prediction import BLOCK, RANDOM, SEQUENTIAL, Ports
 
@@ -30,6 +30,8 @@ PROBING_SOCKETS = 256   # mappings of one side in probing,
 BLOCK_SOCKETS = 64      # in a block fewer where that will do: it may be all that a household has
 PROBES = 1024           # datagrams of one side in probing
 EASY = ("endpoint-independent", "none", "unknown")      # kinds of NAT that are not known to map by destination
+
+TOLD_BY_STUN = ("endpoint-independent", "none", "symmetric")     # kinds that show that STUN answers, and not only within a private network
 
 Step = Tuple[int, Address]      # a datagram: the number of the socket that it goes from, 0 for the endpoint's own, and where it goes
 
@@ -98,19 +100,33 @@ def steps_of(way: Way, own: Candidates, peer: PeerCandidates) -> List[Step]:
 
 
 def is_hopeless(own: Candidates, peer: PeerCandidates, methods: Methods) -> bool:
-    """Whether it is certain that no check can get through: both kinds are known, at least one maps by destination, each side is to be reached at
-    its router's public IPv4 address alone, there is no way to find the port, and no relay."""
+    """Whether it is certain that no check can get through: there is no relay, no network that both sides are in, and UDP is blocked at one of them, or
+    neither router can be crossed."""
+    public = public_ipv4(peer.addresses)
+    has_ipv6 = any(address.startswith("[") for address in own.addresses)
+    others = [address for address in peer.addresses if address not in public and (has_ipv6 or ":" not in address[0])]
+    if own.relay or peer.relay or others:
+        return False
+    return is_blocked(own, peer) or bool(public) and is_closed(own, peer, public, methods)
+
+
+def is_blocked(own: Candidates, peer: PeerCandidates) -> bool:
+    """Whether UDP is blocked at one side, so that STUN does not answer it and it has no public IPv4 address. The silence alone proves nothing, as
+    the server's port may be closed; but then STUN answers the other side neither, and it matters only where that has such an address."""
+    mine, theirs = ((side.nat, public_ipv4(found)) for side, found in ((own, map(parse_candidate, own.addresses)), (peer, peer.addresses)))
+    return any(nat == "no answer" and not public and (other in TOLD_BY_STUN or not other_public)
+               for (nat, public), (other, other_public) in ((mine, theirs), (theirs, mine)))
+
+
+def is_closed(own: Candidates, peer: PeerCandidates, public: Sequence[Address], methods: Methods) -> bool:
+    """Whether the routers cannot be crossed: both kinds are known, at least one maps by destination, each side is to be reached at its router's public
+    IPv4 address alone, and there is no way to find the port."""
     kinds = {own.nat, peer.nat}
     if "symmetric" not in kinds or not kinds <= {"symmetric", "endpoint-independent"} or way_of(own, peer, methods):
         return False
     is_measured = all(side.nat != "symmetric" or side.ports for side in (own, peer))      # who has another address tells no ports
-    if own.relay or peer.relay or not own.is_closed or not is_measured:
-        return False
-    public = public_ipv4(peer.addresses)
-    has_ipv6 = any(address.startswith("[") for address in own.addresses)
-    others = [address for address in peer.addresses if address not in public and (has_ipv6 or ":" not in address[0])]
     is_neighbour = own.mapped is not None and any(host == own.mapped[0] for host, _ in public)
-    return bool(public) and not others and not is_neighbour and (peer.nat == "symmetric" or len(public) == 1)
+    return own.is_closed and is_measured and not is_neighbour and (peer.nat == "symmetric" or len(public) == 1)
 
 
 class PortSearch:
