@@ -122,10 +122,11 @@ def test_doctor_tells_how_the_router_allocates_ports(nat, words):
 @pytest.mark.at_once(seconds=20)
 @pytest.mark.parametrize("ports", ({"last": 39999, "step": 1}, {"low": 40000, "high": 40023}, {}), ids=("sequential", "block", "random"))
 @pytest.mark.parametrize("liar", ("host", "guest"))
-def test_third_party_whom_a_peer_gives_out_for_its_own_router_gets_no_more_than_any_other(liar, ports):
+@pytest.mark.parametrize("nat", ("full-cone", "block"))
+def test_third_party_whom_a_peer_gives_out_for_its_own_router_gets_no_more_than_any_other(nat, liar, ports):
     """With everything on: a host sends it five datagrams, a guest a hundred."""
     with Stage() as stage:
-        honest, hostile, victim = (stage.site(name, nat=nat).machine() for name, nat in (("honest", "full-cone"), ("hostile", "none"), ("victim", "none")))
+        honest, hostile, victim = (stage.site(name, nat=nat).machine() for name, nat in (("honest", nat), ("hostile", "none"), ("victim", "none")))
 
         def lies(number):
             about = {"pacing": 5, "nat": "symmetric", "ports": {**ports, "round": number}, "probing": True}
@@ -139,10 +140,10 @@ def test_third_party_whom_a_peer_gives_out_for_its_own_router_gets_no_more_than_
             call(stage, hostile, "/games/register", name="game 1", peerId="hostile")
             call(stage, hostile, "/games/poll", **lies(0))
             joining = stage.guest(honest, "--probing")
-            joining.expect("still trying")
+            joining.expect("still trying|not connected")      # at random with a block is hopeless
             call(stage, hostile, "/games/poll", **lies(1))
             assert joining.wait() == 1
         least, most = (1, 5) if liar == "guest" else (8, 100)
         assert least <= victim.count_udp() <= most
         # A guest has asked for what it does, so it has tried what was predicted.
-        assert liar == "guest" or "last" not in ports or victim.count_udp(port=40001) > 0
+        assert (nat, liar) != ("full-cone", "host") or "last" not in ports or victim.count_udp(port=40001) > 0
