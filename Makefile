@@ -100,10 +100,11 @@ LANGUAGES = nodejs lua5.1 lua-socket lua-cjson lua-bitop mono-mcs mono-runtime l
 examples-test: examples-packages $(EXAMPLES)
 	$(VENV)-examples/bin/python -m pytest examples
 
-# The browsers are Debian's: those that Playwright would fetch are not needed. Without Firefox its tests are skipped.
+# The browsers are Debian's: those that Playwright would fetch are not needed. Without Firefox, or coturn, their tests are skipped.
 examples-packages:
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	@command -v firefox-esr >/dev/null || apt-get install -y -qq --no-install-recommends firefox-esr || true
+	@command -v turnserver >/dev/null || apt-get install -y -qq --no-install-recommends coturn || true
 	@missing=; for program in node lua5.1 mcs mono; do command -v $$program >/dev/null || missing=yes; done; \
 	test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(LANGUAGES); }
 

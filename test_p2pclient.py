@@ -423,7 +423,8 @@ EASY_ONE, HARD_ONES = ("endpoint-independent", None), [("symmetric", ports) for 
     (EASY_ONE, EASY_ONE, None, None),
     (HARD_ONES[0], EASY_ONE, 12, 12), (HARD_ONES[1], EASY_ONE, 24, 64), (HARD_ONES[2], EASY_ONE, None, 256),
     (EASY_ONE, HARD_ONES[0], 24, 24), (EASY_ONE, HARD_ONES[1], 24, 100), (EASY_ONE, HARD_ONES[2], None, 1024),
-    (HARD_ONES[0], HARD_ONES[0], 24, 24), (HARD_ONES[0], HARD_ONES[1], None, None), (HARD_ONES[0], HARD_ONES[2], None, None),
+    (HARD_ONES[0], HARD_ONES[0], 24, 24), (HARD_ONES[0], HARD_ONES[1], None, 48), (HARD_ONES[1], HARD_ONES[0], None, 512),
+    (HARD_ONES[1], HARD_ONES[1], None, 512), (HARD_ONES[0], HARD_ONES[2], None, None), (HARD_ONES[1], HARD_ONES[2], None, None),
     (HARD_ONES[2], HARD_ONES[2], None, None), (("symmetric", None), EASY_ONE, None, None), (("no answer", None), HARD_ONES[0], None, None),
 ], ids=str)
 def test_a_side_sends_24_datagrams_at_most_and_more_only_where_both_want_to_probe(mine, theirs, sent, probed):
@@ -441,6 +442,18 @@ def test_two_sequential_routers_are_aimed_at_each_others_port_that_the_twelfth_s
     own, peer = own_of("symmetric", SEQUENTIAL), peer_of("symmetric", prediction.Ports("sequential", 50000, 8))
     steps = probing.steps_of(probing.way_of(own, peer, probing.Methods()), own, peer)
     assert steps == [(number, ("203.0.113.1", 50096)) for number in range(1, 13)] * 2
+
+
+def test_a_block_is_used_up_towards_one_port_the_twelfth_of_a_router_in_sequence_or_any_of_another_block():
+    """So eleven mappings that others make in between do no harm, nor do twelve guesses that need no new mapping."""
+    own, allowed = own_of("symmetric", BLOCK, probing=True), probing.Methods(probing=True)
+    for ports, targets in ((SEQUENTIAL, [40019]), (BLOCK, range(40000, 40100))):
+        peer = peer_of("symmetric", ports, probing=True)
+        numbers, addresses = zip(*probing.steps_of(probing.way_of(own, peer, allowed), own, peer))
+        assert list(numbers) == [*range(1, 257)] * 2 and len(set(addresses)) == 1 and addresses[0][1] in targets
+    own, peer = own_of("symmetric", SEQUENTIAL, probing=True), peer_of("symmetric", BLOCK, probing=True)
+    steps = probing.steps_of(probing.way_of(own, peer, allowed), own, peer)
+    assert len({port for _, (_, port) in steps if port in range(40000, 40100)}) == 24 and {number for number, _ in steps} == {0}
 
 
 def search_of(own, peer, is_guest=True, **methods):
@@ -473,6 +486,21 @@ def test_the_hard_side_measures_itself_when_ordinary_checks_have_had_their_time_
     assert steps == [(number, ("203.0.113.1", 6000)) for number in range(1, 5)] * 3
 
 
+@pytest.mark.parametrize("ports", [BLOCK, SEQUENTIAL])
+def test_a_block_is_used_up_without_being_measured_anew_but_not_before_the_next_ports_of_a_router_in_sequence_are_known(ports):
+    own = own_of("symmetric", BLOCK, probing=True)
+    search = search_of(own, peer_of("symmetric", ports, probing=True), probing=True)
+    assert not search.wants_measurement(own, 1000.41) and bool(search.tick(own, 1000.42)) == (ports is BLOCK)
+    search.learn(peer_of("symmetric", ports._replace(round=1), probing=True), 1000.5)
+    assert search.tick(own, 1000.6)
+
+
+def test_a_router_in_sequence_is_measured_anew_before_its_ports_go_to_guesses_in_a_block():
+    own, search = own_of("symmetric", SEQUENTIAL, probing=True), search_of(None, peer_of("symmetric", BLOCK, probing=True), probing=True)
+    assert search.tick(own, 1000.41) == [] and search.wants_measurement(own, 1000.41)
+    assert search.tick(own, 1000.51) == [] and search.tick(own_of("symmetric", SEQUENTIAL._replace(round=1), probing=True), 1000.62)
+
+
 PRIVATE, OTHERS = ("192.168.0.9", 5000), ("203.0.113.1", 7000)
 
 
@@ -502,10 +530,40 @@ def test_a_pair_is_hopeless_only_where_that_is_certain(own, peer, hopeless):
     assert probing.is_hopeless(own, peer, probing.Methods()) == hopeless
 
 
+def blocked(addresses=()):
+    return candidates.Candidates(["192.168.0.2:5000", *addresses], nat="no answer")
+
+
+NOWHERE = peer_of("no answer", found=[])
+
+
+@pytest.mark.parametrize("own, peer, hopeless", [
+    *[(blocked(), peer_of(nat), True) for nat in ("none", "endpoint-independent", "symmetric")],
+    *[(own_of(nat), NOWHERE, True) for nat in ("none", "endpoint-independent", "symmetric")],
+    (blocked(), NOWHERE, True),
+    *[(blocked(), peer_of(nat), False) for nat in ("no answer", "not asked", "unknown", "")],          # the server's port is closed, perhaps
+    *[(own_of(nat), NOWHERE, False) for nat in ("no answer", "not asked", "unknown")],
+    (blocked(["198.51.100.1:6000"]), peer_of("endpoint-independent"), False),                           # a port is forwarded to us, perhaps
+    (own_of("endpoint-independent"), peer_of("no answer"), False),                                      # or to the peer
+    (blocked(), peer_of("endpoint-independent", found=[PRIVATE, OTHERS]), False),                       # a LAN, or a VPN
+    (blocked(["[2001:db8::1]:1"]), peer_of("none", found=[("2001:db8::2", 1), OTHERS]), False),
+    (blocked(), peer_of("none", found=[("2001:db8::2", 1), OTHERS]), True),                             # we have no IPv6
+    (blocked(), dataclasses.replace(peer_of("none"), relay=OTHERS), False),
+], ids=str)
+def test_who_has_no_answer_of_stun_is_without_udp_only_where_that_is_certain(own, peer, hopeless):
+    assert probing.is_hopeless(own, peer, probing.Methods()) == hopeless
+
+
 def test_where_both_probe_a_random_router_and_an_easy_one_are_not_hopeless():
     own = own_of("symmetric", RANDOM, probing=True)
     assert not probing.is_hopeless(own, peer_of("endpoint-independent", probing=True), probing.Methods(probing=True))
     assert probing.is_hopeless(own, peer_of("symmetric", RANDOM, probing=True), probing.Methods(probing=True))
+
+
+@pytest.mark.parametrize("ports", [SEQUENTIAL, BLOCK])
+def test_where_both_probe_a_router_with_a_block_is_not_hopeless_with_one_of_either_kind(ports):
+    own, peer = own_of("symmetric", BLOCK, probing=True), peer_of("symmetric", ports, probing=True)
+    assert not probing.is_hopeless(own, peer, probing.Methods(probing=True)) and probing.is_hopeless(own, peer, probing.Methods())
 
 
 def test_who_can_be_reached_otherwise_tells_no_ports():
@@ -1880,6 +1938,19 @@ def test_a_failure_is_explained_from_what_was_seen(own, published, words):
     session = checks.Session("session", "key", True, 0.0)
     session.over = checks.NO_WAY
     assert words in str(diagnosis.why_not(session, candidates.Candidates([], nat=own), published))
+
+
+@pytest.mark.parametrize("own, host, helps", [
+    (("symmetric", RANDOM), EASY_ONE, True), (EASY_ONE, ("symmetric", BLOCK), True), (("symmetric", SEQUENTIAL), EASY_ONE, False),
+    (("symmetric", SEQUENTIAL), ("symmetric", BLOCK), True), (("symmetric", BLOCK), ("symmetric", BLOCK), True),
+    (("symmetric", BLOCK), ("symmetric", RANDOM), False), (("symmetric", None), ("symmetric", BLOCK), False),
+], ids=str)
+def test_probing_is_advised_where_it_would_help_and_not_both_have_asked_for_it(own, host, helps):
+    for mine, theirs in itertools.product((False, True), repeat=2):
+        session, published = checks.Session("session", "key", True, 0.0), own_of(*host, probing=theirs).published
+        session.over = checks.NO_WAY
+        advice = diagnosis.why_not(session, own_of(*own, probing=mine), published).advice
+        assert ("--probing" in advice) == (helps and not (mine and theirs)) and "a relay" in advice
 
 
 def test_a_failure_names_what_each_side_saw():

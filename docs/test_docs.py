@@ -360,6 +360,12 @@ def test_the_chances_that_the_page_on_nats_tells_follow_from_what_both_sides_sen
 
     predicted = [chance(probing.MOST_PREDICTED, probing.MOST_PREDICTED, ports) for ports in (190, 512)]
     assert predicted[0] >= 0.95 and "up to about 190 ports" in told and round(3 * predicted[1]) == 2 and "one in two of three tries" in told
+    assert chance(37, 37, 512) < 0.95 <= chance(38, 38, 512) and "95 of 100 tries would take 38 a side" in told
+    smaller, larger = (100 * chance(probing.MOST_PREDICTED, probing.MOST_PREDICTED, ports) for ports in (128, 1000))
+    assert smaller > 99 and "find one in 99 of 100;" in told and round(larger) == 45 and "in an example of Nokia's, in 45." in told
+    used_up = [1000 * chance(opened, 1, len(prediction.PORTS)) for opened in (probing.PROBING_SOCKETS, probing.PROBES)]
+    assert [round(each) for each in used_up] == [4, 16] and "in 4 of 1,000 tries, 1,024 in 16." in told
+    assert 2 * probing.PROBING_SOCKETS == 512 and "In a block of 512 ports it is 1 of 2 tries, with two of them 1 of 4" in told
     assert round(100 * chance(probing.PROBING_SOCKETS, probing.PROBES, len(prediction.PORTS))) == 98 and "in 98 of 100 tries" in told
 
 

@@ -19,7 +19,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 PAGE = (HERE / "webrtc.html").as_uri()
 WAIT = 20       # seconds after which a thing that must happen counts as one that does not
-CHROMIUM, FIREFOX = shutil.which("chromium"), shutil.which("firefox-esr")
+CHROMIUM, FIREFOX, TURNSERVER = map(shutil.which, ("chromium", "firefox-esr", "turnserver"))
 
 
 def wait_until(condition, seconds=WAIT):
@@ -52,6 +52,24 @@ def run_server(*flags):
     command = [sys.executable, HERE.parent / "p2pserver.py", "--port", "0", "--log-level", "warning", *flags]
     with run(*command, stdout=subprocess.PIPE) as process, process.stdout:
         yield re.search(r"http://\S+?(?=/)", process.stdout.readline())[0]
+
+
+def hears(port):
+    """Whether something on this machine takes TCP connections at a port."""
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return True
+
+
+@contextlib.contextmanager
+def run_turn(secret):
+    """A real TURN server, coturn, on a free port of this machine; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [TURNSERVER, "-n", "--no-cli", "--no-tls", "--no-dtls", "--realm=test", "--use-auth-secret", f"--static-auth-secret={secret}",
+               "--listening-ip=127.0.0.1", f"--listening-port={port}", "--allow-loopback-peers", "--log-file=stdout", "--pidfile=/dev/null"]
+    with run(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        wait_until(lambda: hears(port))
+        yield f"turn:127.0.0.1:{port}"
 
 
 class Page:

@@ -23,6 +23,12 @@ from p2pclient import stun
 
 NO_GOOD_BYE = "() => { window.fetch = () => new Promise(() => {}); }"      # what a page that crashes says on its way out
 NO_WAY = 60     # seconds in which a browser notices that nothing gets through
+# What has a page's connections use relays alone; and the kinds of the candidates of the first of them.
+RELAYED_ALONE = """() => { const connections = window.connections = []; window.RTCPeerConnection = class extends RTCPeerConnection {
+    constructor(configuration) { super({ ...configuration, iceTransportPolicy: "relay" }); connections.push(this); } } }"""
+KINDS_OF_CANDIDATES = """async () => [...(await connections[0].getStats()).values()]
+    .filter(({ type }) => type === "local-candidate").map(({ candidateType }) => candidateType)"""
+needs_coturn = pytest.mark.skipif(not browsers.TURNSERVER, reason="there is no turnserver (Debian's package coturn)")
 needs_firefox = pytest.mark.skipif(not browsers.FIREFOX, reason="there is no firefox-esr")
 
 
@@ -176,6 +182,18 @@ def test_the_page_of_a_host_asks_the_relay_that_the_server_hands_it(context):
             open_page().host("castle")
             open_guest(open_page)
             assert stun.decode(relay.recv(2048)).kind == stun.REQUEST       # a browser asks a TURN server where it is seen, too
+
+
+@needs_coturn
+def test_a_page_that_may_use_nothing_but_a_relay_hosts_by_the_one_that_the_server_hands_it(context):
+    with browsers.run_turn("a secret") as turn, run_server("--turn-url", turn, "--turn-secret", "a secret") as server:
+        host, guest = [ChromiumPage(context, server) for _ in range(2)]
+        host.page.evaluate(RELAYED_ALONE)
+        host.host("castle")
+        meet_and_talk(host, guest)
+        assert host.page.evaluate(KINDS_OF_CANDIDATES) == ["relay"]
+        host.close()
+        guest.close()
 
 
 # ---- leaving and coming back ----------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ UPLINKS = {PLAIN: {}, FAR: {"delay_ms": 25}, LOSSY: {"loss": 10}}     # a way go
 HARD_BEGIN, HARD_END = "<!-- matrix.py --hard writes from here -->\n", "<!-- to here, of the hard pairs -->\n"
 EASY = "port-restricted"
 HARD_PAIRS = [pair for kind in ("sequential", "step", "block", "big-block", "symmetric") for pair in ((kind, EASY), (EASY, kind))] + [
-    ("sequential", "sequential"), ("sequential", "step"), ("block", "sequential"), ("symmetric", "sequential"), ("symmetric", "symmetric")]
+    ("sequential", "sequential"), ("sequential", "step"), ("block", "sequential"), ("block", "block"), ("symmetric", "sequential"),
+    ("symmetric", "symmetric")]
 # What both programs are told, and what the host says when it is ready: that its router forwards a port, or that it has a relay.
 OFFERED, MAPPED, RELAYED = "on offer", "the router forwards", "a relay stands by"
 COLUMNS = {"ICE's pairs": (["--no-prediction"], OFFERED), "with prediction": ([], OFFERED), "with probing": (["--probing"], OFFERED),

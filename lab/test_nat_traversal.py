@@ -92,7 +92,7 @@ def test_pair_that_cannot_connect_is_told_why(host, guest):
         joining = stage.guest(stage.site("guest", nat=guest).machine())
         assert joining.wait() == 1, joining.text
         joining.expect(f"not connected: {why_not(host, guest)}")
-        joining.expect("What would help: .*a port forwarded|try another network, or a relay")
+        joining.expect("What would help: .*a port forwarded|try another network, or a VPN")
         hosting.expect("a guest could not be reached")
 
 
