@@ -493,22 +493,27 @@ class News(NamedTuple):
 
 
 class Later(Exception):
-    """Raised by a registry whose answer comes later. send(wake) asks for it, and wake is called, in any thread, once it is there. Then repeat(call)
-    gives what the call that raised this gives with it; before, it raises this again."""
+    """Raised by a registry whose answer comes later. send(wake): wake is called, in any thread, once it is there; then the same call is to be made
+    again. Before, that raises this again."""
 
-    send: Callable[[Callable[[], None]], None]
-    repeat: Callable[[Callable[[], Outcome]], Outcome]
+    def __init__(self, send: Callable[[Callable[[], None]], None]) -> None:
+        super().__init__()
+        self.send = send
 
 
 class GameRegistry(Protocol):
-    """What the server asks of a registry. Any thread may call it, with values that passed validation. It knows no HTTP. Each method may raise
-    Later, but for peer_digest, forget_waiter and expire_games.
+    """What the server asks of a registry. Any thread may call it, with values that passed validation. It knows no HTTP.
+
+    What for_request() gives may raise Later from each method but for peer_digest, forget_waiter and expire_games.
 
     A method that raises NotFound, Forbidden, Conflict or Full has changed nothing, except that the owner counts as alive.
     digest is that of the caller's peerId; client is the client key of its address.
     """
 
     events: collections.deque[Tuple[str, str, str, bytes]]     # what has happened to games: operation, name, detail, client key
+
+    def for_request(self) -> GameRegistry:
+        """The same registry for the calls of one request, with the answers that have come to these."""
 
     def peer_digest(self, peer_id: str) -> bytes:
         """What stands for a peerId in all other methods."""
@@ -671,6 +676,9 @@ class Registry:
         self._stored = 0                                    # bytes that games and guests take
         # Appended to under the lock. A deque's ends are safe without it.
         self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
+
+    def for_request(self) -> GameRegistry:
+        return self
 
     def peer_digest(self, peer_id: str) -> bytes:
         return keyed_digest(peer_id, self._secret)
@@ -1088,6 +1096,7 @@ class StunServer(socketserver.UDPServer):
 class Request(NamedTuple):
     """A request past all checks, or one that waited and is asked again."""
 
+    registry: GameRegistry
     name: str                                       # of the game
     digest: bytes                                   # of the peerId
     fields: Mapping[str, Any]                       # by name; of a request that is asked again only after
@@ -1146,7 +1155,7 @@ def turn_credentials(settings: Settings) -> Dict[str, Any]:
 
 def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
-    is_new = server.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
+    is_new = request.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
     body = {"name": request.name, "stun": server.stun_ports, **turn_credentials(server.settings)}
     answer = answer_with_ttl(server, request, 200, body, server.settings.game_ttl)
     return answer._replace(status=201, headers=location(request.name)) if is_new else answer
@@ -1155,7 +1164,7 @@ def register_game(server: Server, request: Request) -> Answer:
 def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
     fields = request.fields
-    polled = server.registry.poll_game(
+    polled = request.registry.poll_game(
         request.name, request.digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), request.wake,
         request.client.address.replace(UNKNOWN, ""))
     body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
@@ -1165,7 +1174,7 @@ def poll_game(server: Server, request: Request) -> Outcome:
 def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
     after, client = request.fields["after"], request.client
-    started = server.registry.start_game(
+    started = request.registry.start_game(
         request.name, request.digest, request.fields.get("addresses"), after, client.key, client.address.replace(UNKNOWN, ""), request.wake)
     host = started.peers[0]
     status = 202 if host.addresses == NO_ADDRESSES else 200
@@ -1175,37 +1184,37 @@ def start_game(server: Server, request: Request) -> Outcome:
 
 def leave_game(server: Server, request: Request) -> Answer:
     """leave as a guest, whose place is free then"""
-    server.registry.leave_game(request.name, request.digest)
+    request.registry.leave_game(request.name, request.digest)
     return Answer(204)
 
 
 def list_games(server: Server, request: Request) -> Answer:
     """the listed games, oldest first"""
-    version, body = server.registry.list_games()
+    version, body = request.registry.list_games()
     return Answer(200, body, {"ETag": f'"{version:x}"', "Cache-Control": "no-cache"})    # to be kept, but not used without asking again
 
 
 def get_game(server: Server, request: Request) -> Answer:
     """one game, listed or not"""
-    return Answer(200, server.registry.get_game(request.name) + b"\n")
+    return Answer(200, request.registry.get_game(request.name) + b"\n")
 
 
 def update_game(server: Server, request: Request) -> Answer:
     """its host renames or describes it"""
     new_name = request.fields["name"]
-    body = server.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
+    body = request.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
     return Answer(200, body + b"\n", location(new_name) if new_name not in (None, request.name) else {})
 
 
 def delete_game(server: Server, request: Request) -> Answer:
     """its host ends it"""
-    server.registry.delete_game(request.name, request.digest)
+    request.registry.delete_game(request.name, request.digest)
     return Answer(204)
 
 
 def show_health(server: Server, request: Request) -> Answer:
     """for load balancers and monitors"""
-    counts = server.registry.counts()
+    counts = request.registry.counts()
     body = {"status": "stopping" if server.stopping else "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]}
     return Answer(503 if server.stopping else 200, body)
 
@@ -1214,7 +1223,7 @@ def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
     if not request.client.is_local and request.client.address not in server.watchers:
         raise Forbidden("metrics are for this machine and for whom --metrics-from names")
-    gauges = {**server.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
+    gauges = {**request.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
               "uptime_seconds": round(time.monotonic() - server.began, 3)}
     text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
     for name, labels, counts in (
@@ -1513,8 +1522,7 @@ class Connection:
         self.route: Optional[Route] = None                  # what serves that
         self.wait = 0                                       # seconds that it wishes to wait
         self.waiter: Optional[Waiter] = None                # while it waits for news
-        self.call: Optional[Callable[[], Outcome]] = None   # what asks the registry for its answer
-        self.later: Optional[Later] = None                  # while that comes
+        self.call: Optional[Callable[[], Outcome]] = None   # what asks the registry again, while its answer comes
         self.answer: Optional[Answer] = None                # that is to be sent once others are served
         self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
         self.unsent: List[Union[bytes, memoryview]] = []    # of an answer that its client is slow to read
@@ -1659,8 +1667,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = not connection.problem or not Connection.read(connection)
         elif connection.answer:
             self.send_answer(connection.answer)
-        elif connection.later and connection.call:
-            self.respond(functools.partial(connection.later.repeat, connection.call))
+        elif connection.call:
+            self.respond(connection.call)
         elif connection.waiter and connection.route:
             self.ask_again(connection.waiter, connection.route)
         elif connection.problem or self.parse_request():
@@ -1754,7 +1762,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         digest, fields = self.read_fields(route) if route.fields else (b"", {})
         connection.wait = wished_wait(fields, connection.head.headers, server.settings.max_wait)
         connection.deadline = time.monotonic() + connection.wait
-        request = Request(name or fields.get("name", ""), digest, fields, connection.head.headers, connection.client, connection.wait, self.waker())
+        registry = server.registry.for_request()
+        request = Request(registry, name or fields.get("name", ""), digest, fields, connection.head.headers, connection.client, connection.wait, self.waker())
         connection.call = lambda: check_preconditions(server, request, connection.head.method, routes) or route.endpoint(server, request)
         return connection.call()
 
@@ -1783,7 +1792,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             connection.buffer += data       # the next request comes early, and waits
         server.registry.forget_waiter(waiter)
         wake = None if waiter.is_over or self.is_late else self.waker()
-        request = Request(waiter.name, waiter.digest, {"after": waiter.after}, {}, connection.client, connection.wait, wake, waiter.is_busy)
+        registry = server.registry.for_request()
+        request = Request(registry, waiter.name, waiter.digest, {"after": waiter.after}, {}, connection.client, connection.wait, wake, waiter.is_busy)
         connection.call = functools.partial(route.endpoint, server, request)
         self.respond(connection.call)
 
@@ -1801,15 +1811,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 connection.problem = problem
             outcome = self.answer_to(problem)
         except Later as later:
-            if later is not connection.later:
-                connection.later = later
-                later.send(functools.partial(server.wake, connection))
+            later.send(functools.partial(server.wake, connection))
             raise MustWait from None
         except Exception:
             log.exception("a request failed")
             outcome = self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
+        connection.call = None
         if isinstance(outcome, Waiter):     # of its fields nothing is kept, of its head little
-            connection.waiter, connection.call, connection.later = outcome, None, None
+            connection.waiter = outcome
             connection.head = connection.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]})
             raise MustWait
         if server.queue and not connection.waiter:
@@ -1848,7 +1857,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.limiter.charge(connection.client.key, tokens)
         if connection.is_proxy:
             server.count(connection, None)
-        connection.route = connection.waiter = connection.call = connection.later = connection.answer = None
+        connection.route = connection.waiter = connection.answer = None
         connection.client, connection.head, connection.reads, connection.scanned = connection.peer, NO_HEAD, 0, 0
         connection.deadline = time.monotonic() + SEND_TIME
         connection.write(*((head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,)))     # connections share a long list
@@ -2173,7 +2182,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def watch(self, connection: Connection) -> None:
         """Have the selector tell when there is something for a connection, if it is parked."""
-        events = 0 if connection.later or not connection.is_parked else selectors.EVENT_WRITE if connection.unsent else selectors.EVENT_READ
+        events = 0 if connection.call or not connection.is_parked else selectors.EVENT_WRITE if connection.unsent else selectors.EVENT_READ
         if events != connection.watched:
             if connection.watched:
                 self.selector.unregister(connection)

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextvars
-import functools
+import copy
 import json
 import os
 import pathlib
 import queue
 import threading
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import redis
 
@@ -69,7 +68,9 @@ end
 local function line(g)
   return string.format('{"name":%s,"info":%s,"guests":%d,"ready":%s}', cjson.encode(g.name), g.info, #g.guests, tostring(g.ready))
 end
-local function save(g, is_new)              -- with what follows from it: bytes, cursor, list
+local function save(g, is_new)              -- with what its host says of it, and what follows from that: bytes, cursor, list
+  g.info = a.info or g.info
+  if a.listed ~= nil then g.listed = a.listed end
   for _, list in ipairs({g.left, g.dismissed}) do if #list > limit.max_remembered then table.remove(list, 1) end end
   local size = limit.game_size + #g.name + #g.info + #g.addresses + limit.member_size * (#g.left + #g.dismissed)
   for _, guest in ipairs(g.guests) do size = size + limit.guest_size + #guest.addresses + (guest.reply and #guest.reply.addresses or 0) end
@@ -129,26 +130,7 @@ local function remove(g, guest, operation)  -- a guest; or the game with its gue
     call('ZREM', P .. 'ends', entry.key)
   end
 end
-local function expire()                     -- who waits at a server that is there is alive, unless an operator has set its time to -1
-  local keys = call('ZRANGEBYSCORE', P .. 'ends', '-inf', now, 'LIMIT', 0, 500)
-  table.sort(keys, function(one, other) return #one < #other end)     -- games first: their guests go with them
-  for _, key in ipairs(keys) do
-    local g, token = load(string.match(key, '^%d+')), call('HGET', P .. 'held', key)
-    local guest = g and find(g.guests, 'key', key)
-    local waits = token and call('EXISTS', P .. 'wake:' .. string.match(token, '^[^/]+')) == 1
-    if waits and tonumber(call('ZSCORE', P .. 'ends', key)) >= 0 then keep_alive(key)
-    elseif guest then remove(g, guest, 'expire_guest')
-    elseif g and g.key == key then remove(g, nil, 'expire_game')
-    else call('ZREM', P .. 'ends', key) end
-  end
-end
-
 local ops = {}
-local function describe(g, is_new)
-  g.info = a.info or g.info
-  if a.listed ~= nil then g.listed = a.listed end
-  save(g, is_new)
-end
 function ops.register_game()
   local g = load(call('HGET', P .. 'names', a.name))
   local is_new = not g
@@ -157,7 +139,7 @@ function ops.register_game()
     g = {key = string.format('%.0f', version), name = a.name, owner = a.digest, client = a.client, info = '{}', listed = true,
       addresses = '[]', ready = false, changed = 0, news = version, told = -1, left = {}, dismissed = {}, guests = {}, size = 0}
   elseif g.owner ~= a.digest then error({'Conflict', '', 'the name {!r} is taken', g.name}) end
-  describe(g, is_new)
+  save(g, is_new)
   keep_alive(g.key)
   if is_new then
     call('HSET', P .. 'names', g.name, g.key)
@@ -238,7 +220,7 @@ function ops.update_game()
   local g, other = find_game(a.digest), call('HGET', P .. 'names', a.new_name)
   if other and other ~= g.key then error({'Conflict', '', 'the name {!r} is taken', a.new_name}) end
   g.name = a.new_name
-  describe(g)
+  save(g)
   if not other then
     call('HDEL', P .. 'names', a.name)
     call('HSET', P .. 'names', g.name, g.key)
@@ -257,7 +239,18 @@ end
 if real > deadline then return redis.error_reply('LATE nobody waits for it any more') end
 -- The first write: a replica refuses it before anything has changed, and Redis 6.2, when it is full, lets go on who has written already.
 if call('PEXPIRE', P .. 'wake:' .. process, 10000) == 0 then return redis.error_reply('LOST the store came back empty') end
-expire()
+-- What has expired goes. Who waits at a server that is there is alive, unless an operator has set its time to -1.
+local keys = call('ZRANGEBYSCORE', P .. 'ends', '-inf', now, 'LIMIT', 0, 500)
+table.sort(keys, function(one, other) return #one < #other end)     -- games first: their guests go with them
+for _, key in ipairs(keys) do
+  local g, token = load(string.match(key, '^%d+')), call('HGET', P .. 'held', key)
+  local guest = g and find(g.guests, 'key', key)
+  local waits = token and call('EXISTS', P .. 'wake:' .. string.match(token, '^[^/]+')) == 1
+  if waits and tonumber(call('ZSCORE', P .. 'ends', key)) >= 0 then keep_alive(key)
+  elseif guest then remove(g, guest, 'expire_guest')
+  elseif g and g.key == key then remove(g, nil, 'expire_game')
+  else call('ZREM', P .. 'ends', key) end
+end
 local ok, result = pcall(ops[op])
 if not ok and (type(result) == 'string' or result.err) then error(result) end
 return cjson.encode({ok = ok, result = result, woken = woken, events = events, now = real})
@@ -268,31 +261,15 @@ LIMITS = ("game_ttl", "guest_ttl", "max_games", "max_guests", "max_games_per_cli
 SIZES = {"game_size": 800, "guest_size": 400, "member_size": p2pserver.MEMBER_SIZE, "max_remembered": p2pserver.MAX_REMEMBERED}
 PREFIX, MAX_BATCH = "p2p:{lobby}:", 256         # of all keys; calls in one round trip
 TIMEOUT, SILENCE = 2.0, 0.7     # seconds for the store to answer, and to say that nobody is to be woken, which it does four times a second
-# The calls of a request whose answers are there, by operation, while it is repeated.
-ANSWERED: contextvars.ContextVar[Tuple[Tuple[str, Call], ...]] = contextvars.ContextVar("answered", default=())
 
 
-class Call(Later):
-    """One operation on its way to the store and back. waiter: who waits for news, if it comes to that."""
+class Call(concurrent.futures.Future[Any]):
+    """The answer to an operation that is on its way to the store and back."""
 
-    def __init__(self, registry: RedisRegistry, operation: str, values: Mapping[str, Any], waiter: Optional[Waiter] = None) -> None:
-        super().__init__(operation)
-        self.registry, self.operation, self.waiter = registry, operation, waiter
+    def __init__(self, operation: str, **values: Any) -> None:
+        super().__init__()
         given = {name: value.hex() if name in ("digest", "client") else value for name, value in values.items() if value is not None}
-        self.text = json.dumps(given, default=bytes.decode)
-        self.earlier = ANSWERED.get()
-        self.answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-    def send(self, wake: Callable[[], None]) -> None:
-        self.answer.add_done_callback(lambda _: wake())
-        self.registry.queue.put(self)
-
-    def repeat(self, call: Callable[[], Any]) -> Any:
-        if not self.answer.done():
-            raise self
-        context = contextvars.copy_context()
-        context.run(ANSWERED.set, (*self.earlier, (self.operation, self)))
-        return context.run(call)
+        self.operation, self.text = operation, json.dumps(given, default=bytes.decode)
 
 
 class RedisRegistry:
@@ -300,11 +277,15 @@ class RedisRegistry:
 
     def __init__(self, settings: Settings, clock: Optional[Callable[[], float]] = None) -> None:
         self._settings, self._clock, self._process = settings, clock, os.urandom(6).hex()
-        self._list = 0, p2pserver.list_text(())
+        self._calls: Dict[str, Call] = {}           # of one request, by operation
+        self._waiter: Optional[Waiter] = None       # its poll or start, should that come to wait
+        self._token = ""                            # and what stands for that in the store
+        # What follows all requests share.
+        self._list = [(0, p2pserver.list_text(()))]     # one item: the list of games as it was last seen, after its version
         self._waiters: Dict[str, Waiter] = {}       # by token; also of calls that are on their way
         self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
-        self.queue: queue.SimpleQueue[Call] = queue.SimpleQueue()       # calls that are not sent yet
-        self._stopping = False
+        self._queue: queue.SimpleQueue[Call] = queue.SimpleQueue()       # calls that are not sent yet
+        self._is_closed = False
         try:
             path = os.environ.get("P2P_STORE_SECRET_FILE")
             self._given = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get("P2P_STORE_SECRET", "")
@@ -315,15 +296,20 @@ class RedisRegistry:
         for work in (self._work, self._listen):
             threading.Thread(target=work, daemon=True).start()
 
+    def for_request(self) -> RedisRegistry:
+        registry = copy.copy(self)
+        registry._calls = {}
+        return registry
+
     def peer_digest(self, peer_id: str) -> bytes:
         return p2pserver.keyed_digest(peer_id, self._secret)
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
-        return bool(self._ask("register_game", name, digest, client=client, **shown))
+        return bool(self._ask("register_game", name=name, digest=digest, client=client, **shown).result())
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
                   dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
-        pairs = None if replies is None else list(replies.items())
+        pairs = replies and list(replies.items())
         return self._meet("poll_game", name, digest, after, wake, addresses=addresses, replies=pairs, dismiss=list(dismiss), seen_at=seen_at or None)
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
@@ -332,60 +318,64 @@ class RedisRegistry:
                           id=p2pserver.new_session_id(), session_key=p2pserver.new_session_id())
         return news._replace(peers=[host._replace(seen_at=p2pserver.published_at(host.seen_at, host.addresses)) for host in news.peers])
 
+    def leave_game(self, name: str, digest: bytes) -> None:
+        self._ask("leave_game", name=name, digest=digest).result()
+
     def forget_waiter(self, waiter: Waiter) -> None:
         key, token = waiter.entry
-        waiter.name = f"/{key.partition(':')[0]}/{waiter.name}"     # finds the game whatever its name is by now
         if self._waiters.pop(token, None):
-            self.queue.put(Call(self, "forget_waiter", {"key": key, "token": token}))
+            self._queue.put(Call("forget_waiter", key=key, token=token))
 
     def list_games(self) -> Tuple[int, bytes]:
-        answer = self._ask("list_games", known=self._list[0])
+        answer = self._ask("list_games", known=self._list[0][0]).result()
         if answer["lines"] is not False:
-            self._list = answer["version"], p2pserver.list_text(map(str.encode, answer["lines"]))
-        return self._list
+            self._list[0] = answer["version"], p2pserver.list_text(map(str.encode, answer["lines"]))
+        return self._list[0]
 
     def get_game(self, name: str) -> bytes:
-        return str.encode(self._ask("get_game", name))
+        return str.encode(self._ask("get_game", name=name).result())
 
     def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
-        return str.encode(self._ask("update_game", name, digest, new_name=new_name or name, **shown))
+        return str.encode(self._ask("update_game", name=name, digest=digest, new_name=new_name or name, **shown).result())
+
+    def delete_game(self, name: str, digest: bytes) -> None:
+        self._ask("delete_game", name=name, digest=digest).result()
 
     def counts(self) -> Dict[str, int]:
-        return {**self._ask("counts"), "waiting": sum([waiter.entry[0] != "" for waiter in list(self._waiters.values())])}
+        return {**self._ask("counts").result(), "waiting": len(self._waiters)}
 
     def expire_games(self) -> None:
         """Have the store do so, as with each call; and see, ten times a second, whether it is there."""
-        self.queue.put(Call(self, "counts", {}))
+        self._queue.put(Call("counts"))
 
     def close(self) -> None:
-        self._stopping = True
+        self._is_closed = True
         self.expire_games()     # ends the wait for a call
 
-    def _ask(self, operation: str, name: str = "", digest: bytes = b"", waiter: Optional[Waiter] = None, **values: Any) -> Any:
-        """The store's answer to the call that is repeated. Later: it is made for the first time. Problem."""
-        call = dict(ANSWERED.get()).get(operation)
-        if call is None:
-            raise Call(self, operation, {"name": name, "digest": digest, **values}, waiter)
-        return call.answer.result()
-
-    leave_game = functools.partialmethod(_ask, "leave_game")
-    delete_game = functools.partialmethod(_ask, "delete_game")
+    def _ask(self, operation: str, **values: Any) -> Call:
+        """What the store answers, or which Problem. Later: it has not answered yet."""
+        if operation not in self._calls:
+            self._calls[operation] = Call(operation, **values)
+            self._queue.put(self._calls[operation])
+        call = self._calls[operation]
+        if not call.done():
+            raise Later(lambda wake: call.add_done_callback(lambda _: wake()))
+        return call
 
     def _meet(self, operation: str, name: str, digest: bytes, after: Optional[int], wake: Wake, **values: Any) -> News:
         """What the store answers to a poll or start. Later. Problem."""
-        call = dict(ANSWERED.get()).get(operation)
-        waiter = call.waiter if call else None
-        if call is None and wake and len(self._waiters) < self._settings.max_waiting:
-            waiter = Waiter(("", f"{self._process}/{os.urandom(8).hex()}"), name, digest, after, wake)
-            self._waiters[waiter.entry[1]] = waiter     # before the call is sent: news may come before the answer does
-        token = waiter.entry[1] if waiter else None
-        if waiter and call and (call.answer.exception() or not call.answer.result()["waits"]):
-            self._waiters.pop(waiter.entry[1], None)
-            waiter = None
-        answer = self._ask(operation, name, digest, waiter, after=after, token=token, **values)
-        if waiter:
-            waiter.entry, waiter.name = (answer["key"], token), answer["name"]
-            if token not in self._waiters:
+        if wake and not self._calls and len(self._waiters) < self._settings.max_waiting:
+            self._token = f"{self._process}/{os.urandom(8).hex()}"
+            # Before the call is sent: news may come before the answer does.
+            self._waiter = self._waiters[self._token] = Waiter(("", self._token), name, digest, after, wake)
+        call = self._ask(operation, name=name, digest=digest, after=after, token=self._token or None, **values)
+        if call.exception() or not call.result()["waits"]:
+            self._waiters.pop(self._token, None)
+            self._waiter = None
+        answer, waiter = call.result(), self._waiter
+        if waiter:      # its name finds the game whatever that is called by then
+            waiter.entry, waiter.name = (answer["key"], self._token), f"/{answer['key'].partition(':')[0]}/{answer['name']}"
+            if self._token not in self._waiters:
                 waiter.wake()       # once more: when it was woken, nobody waited
         peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in answer["peers"]]
         left = [each["id"] for each in answer["left"]]
@@ -393,29 +383,31 @@ class RedisRegistry:
 
     def _greet(self) -> None:
         """Connect, and learn the secret that all servers share. RedisError. CannotStart: the store has another one."""
-        url = self._settings.store
-        connect = functools.partial(redis.Redis.from_url, "redis" + url[len("valkey"):] if url.startswith("valkey") else url, protocol=2,
-                                    decode_responses=True, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0), socket_connect_timeout=TIMEOUT)
-        self._redis, self._reader = connect(socket_timeout=TIMEOUT), connect(socket_timeout=SILENCE)
+        url = "redis" + self._settings.store.removeprefix("redis").removeprefix("valkey")
+        pool = redis.ConnectionPool.from_url(url, protocol=2, decode_responses=True, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT,
+                                             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+        self._redis = redis.Redis(connection_pool=pool)
+        self._sender, self._reader = pool.get_connection(), pool.get_connection()      # the library's pipeline and xread take longer than the store
         limits = {**{name: getattr(self._settings, name) for name in LIMITS}, **SIZES}
         flags = "#!lua flags=allow-oom\n" if int(self._redis.info("server")["redis_version"].partition(".")[0]) >= 7 else ""
         self._script = flags + f"local limit = {{{', '.join([f'{name} = {value:.15g}' for name, value in limits.items()])}}}\n" + LUA
         self._sha = self._redis.script_load(self._script)
         self._offset = 1e18     # milliseconds by which the store's clock is ahead; until it tells, no call is late
         self._redis.xadd(f"{PREFIX}wake:{self._process}", {"token": ""})
-        self._exchange([Call(self, "counts", {})])      # the script runs here; and it says how long the stream lives
+        self._exchange([Call("counts")])        # the script runs here; and it says how long the stream lives
         self._redis.set(PREFIX + "secret", f"{self.peer_digest('').hex()}:{'' if self._given else self._secret.hex()}", nx=True)
         digest, _, made = self._redis.get(PREFIX + "secret").partition(":")
         if made and not self._given:
             self._secret = bytes.fromhex(made)
         if digest != self.peer_digest("").hex():
             raise CannotStart("the servers that share a store need the same P2P_STORE_SECRET")
+        self._last = "0"        # that is read of those to be woken
         self._is_up = True
 
     def _work(self) -> None:
         """Send the calls, as many at once as there are. While the store is down they end at once."""
-        while not self._stopping:
-            calls = [self.queue.get(), *[self.queue.get() for _ in range(min(self.queue.qsize(), MAX_BATCH))]]
+        while not self._is_closed:
+            calls = [self._queue.get(), *[self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH))]]
             try:
                 if self._is_up:
                     self._exchange(calls)
@@ -423,50 +415,45 @@ class RedisRegistry:
             except (redis.RedisError, OSError) as error:
                 log.error("the store does not answer: %s", type(error).__name__)
                 self._is_up = False
-            for call in [call for call in calls if not call.answer.done()]:
-                call.answer.set_exception(Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"}))
+            for call in [call for call in calls if not call.done()]:
+                call.set_exception(Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"}))
 
     def _exchange(self, calls: List[Call]) -> None:
         """Send calls, all at once, and end each. RedisError: the store is down, has come back empty, or cannot be written to."""
         gives_up_at = time.monotonic() * 1000 + self._offset + TIMEOUT * 1000       # by the store's clock
-        with self._redis.pipeline(transaction=False) as pipeline:
-            for call in calls:
-                clock = self._clock() * 1000 if self._clock else ""
-                pipeline.evalsha(self._sha, 1, PREFIX, call.operation, self._process, gives_up_at, clock, call.text)
-            answers = pipeline.execute(raise_on_error=False)
-        for call, answer in zip(calls, answers):
-            if isinstance(answer, redis.exceptions.NoScriptError):
+        clock = self._clock() * 1000 if self._clock else ""
+        self._sender.send_packed_command(self._sender.pack_commands([
+            ("EVALSHA", self._sha, 1, PREFIX, call.operation, self._process, gives_up_at, clock, call.text) for call in calls]))
+        for call in calls:
+            try:
+                done = json.loads(self._sender.read_response())
+            except redis.exceptions.NoScriptError:
                 self._redis.script_load(self._script)
-                self.queue.put(call)
+                self._queue.put(call)
                 continue
-            if isinstance(answer, Exception):
-                raise answer
-            done = json.loads(answer)
             self._offset = done["now"] - time.monotonic() * 1000
             for operation, name, detail, client in done["events"]:
                 self.events.append((operation, name, f"renamed to {detail!r}" if operation == "update_game" else detail, bytes.fromhex(client)))
             for token in done["woken"]:
                 self._wake(token)
             if done["ok"]:
-                call.answer.set_result(done.get("result"))
+                call.set_result(done.get("result"))
             else:
                 kind, limit, text, *words = done["result"]
-                call.answer.set_exception(getattr(p2pserver, kind)(text.format(*words), limit=limit))
+                call.set_exception(getattr(p2pserver, kind)(text.format(*words), limit=limit))
 
     def _listen(self) -> None:
         """Wake whom the store names. What is not read yet stays there, so that a cut loses nothing. Once the store has failed, greet it again."""
-        last = "0"
-        while not self._stopping:
+        while not self._is_closed:
             try:
                 if not self._is_up:
                     self._greet()
-                    last = "0"      # it may be another one
                     log.info("the store answers again")
                     threading.Thread(target=self._wake_all, daemon=True).start()
-                answer = self._reader.xread({f"{PREFIX}wake:{self._process}": last}, block=250)
-                for each, fields in answer[0][1] if answer else ():
-                    self._wake(fields["token"])
-                    last = each
+                self._reader.send_command("XREAD", "BLOCK", 250, "STREAMS", f"{PREFIX}wake:{self._process}", self._last)
+                for _, entries in self._reader.read_response(timeout=SILENCE) or ():
+                    for self._last, (_, token) in entries:
+                        self._wake(token)
             except (redis.RedisError, OSError, CannotStart):
                 time.sleep(0.05)
 

@@ -237,15 +237,13 @@ def test_who_may_have_missed_something_is_asked_again_spread_over_a_second(store
 
 def at_once(registry, operation, arguments, **values):
     """What an operation gives for each of many arguments, all of which are on their way together."""
-    laters, answered = [], threading.Semaphore(0)
-    for each in arguments:
-        try:
-            getattr(registry, operation)(*each, **values)
-        except p2pserver.Later as later:
-            later.send(answered.release)
-            laters.append(later)
-    assert all(answered.acquire(timeout=20) for _ in laters)
-    return [later.repeat(functools.partial(getattr(registry, operation), *each, **values)) for later, each in zip(laters, arguments)]
+    asks, answered = [functools.partial(getattr(registry.for_request(), operation), *each, **values) for each in arguments], threading.Semaphore(0)
+    for ask in asks:
+        with pytest.raises(p2pserver.Later) as later:
+            ask()
+        later.value.send(answered.release)
+    assert all(answered.acquire(timeout=20) for _ in asks)
+    return [ask() for ask in asks]
 
 
 def test_ten_thousand_who_wait_are_asked_again_spread_over_a_second_after_a_cut(store):
