@@ -68,9 +68,7 @@ end
 local function line(g)
   return string.format('{"name":%s,"info":%s,"guests":%d,"ready":%s}', cjson.encode(g.name), g.info, #g.guests, tostring(g.ready))
 end
-local function save(g, is_new)              -- with what its host says of it, and what follows from that: bytes, cursor, list
-  g.info = a.info or g.info
-  if a.listed ~= nil then g.listed = a.listed end
+local function save(g, is_new)              -- with what follows from it: bytes, cursor, list
   for _, list in ipairs({g.left, g.dismissed}) do if #list > limit.max_remembered then table.remove(list, 1) end end
   local size = limit.game_size + #g.name + #g.info + #g.addresses + limit.member_size * (#g.left + #g.dismissed)
   for _, guest in ipairs(g.guests) do size = size + limit.guest_size + #guest.addresses + (guest.reply and #guest.reply.addresses or 0) end
@@ -131,6 +129,11 @@ local function remove(g, guest, operation)  -- a guest; or the game with its gue
   end
 end
 local ops = {}
+local function describe(g, is_new)
+  g.info = a.info or g.info
+  if a.listed ~= nil then g.listed = a.listed end
+  save(g, is_new)
+end
 function ops.register_game()
   local g = load(call('HGET', P .. 'names', a.name))
   local is_new = not g
@@ -139,7 +142,7 @@ function ops.register_game()
     g = {key = string.format('%.0f', version), name = a.name, owner = a.digest, client = a.client, info = '{}', listed = true,
       addresses = '[]', ready = false, changed = 0, news = version, told = -1, left = {}, dismissed = {}, guests = {}, size = 0}
   elseif g.owner ~= a.digest then error({'Conflict', '', 'the name {!r} is taken', g.name}) end
-  save(g, is_new)
+  describe(g, is_new)
   keep_alive(g.key)
   if is_new then
     call('HSET', P .. 'names', g.name, g.key)
@@ -220,7 +223,7 @@ function ops.update_game()
   local g, other = find_game(a.digest), call('HGET', P .. 'names', a.new_name)
   if other and other ~= g.key then error({'Conflict', '', 'the name {!r} is taken', a.new_name}) end
   g.name = a.new_name
-  save(g)
+  describe(g)
   if not other then
     call('HDEL', P .. 'names', a.name)
     call('HSET', P .. 'names', g.name, g.key)
