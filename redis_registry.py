@@ -59,8 +59,8 @@ local function load(key)
   local text = call('GET', P .. 'game:' .. (key or ''))
   return text and cmsgpack.unpack(text)
 end
-local function find_game(owner)             -- a.name: of one that is asked again /key/name
-  local key, name = string.match(a.name, '^/(%d+)/(.*)$')
+local function find_game(owner)             -- a.name: of a call that waited /key/name
+  local key, name = string.match(a.name, '^/(%d+)[^/]*/(.*)$')
   local g = load(key) or load(call('HGET', P .. 'names', name or a.name)) or error({'NotFound', '', 'there is no game {!r}', name or a.name})
   if owner and g.owner ~= owner then error({'Forbidden', '', 'the peerId is not the one that registered this game'}) end
   return g
@@ -68,10 +68,10 @@ end
 local function line(g)
   return string.format('{"name":%s,"info":%s,"guests":%d,"ready":%s}', cjson.encode(g.name), g.info, #g.guests, tostring(g.ready))
 end
-local function save(g, is_new)              -- with what follows from it: bytes, cursor, list
+local function save(g, is_new)              -- with what follows from it: bytes (bench/store.py measures them), cursor, list
   for _, list in ipairs({g.left, g.dismissed}) do if #list > limit.max_remembered then table.remove(list, 1) end end
-  local size = limit.game_size + #g.name + #g.info + #g.addresses + limit.member_size * (#g.left + #g.dismissed)
-  for _, guest in ipairs(g.guests) do size = size + limit.guest_size + #guest.addresses + (guest.reply and #guest.reply.addresses or 0) end
+  local size = 800 + #g.name + #g.info + #g.addresses + limit.member_size * (#g.left + #g.dismissed)
+  for _, guest in ipairs(g.guests) do size = size + 400 + #guest.addresses + (guest.reply and #guest.reply.addresses or 0) end
   local growth, room = size - g.size, limit.max_memory * (is_new and 900000 or 1000000) - (call('GET', P .. 'stored') or 0)
   if growth > 0 and growth > room then error({'Full', 'memory', "the server's memory for games is full"}) end
   g.size = size
@@ -111,6 +111,7 @@ local function remove(g, guest, operation)  -- a guest; or the game with its gue
     table.remove(g.guests, select(2, find(g.guests, 'key', guest.key)))
     g.left, g.news = newer(g.left, g.told), version
     g.left[#g.left + 1] = {changed = version, id = guest.id}
+    if operation == 'dismiss_guest' then g.dismissed[#g.dismissed + 1] = {key = guest.key} end
     save(g)
     wake(g.key, '')
   else
@@ -128,6 +129,7 @@ local function remove(g, guest, operation)  -- a guest; or the game with its gue
     call('ZREM', P .. 'ends', entry.key)
   end
 end
+
 local ops = {}
 local function describe(g, is_new)
   g.info = a.info or g.info
@@ -135,21 +137,18 @@ local function describe(g, is_new)
   save(g, is_new)
 end
 function ops.register_game()
-  local g = load(call('HGET', P .. 'names', a.name))
-  local is_new = not g
-  if is_new then
-    check_room('games', call('HLEN', P .. 'names'), tonumber(call('HGET', P .. 'clients', a.client) or 0))
-    g = {key = string.format('%.0f', version), name = a.name, owner = a.digest, client = a.client, info = '{}', listed = true,
-      addresses = '[]', ready = false, changed = 0, news = version, told = -1, left = {}, dismissed = {}, guests = {}, size = 0}
-  elseif g.owner ~= a.digest then error({'Conflict', '', 'the name {!r} is taken', g.name}) end
-  describe(g, is_new)
+  local old = load(call('HGET', P .. 'names', a.name))
+  if old and old.owner ~= a.digest then error({'Conflict', '', 'the name {!r} is taken', a.name}) end
+  if not old then check_room('games', call('HLEN', P .. 'names'), tonumber(call('HGET', P .. 'clients', a.client) or 0)) end
+  local g = old or {key = string.format('%.0f', version), name = a.name, owner = a.digest, client = a.client, info = '{}', listed = true,
+    addresses = '[]', ready = false, changed = 0, news = version, told = -1, left = {}, dismissed = {}, guests = {}, size = 0}
+  describe(g, not old)
   keep_alive(g.key)
-  if is_new then
-    call('HSET', P .. 'names', g.name, g.key)
-    call('HINCRBY', P .. 'clients', g.client, 1)
-    event(op, g.name, '', g.client)
-  end
-  return is_new
+  if old then return false end
+  call('HSET', P .. 'names', g.name, g.key)
+  call('HINCRBY', P .. 'clients', g.client, 1)
+  event(op, g.name, '', g.client)
+  return true
 end
 local function since() return a.after and a.after <= cursor and a.after or -1 end       -- the version up to which the caller knows all
 function ops.poll_game()
@@ -171,10 +170,7 @@ function ops.poll_game()
   for _, guest in ipairs(g.guests) do if (guest.reply or g).changed == version then wake(guest.key, '') end end
   for _, id in ipairs(a.dismiss) do
     local guest = find(g.guests, 'id', id)
-    if guest then
-      g.dismissed[#g.dismissed + 1] = {key = guest.key}
-      remove(g, guest, 'dismiss_guest')
-    end
+    if guest then remove(g, guest, 'dismiss_guest') end
   end
   local guests, left = newer(g.guests, since()), a.after and newer(g.left, since()) or {}
   local news = {name = g.name, peers = guests, cursor = g.news, has_news = #guests + #left + #gone > 0, left = left, gone = gone}
@@ -211,9 +207,7 @@ function ops.leave_game()
   local guest = find(g.guests, 'key', g.key .. ':' .. a.digest)
   remove(g, guest or error({'NotFound', '', 'there is no session with the game {!r} that could end', g.name}), op)
 end
-function ops.forget_waiter()
-  if call('HGET', P .. 'held', a.key) == a.token then wake(a.key, '') end
-end
+function ops.forget_waiter() if call('HGET', P .. 'held', a.key) == a.token then wake(a.key, '') end end
 function ops.list_games()
   local current = tonumber(call('GET', P .. 'list') or 0)
   return {version = current, lines = current ~= a.known and call('ZRANGE', P .. 'lines', 0, -1)}
@@ -259,20 +253,9 @@ if not ok and (type(result) == 'string' or result.err) then error(result) end
 return cjson.encode({ok = ok, result = result, woken = woken, events = events, now = real})
 """
 
-LIMITS = ("game_ttl", "guest_ttl", "max_games", "max_guests", "max_games_per_client", "max_guests_per_client", "max_memory", "max_waiting")
-# Bytes that one takes in the store beside its texts (bench/store.py measures it).
-SIZES = {"game_size": 800, "guest_size": 400, "member_size": p2pserver.MEMBER_SIZE, "max_remembered": p2pserver.MAX_REMEMBERED}
 PREFIX, MAX_BATCH = "p2p:{lobby}:", 256         # of all keys; calls in one round trip
 TIMEOUT, SILENCE = 2.0, 0.7     # seconds for the store to answer, and to say that nobody is to be woken, which it does four times a second
-
-
-class Call(concurrent.futures.Future[Any]):
-    """The answer to an operation that is on its way to the store and back."""
-
-    def __init__(self, operation: str, **values: Any) -> None:
-        super().__init__()
-        given = {name: value.hex() if name in ("digest", "client") else value for name, value in values.items() if value is not None}
-        self.operation, self.text = operation, json.dumps(given, default=bytes.decode)
+Call = Tuple[str, str, "concurrent.futures.Future[Any]"]        # an operation, its arguments as JSON, and its answer
 
 
 class RedisRegistry:
@@ -280,12 +263,11 @@ class RedisRegistry:
 
     def __init__(self, settings: Settings, clock: Optional[Callable[[], float]] = None) -> None:
         self._settings, self._clock, self._process = settings, clock, os.urandom(6).hex()
-        self._calls: Dict[str, Call] = {}           # of one request, by operation
-        self._waiter: Optional[Waiter] = None       # its poll or start, should that come to wait
-        self._token = ""                            # and what stands for that in the store
+        self._answers: Dict[str, concurrent.futures.Future[Any]] = {}       # to the calls of one request, by operation
+        self._waiter: Optional[Waiter] = None       # its poll or start, if that may come to wait
         # What follows all requests share.
         self._list = [(0, p2pserver.list_text(()))]     # one item: the list of games as it was last seen, after its version
-        self._waiters: Dict[str, Waiter] = {}       # by token; also of calls that are on their way
+        self._waiters: Dict[str, Waiter] = {}       # by their tokens; also of calls that are on their way
         self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
         self._queue: queue.SimpleQueue[Call] = queue.SimpleQueue()       # calls that are not sent yet
         self._is_closed = False
@@ -301,7 +283,7 @@ class RedisRegistry:
 
     def for_request(self) -> RedisRegistry:
         registry = copy.copy(self)
-        registry._calls = {}
+        registry._answers = {}
         return registry
 
     def peer_digest(self, peer_id: str) -> bytes:
@@ -325,9 +307,8 @@ class RedisRegistry:
         self._ask("leave_game", name=name, digest=digest).result()
 
     def forget_waiter(self, waiter: Waiter) -> None:
-        key, token = waiter.entry
-        if self._waiters.pop(token, None):
-            self._queue.put(Call("forget_waiter", key=key, token=token))
+        if self._waiters.pop(waiter.entry, None):
+            self._send("forget_waiter", key=waiter.name.split("/")[1], token=waiter.entry)
 
     def list_games(self) -> Tuple[int, bytes]:
         answer = self._ask("list_games", known=self._list[0][0]).result()
@@ -349,40 +330,46 @@ class RedisRegistry:
 
     def expire_games(self) -> None:
         """Have the store do so, as with each call; and see, ten times a second, whether it is there."""
-        self._queue.put(Call("counts"))
+        self._send("counts")
 
     def close(self) -> None:
         self._is_closed = True
         self.expire_games()     # ends the wait for a call
 
-    def _ask(self, operation: str, **values: Any) -> Call:
-        """What the store answers, or which Problem. Later: it has not answered yet."""
-        if operation not in self._calls:
-            self._calls[operation] = Call(operation, **values)
-            self._queue.put(self._calls[operation])
-        call = self._calls[operation]
-        if not call.done():
-            raise Later(lambda wake: call.add_done_callback(lambda _: wake()))
-        return call
+    def _send(self, operation: str, **values: Any) -> concurrent.futures.Future[Any]:
+        """Have the store do an operation; its answer."""
+        given = {name: value.hex() if name in ("digest", "client") else value for name, value in values.items() if value is not None}
+        answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._queue.put((operation, json.dumps(given, default=bytes.decode), answer))
+        return answer
+
+    def _ask(self, operation: str, **values: Any) -> concurrent.futures.Future[Any]:
+        """The store's answer to the call of a request. Later: it is not there yet."""
+        if operation not in self._answers:
+            self._answers[operation] = self._send(operation, **values)
+        answer = self._answers[operation]
+        if not answer.done():
+            raise Later(lambda wake: answer.add_done_callback(lambda _: wake()))
+        return answer
 
     def _meet(self, operation: str, name: str, digest: bytes, after: Optional[int], wake: Wake, **values: Any) -> News:
         """What the store answers to a poll or start. Later. Problem."""
-        if wake and not self._calls and len(self._waiters) < self._settings.max_waiting:
-            self._token = f"{self._process}/{os.urandom(8).hex()}"
-            # Before the call is sent: news may come before the answer does.
-            self._waiter = self._waiters[self._token] = Waiter(("", self._token), name, digest, after, wake)
-        call = self._ask(operation, name=name, digest=digest, after=after, token=self._token or None, **values)
-        if call.exception() or not call.result()["waits"]:
-            self._waiters.pop(self._token, None)
-            self._waiter = None
-        answer, waiter = call.result(), self._waiter
-        if waiter:      # its name finds the game whatever that is called by then
-            waiter.entry, waiter.name = (answer["key"], self._token), f"/{answer['key'].partition(':')[0]}/{answer['name']}"
-            if self._token not in self._waiters:
+        if wake and not self._answers and len(self._waiters) < self._settings.max_waiting:
+            self._waiter = Waiter(f"{self._process}/{os.urandom(8).hex()}", name, digest, after, wake)
+            self._waiters[self._waiter.entry] = self._waiter        # before the call is sent: news may come before its answer does
+        waiter = self._waiter
+        answer = self._ask(operation, name=name, digest=digest, after=after, token=waiter and waiter.entry, **values)
+        if waiter and (answer.exception() or not answer.result()["waits"]):
+            self._waiters.pop(waiter.entry, None)
+            waiter = None
+        found = answer.result()
+        if waiter:
+            waiter.name = f"/{found['key']}/{found['name']}"        # finds the game whatever it is called by then
+            if waiter.entry not in self._waiters:
                 waiter.wake()       # once more: when it was woken, nobody waited
-        peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in answer["peers"]]
-        left = [each["id"] for each in answer["left"]]
-        return News(answer["name"], peers, answer["cursor"], answer["has_news"], waiter, left, list(answer["gone"]))
+        peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in found["peers"]]
+        left = [each["id"] for each in found["left"]]
+        return News(found["name"], peers, found["cursor"], found["has_news"], waiter, left, list(found["gone"]))
 
     def _greet(self) -> None:
         """Connect, and learn the secret that all servers share. RedisError. CannotStart: the store has another one."""
@@ -391,18 +378,18 @@ class RedisRegistry:
                                              retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
         self._redis = redis.Redis(connection_pool=pool)
         self._sender, self._reader = pool.get_connection(), pool.get_connection()      # the library's pipeline and xread take longer than the store
-        limits = {**{name: getattr(self._settings, name) for name in LIMITS}, **SIZES}
+        numbers = {name: value for name, value in vars(self._settings).items() if isinstance(value, (int, float))}
+        limits = {**numbers, "member_size": p2pserver.MEMBER_SIZE, "max_remembered": p2pserver.MAX_REMEMBERED}
         flags = "#!lua flags=allow-oom\n" if int(self._redis.info("server")["redis_version"].partition(".")[0]) >= 7 else ""
         self._script = flags + f"local limit = {{{', '.join([f'{name} = {value:.15g}' for name, value in limits.items()])}}}\n" + LUA
         self._sha = self._redis.script_load(self._script)
         self._offset = 1e18     # milliseconds by which the store's clock is ahead; until it tells, no call is late
         self._redis.xadd(f"{PREFIX}wake:{self._process}", {"token": ""})
-        self._exchange([Call("counts")])        # the script runs here; and it says how long the stream lives
+        self._exchange([("counts", "{}", concurrent.futures.Future())])     # the script runs here; and it says how long the stream lives
         self._redis.set(PREFIX + "secret", f"{self.peer_digest('').hex()}:{'' if self._given else self._secret.hex()}", nx=True)
         digest, _, made = self._redis.get(PREFIX + "secret").partition(":")
-        if made and not self._given:
-            self._secret = bytes.fromhex(made)
-        if digest != self.peer_digest("").hex():
+        self._secret = bytes.fromhex(made) or self._secret
+        if made and self._given or digest != self.peer_digest("").hex():
             raise CannotStart("the servers that share a store need the same P2P_STORE_SECRET")
         self._last = "0"        # that is read of those to be woken
         self._is_up = True
@@ -418,15 +405,15 @@ class RedisRegistry:
             except (redis.RedisError, OSError) as error:
                 log.error("the store does not answer: %s", type(error).__name__)
                 self._is_up = False
-            for call in [call for call in calls if not call.done()]:
-                call.set_exception(Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"}))
+            for answer in [answer for _, _, answer in calls if not answer.done()]:
+                answer.set_exception(Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"}))
 
     def _exchange(self, calls: List[Call]) -> None:
         """Send calls, all at once, and end each. RedisError: the store is down, has come back empty, or cannot be written to."""
         gives_up_at = time.monotonic() * 1000 + self._offset + TIMEOUT * 1000       # by the store's clock
         clock = self._clock() * 1000 if self._clock else ""
         self._sender.send_packed_command(self._sender.pack_commands([
-            ("EVALSHA", self._sha, 1, PREFIX, call.operation, self._process, gives_up_at, clock, call.text) for call in calls]))
+            ("EVALSHA", self._sha, 1, PREFIX, operation, self._process, gives_up_at, clock, text) for operation, text, _ in calls]))
         for call in calls:
             try:
                 done = json.loads(self._sender.read_response())
@@ -440,10 +427,10 @@ class RedisRegistry:
             for token in done["woken"]:
                 self._wake(token)
             if done["ok"]:
-                call.set_result(done.get("result"))
+                call[2].set_result(done.get("result"))
             else:
                 kind, limit, text, *words = done["result"]
-                call.set_exception(getattr(p2pserver, kind)(text.format(*words), limit=limit))
+                call[2].set_exception(getattr(p2pserver, kind)(text.format(*words), limit=limit))
 
     def _listen(self) -> None:
         """Wake whom the store names. What is not read yet stays there, so that a cut loses nothing. Once the store has failed, greet it again."""
