@@ -16,7 +16,6 @@ thread sends the calls, as many in one round trip as there are; another reads wh
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import copy
 import json
 import os
@@ -24,6 +23,7 @@ import pathlib
 import queue
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import redis
@@ -32,17 +32,16 @@ import p2pserver
 from p2pserver import CannotStart, Full, Later, News, Replies, Session, Settings, Text, Waiter, Wake, log
 
 LUA = r"""
-local P, op, process, deadline, clock, a = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), cjson.decode(ARGV[5])
+local P, process, deadline, clock, op, a = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], cjson.decode(ARGV[5])
 local call, time = redis.call, redis.call('TIME')
 local real = time[1] * 1000 + math.floor(time[2] / 1000)
 local now, cursor = clock or real, tonumber(call('GET', P .. 'cursor') or 0)      -- milliseconds; the last version
--- Of all that this call changes. Never behind the clock, so that it grows also over the loss of the store.
-local version = math.max(cursor + 1, time[1] * 10000 + math.floor(time[2] / 100))
+local version = math.max(cursor + 1, time[1] * 10000 + math.floor(time[2] / 100))       -- of what this call changes; it grows over the loss of the store
 local woken, events = {}, {}                -- tokens of this server; what has happened to games
 
 local function event(operation, name, detail, client) events[#events + 1] = {operation, name, detail, client} end
-local function find(list, field, value)     -- an entry, and where it is
-  for i, each in ipairs(list) do if each[field] == value then return each, i end end
+local function find(list, value, field)     -- an entry by its key, or another field, and where it is
+  for i, each in ipairs(list) do if each[field or 'key'] == value then return each, i end end
 end
 local function newer(list, than)            -- the entries that have changed since
   local found = {}
@@ -84,9 +83,7 @@ local function save(g, is_new)              -- with what follows from it: bytes 
   call('SET', P .. 'list', version)
 end
 
-local function keep_alive(key)
-  call('ZADD', P .. 'ends', now + 1000 * (string.find(key, ':') and limit.guest_ttl or limit.game_ttl), key)
-end
+local function keep_alive(key) call('ZADD', P .. 'ends', now + 1000 * (string.find(key, ':') and limit.guest_ttl or limit.game_ttl), key) end
 local function wake(key, mark)              -- mark: "!": it is to be answered now; "!!": another took its place
   local token = call('HGET', P .. 'held', key)
   if not token then return end
@@ -108,7 +105,7 @@ local function remove(g, guest, operation)  -- a guest; or the game with its gue
   local going = guest and {guest} or g.guests
   if guest then
     version = version + 1
-    table.remove(g.guests, select(2, find(g.guests, 'key', guest.key)))
+    table.remove(g.guests, select(2, find(g.guests, guest.key)))
     g.left, g.news = newer(g.left, g.told), version
     g.left[#g.left + 1] = {changed = version, id = guest.id}
     if operation == 'dismiss_guest' then g.dismissed[#g.dismissed + 1] = {key = guest.key} end
@@ -153,23 +150,22 @@ end
 local function since() return a.after and a.after <= cursor and a.after or -1 end       -- the version up to which the caller knows all
 function ops.poll_game()
   local g, replies, gone = find_game(a.digest), a.replies or {}, {}
-  local told, is_first, is_same = g.told, g.changed == 0, a.addresses == nil or a.addresses == g.addresses
+  local told, seen_at, is_first, is_same = g.told, g.seen_at, g.changed == 0, a.addresses == nil or a.addresses == g.addresses
   keep_alive(g.key)
   g.told = a.after and since() or cursor
   if not is_same then g.addresses, g.changed = a.addresses, version end
   if a.replies or not is_same then g.ready = g.addresses ~= '[]' or a.replies ~= nil end
   for _, reply in ipairs(replies) do
-    local guest = find(g.guests, 'id', reply[1])
+    local guest = find(g.guests, reply[1], 'id')
     if not guest then gone[#gone + 1] = reply[1]
     elseif guest.changed <= g.told and reply[2] ~= (guest.reply or {}).addresses then guest.reply = {addresses = reply[2], changed = version} end
   end
-  local has_moved = a.seen_at and a.seen_at ~= g.seen_at
   g.seen_at = a.seen_at or g.seen_at
-  if a.replies or not is_same or has_moved or g.told ~= told then save(g) end
+  if a.replies or not is_same or g.seen_at ~= seen_at or g.told ~= told then save(g) end
   if is_first and g.changed > 0 then event(op, g.name, 'first addresses', g.client) end
   for _, guest in ipairs(g.guests) do if (guest.reply or g).changed == version then wake(guest.key, '') end end
   for _, id in ipairs(a.dismiss) do
-    local guest = find(g.guests, 'id', id)
+    local guest = find(g.guests, id, 'id')
     if guest then remove(g, guest, 'dismiss_guest') end
   end
   local guests, left = newer(g.guests, since()), a.after and newer(g.left, since()) or {}
@@ -180,8 +176,8 @@ function ops.start_game()
   local g = find_game()
   local key = g.key .. ':' .. a.digest
   if g.owner == a.digest then error({'Conflict', '', 'a host cannot start its own game'}) end
-  if find(g.dismissed, 'key', key) then error({'Forbidden', '', 'the host of the game {!r} has sent you away', g.name}) end
-  local guest, own = find(g.guests, 'key', key), 0
+  if find(g.dismissed, key) then error({'Forbidden', '', 'the host of the game {!r} has sent you away', g.name}) end
+  local guest, own = find(g.guests, key), 0
   local is_new = not guest
   if is_new then
     if not a.addresses then error({'NotFound', '', 'the session with the game {!r} is gone', g.name}) end
@@ -204,8 +200,7 @@ function ops.start_game()
 end
 function ops.leave_game()
   local g = find_game()
-  local guest = find(g.guests, 'key', g.key .. ':' .. a.digest)
-  remove(g, guest or error({'NotFound', '', 'there is no session with the game {!r} that could end', g.name}), op)
+  remove(g, find(g.guests, g.key .. ':' .. a.digest) or error({'NotFound', '', 'there is no session with the game {!r} that could end', g.name}), op)
 end
 function ops.forget_waiter() if call('HGET', P .. 'held', a.key) == a.token then wake(a.key, '') end end
 function ops.list_games()
@@ -241,7 +236,7 @@ local keys = call('ZRANGEBYSCORE', P .. 'ends', '-inf', now, 'LIMIT', 0, 500)
 table.sort(keys, function(one, other) return #one < #other end)     -- games first: their guests go with them
 for _, key in ipairs(keys) do
   local g, token = load(string.match(key, '^%d+')), call('HGET', P .. 'held', key)
-  local guest = g and find(g.guests, 'key', key)
+  local guest = g and find(g.guests, key)
   local waits = token and call('EXISTS', P .. 'wake:' .. string.match(token, '^[^/]+')) == 1
   if waits and tonumber(call('ZSCORE', P .. 'ends', key)) >= 0 then keep_alive(key)
   elseif guest then remove(g, guest, 'expire_guest')
@@ -255,7 +250,6 @@ return cjson.encode({ok = ok, result = result, woken = woken, events = events, n
 
 PREFIX, MAX_BATCH = "p2p:{lobby}:", 256         # of all keys; calls in one round trip
 TIMEOUT, SILENCE = 2.0, 0.7     # seconds for the store to answer, and to say that nobody is to be woken, which it does four times a second
-Call = Tuple[str, str, "concurrent.futures.Future[Any]"]        # an operation, its arguments as JSON, and its answer
 
 
 class RedisRegistry:
@@ -263,13 +257,12 @@ class RedisRegistry:
 
     def __init__(self, settings: Settings, clock: Optional[Callable[[], float]] = None) -> None:
         self._settings, self._clock, self._process = settings, clock, os.urandom(6).hex()
-        self._answers: Dict[str, concurrent.futures.Future[Any]] = {}       # to the calls of one request, by operation
-        self._waiter: Optional[Waiter] = None       # its poll or start, if that may come to wait
-        # What follows all requests share.
+        self._answers: Dict[str, Future[Any]] = {}      # to the calls of a request, by operation; requests share all but these two
+        self._waiter: Optional[Waiter] = None           # its poll or start, if that may come to wait
         self._list = [(0, p2pserver.list_text(()))]     # one item: the list of games as it was last seen, after its version
         self._waiters: Dict[str, Waiter] = {}       # by their tokens; also of calls that are on their way
         self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
-        self._queue: queue.SimpleQueue[Call] = queue.SimpleQueue()       # calls that are not sent yet
+        self._queue: queue.SimpleQueue[Tuple[str, str, Future[Any]]] = queue.SimpleQueue()     # operations, arguments as JSON, answers
         self._is_closed = False
         try:
             path = os.environ.get("P2P_STORE_SECRET_FILE")
@@ -329,21 +322,20 @@ class RedisRegistry:
         return {**self._ask("counts").result(), "waiting": len(self._waiters)}
 
     def expire_games(self) -> None:
-        """Have the store do so, as with each call; and see, ten times a second, whether it is there."""
-        self._send("counts")
+        self._send("counts")    # as each call it frees what has expired, and ten times a second it shows whether the store is there
 
     def close(self) -> None:
         self._is_closed = True
         self.expire_games()     # ends the wait for a call
 
-    def _send(self, operation: str, **values: Any) -> concurrent.futures.Future[Any]:
+    def _send(self, operation: str, **values: Any) -> Future[Any]:
         """Have the store do an operation; its answer."""
         given = {name: value.hex() if name in ("digest", "client") else value for name, value in values.items() if value is not None}
-        answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        answer: Future[Any] = Future()
         self._queue.put((operation, json.dumps(given, default=bytes.decode), answer))
         return answer
 
-    def _ask(self, operation: str, **values: Any) -> concurrent.futures.Future[Any]:
+    def _ask(self, operation: str, **values: Any) -> Future[Any]:
         """The store's answer to the call of a request. Later: it is not there yet."""
         if operation not in self._answers:
             self._answers[operation] = self._send(operation, **values)
@@ -368,14 +360,12 @@ class RedisRegistry:
             if waiter.entry not in self._waiters:
                 waiter.wake()       # once more: when it was woken, nobody waited
         peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in found["peers"]]
-        left = [each["id"] for each in found["left"]]
-        return News(found["name"], peers, found["cursor"], found["has_news"], waiter, left, list(found["gone"]))
+        return News(found["name"], peers, found["cursor"], found["has_news"], waiter, [each["id"] for each in found["left"]], list(found["gone"]))
 
     def _greet(self) -> None:
         """Connect, and learn the secret that all servers share. RedisError. CannotStart: the store has another one."""
         url = "redis" + self._settings.store.removeprefix("redis").removeprefix("valkey")
-        pool = redis.ConnectionPool.from_url(url, protocol=2, decode_responses=True, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT,
-                                             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+        pool = redis.ConnectionPool.from_url(url, protocol=2, decode_responses=True, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
         self._redis = redis.Redis(connection_pool=pool)
         self._sender, self._reader = pool.get_connection(), pool.get_connection()      # the library's pipeline and xread take longer than the store
         numbers = {name: value for name, value in vars(self._settings).items() if isinstance(value, (int, float))}
@@ -385,14 +375,13 @@ class RedisRegistry:
         self._sha = self._redis.script_load(self._script)
         self._offset = 1e18     # milliseconds by which the store's clock is ahead; until it tells, no call is late
         self._redis.xadd(f"{PREFIX}wake:{self._process}", {"token": ""})
-        self._exchange([("counts", "{}", concurrent.futures.Future())])     # the script runs here; and it says how long the stream lives
+        self._exchange([("counts", "{}", Future())])     # the script runs here; and it says how long the stream lives
         self._redis.set(PREFIX + "secret", f"{self.peer_digest('').hex()}:{'' if self._given else self._secret.hex()}", nx=True)
         digest, _, made = self._redis.get(PREFIX + "secret").partition(":")
         self._secret = bytes.fromhex(made) or self._secret
         if made and self._given or digest != self.peer_digest("").hex():
             raise CannotStart("the servers that share a store need the same P2P_STORE_SECRET")
-        self._last = "0"        # that is read of those to be woken
-        self._is_up = True
+        self._last, self._is_up = "0", True     # what is read of those to be woken
 
     def _work(self) -> None:
         """Send the calls, as many at once as there are. While the store is down they end at once."""
@@ -408,29 +397,28 @@ class RedisRegistry:
             for answer in [answer for _, _, answer in calls if not answer.done()]:
                 answer.set_exception(Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"}))
 
-    def _exchange(self, calls: List[Call]) -> None:
+    def _exchange(self, calls: List[Tuple[str, str, Future[Any]]]) -> None:
         """Send calls, all at once, and end each. RedisError: the store is down, has come back empty, or cannot be written to."""
         gives_up_at = time.monotonic() * 1000 + self._offset + TIMEOUT * 1000       # by the store's clock
-        clock = self._clock() * 1000 if self._clock else ""
-        self._sender.send_packed_command(self._sender.pack_commands([
-            ("EVALSHA", self._sha, 1, PREFIX, operation, self._process, gives_up_at, clock, text) for operation, text, _ in calls]))
-        for call in calls:
+        command = "EVALSHA", self._sha, 1, PREFIX, self._process, gives_up_at, self._clock() * 1000 if self._clock else ""
+        self._sender.send_packed_command(self._sender.pack_commands([(*command, operation, text) for operation, text, _ in calls]))
+        for operation, text, answer in calls:
             try:
                 done = json.loads(self._sender.read_response())
             except redis.exceptions.NoScriptError:
                 self._redis.script_load(self._script)
-                self._queue.put(call)
+                self._queue.put((operation, text, answer))
                 continue
             self._offset = done["now"] - time.monotonic() * 1000
-            for operation, name, detail, client in done["events"]:
-                self.events.append((operation, name, f"renamed to {detail!r}" if operation == "update_game" else detail, bytes.fromhex(client)))
+            for event, name, detail, client in done["events"]:
+                self.events.append((event, name, f"renamed to {detail!r}" if event == "update_game" else detail, bytes.fromhex(client)))
             for token in done["woken"]:
                 self._wake(token)
             if done["ok"]:
-                call[2].set_result(done.get("result"))
+                answer.set_result(done.get("result"))
             else:
-                kind, limit, text, *words = done["result"]
-                call[2].set_exception(getattr(p2pserver, kind)(text.format(*words), limit=limit))
+                kind, limit, detail, *words = done["result"]
+                answer.set_exception(getattr(p2pserver, kind)(detail.format(*words), limit=limit))
 
     def _listen(self) -> None:
         """Wake whom the store names. What is not read yet stays there, so that a cut loses nothing. Once the store has failed, greet it again."""
