@@ -36,7 +36,7 @@ local P, process, deadline, clock, op, a = KEYS[1], ARGV[1], tonumber(ARGV[2]), 
 local call, time = redis.call, redis.call('TIME')
 local real = time[1] * 1000 + math.floor(time[2] / 1000)
 local now, cursor = clock or real, tonumber(call('GET', P .. 'cursor') or 0)      -- milliseconds; the last version
-local version = math.max(cursor + 1, time[1] * 10000 + math.floor(time[2] / 100))       -- of what this call changes; it grows over the loss of the store
+local version = math.max(cursor + 1, time[1] * 10000 + math.floor(time[2] / 100))       -- of what this call changes; grows over a loss of the store
 local woken, events = {}, {}                -- tokens of this server; what has happened to games
 
 local function event(operation, name, detail, client) events[#events + 1] = {operation, name, detail, client} end
