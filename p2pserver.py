@@ -541,8 +541,8 @@ class GameRegistry(Protocol):
     def leave_game(self, name: str, digest: bytes) -> None:
         """End a guest's session. NotFound: the game or the session."""
 
-    def forget_waiter(self, waiter: Waiter) -> None:
-        """Its client has gone, or it is asked again: it is not to be woken any more, and has the game's present name."""
+    def forget_waiter(self, waiter: Waiter) -> GameRegistry:
+        """Its client has gone, or it is asked again, of what this returns: it is not to be woken any more, and has the game's present name."""
 
     def list_games(self) -> Tuple[int, bytes]:
         """The listed games, oldest first, as JSON text, and the version of the list, which grows with every change of it."""
@@ -757,12 +757,13 @@ class Registry:
                 raise NotFound(f"there is no session with the game {name!r} that could end")
             self._remove(game.guests[digest], "leave_game")
 
-    def forget_waiter(self, waiter: Waiter) -> None:
+    def forget_waiter(self, waiter: Waiter) -> GameRegistry:
         with self._lock:
             waiter.name = game_of(waiter.entry).name
             if self._waiters.get(waiter.entry) is waiter:
                 del self._waiters[waiter.entry]
                 self._keep_alive(waiter.entry)      # until now the wait did
+            return self
 
     def list_games(self) -> Tuple[int, bytes]:
         with self._lock:
@@ -1790,9 +1791,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not data or len(connection.buffer) > MAX_HEAD or connection.reads > 2 * FREE_READS + len(connection.buffer) // BYTES_PER_READ:
                 return      # the connection ends
             connection.buffer += data       # the next request comes early, and waits
-        server.registry.forget_waiter(waiter)
+        registry = server.registry.forget_waiter(waiter)
         wake = None if waiter.is_over or self.is_late else self.waker()
-        registry = server.registry.for_request()
         request = Request(registry, waiter.name, waiter.digest, {"after": waiter.after}, {}, connection.client, connection.wait, wake, waiter.is_busy)
         connection.call = functools.partial(route.endpoint, server, request)
         self.respond(connection.call)

@@ -54,10 +54,7 @@ local function check_room(what, count, of_client)
   error({'TooMany', what .. '_per_client', 'your address has {} {}, which is all that one may have', of_client, what})
 end
 
-local function load(key)
-  local text = call('GET', P .. 'game:' .. (key or ''))
-  return text and cmsgpack.unpack(text)
-end
+local function load(key) return cmsgpack.unpack(call('GET', P .. 'game:' .. (key or '')) or '\192') end      -- \192: nil, as MessagePack
 local function find_game(owner)             -- a.name: of a call that waited /key/name
   local key, name = string.match(a.name, '^/(%d+)[^/]*/(.*)$')
   local g = load(key) or load(call('HGET', P .. 'names', name or a.name)) or error({'NotFound', '', 'there is no game {!r}', name or a.name})
@@ -231,13 +228,12 @@ end
 if real > deadline then return redis.error_reply('LATE nobody waits for it any more') end
 -- The first write: a replica refuses it before anything has changed, and Redis 6.2, when it is full, lets go on who has written already.
 if call('PEXPIRE', P .. 'wake:' .. process, 10000) == 0 then return redis.error_reply('LOST the store came back empty') end
--- What has expired goes. Who waits at a server that is there is alive, unless an operator has set its time to -1.
 local keys = call('ZRANGEBYSCORE', P .. 'ends', '-inf', now, 'LIMIT', 0, 500)
 table.sort(keys, function(one, other) return #one < #other end)     -- games first: their guests go with them
 for _, key in ipairs(keys) do
   local g, token = load(string.match(key, '^%d+')), call('HGET', P .. 'held', key)
   local guest = g and find(g.guests, key)
-  local waits = token and call('EXISTS', P .. 'wake:' .. string.match(token, '^[^/]+')) == 1
+  local waits = token and call('EXISTS', P .. 'wake:' .. string.match(token, '^[^/]+')) == 1     -- alive, unless an operator set -1
   if waits and tonumber(call('ZSCORE', P .. 'ends', key)) >= 0 then keep_alive(key)
   elseif guest then remove(g, guest, 'expire_guest')
   elseif g and g.key == key then remove(g, nil, 'expire_game')
@@ -299,9 +295,13 @@ class RedisRegistry:
     def leave_game(self, name: str, digest: bytes) -> None:
         self._ask("leave_game", name=name, digest=digest).result()
 
-    def forget_waiter(self, waiter: Waiter) -> None:
-        if self._waiters.pop(waiter.entry, None):
-            self._send("forget_waiter", key=waiter.name.split("/")[1], token=waiter.entry)
+    def forget_waiter(self, waiter: Waiter) -> RedisRegistry:
+        registry, (operation, token) = self.for_request(), waiter.entry
+        if self._waiters.pop(token, None):
+            self._send("forget_waiter", key=waiter.name.split("/")[1], token=token)
+        elif isinstance(token, Future) and token.done() and not token.exception() and token.result()["has_news"]:
+            registry._answers[operation] = token
+        return registry
 
     def list_games(self) -> Tuple[int, bytes]:
         answer = self._ask("list_games", known=self._list[0][0]).result()
@@ -347,17 +347,17 @@ class RedisRegistry:
     def _meet(self, operation: str, name: str, digest: bytes, after: Optional[int], wake: Wake, **values: Any) -> News:
         """What the store answers to a poll or start. Later. Problem."""
         if wake and not self._answers and len(self._waiters) < self._settings.max_waiting:
-            self._waiter = Waiter(f"{self._process}/{os.urandom(8).hex()}", name, digest, after, wake)
-            self._waiters[self._waiter.entry] = self._waiter        # before the call is sent: news may come before its answer does
-        waiter = self._waiter
-        answer = self._ask(operation, name=name, digest=digest, after=after, token=waiter and waiter.entry, **values)
+            token: Any = f"{self._process}/{os.urandom(8).hex()}"
+            self._waiter = self._waiters[token] = Waiter([operation, token], name, digest, after, wake)      # its news may come before the answer
+        waiter, token = self._waiter, self._waiter and self._waiter.entry[1]
+        answer = self._ask(operation, name=name, digest=digest, after=after, token=token, **values)
         if waiter and (answer.exception() or not answer.result()["waits"]):
-            self._waiters.pop(waiter.entry, None)
+            self._waiters.pop(token, None)
             waiter = None
         found = answer.result()
         if waiter:
             waiter.name = f"/{found['key']}/{found['name']}"        # finds the game whatever it is called by then
-            if waiter.entry not in self._waiters:
+            if token not in self._waiters:
                 waiter.wake()       # once more: when it was woken, nobody waited
         peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in found["peers"]]
         return News(found["name"], peers, found["cursor"], found["has_news"], waiter, [each["id"] for each in found["left"]], list(found["gone"]))
@@ -373,7 +373,7 @@ class RedisRegistry:
         flags = "#!lua flags=allow-oom\n" if int(self._redis.info("server")["redis_version"].partition(".")[0]) >= 7 else ""
         self._script = flags + f"local limit = {{{', '.join([f'{name} = {value:.15g}' for name, value in limits.items()])}}}\n" + LUA
         self._sha = self._redis.script_load(self._script)
-        self._offset = 1e18     # milliseconds by which the store's clock is ahead; until it tells, no call is late
+        self._offset = 1e18     # milliseconds from this clock to the store's, and TIMEOUT; until the store tells, no call is late
         self._redis.xadd(f"{PREFIX}wake:{self._process}", {"token": ""})
         self._exchange([("counts", "{}", Future())])     # the script runs here; and it says how long the stream lives
         self._redis.set(PREFIX + "secret", f"{self.peer_digest('').hex()}:{'' if self._given else self._secret.hex()}", nx=True)
@@ -399,8 +399,7 @@ class RedisRegistry:
 
     def _exchange(self, calls: List[Tuple[str, str, Future[Any]]]) -> None:
         """Send calls, all at once, and end each. RedisError: the store is down, has come back empty, or cannot be written to."""
-        gives_up_at = time.monotonic() * 1000 + self._offset + TIMEOUT * 1000       # by the store's clock
-        command = "EVALSHA", self._sha, 1, PREFIX, self._process, gives_up_at, self._clock() * 1000 if self._clock else ""
+        command = "EVALSHA", self._sha, 1, PREFIX, self._process, time.monotonic() * 1000 + self._offset, self._clock() * 1000 if self._clock else ""
         self._sender.send_packed_command(self._sender.pack_commands([(*command, operation, text) for operation, text, _ in calls]))
         for operation, text, answer in calls:
             try:
@@ -409,7 +408,7 @@ class RedisRegistry:
                 self._redis.script_load(self._script)
                 self._queue.put((operation, text, answer))
                 continue
-            self._offset = done["now"] - time.monotonic() * 1000
+            self._offset = done["now"] + (TIMEOUT - time.monotonic()) * 1000
             for event, name, detail, client in done["events"]:
                 self.events.append((event, name, f"renamed to {detail!r}" if event == "update_game" else detail, bytes.fromhex(client)))
             for token in done["woken"]:
@@ -439,7 +438,8 @@ class RedisRegistry:
         waiter = self._waiters.pop(token.rstrip("!"), None)
         if waiter:
             waiter.is_over, waiter.is_busy = token.endswith("!"), token.endswith("!!")
-            waiter.wake()
+            waiter.entry[1] = ahead = self._send(waiter.entry[0], name=waiter.name, digest=waiter.digest, after=waiter.after, dismiss=[])
+            ahead.add_done_callback(lambda _: waiter.wake())        # it finds the answer there, so that two threads less pass it on
 
     def _wake_all(self) -> None:
         """The store has come up again: have all asked again within a second. They wait until they are."""

@@ -256,6 +256,12 @@ class Direct:
 
     def call(self, method, *args, **values):
         try:
+            return self.wait_for(method, *args, **values)
+        finally:
+            self.wait_for(self.registry.for_request().counts)       # whom the call wakes is woken by then
+
+    def wait_for(self, method, *args, **values):
+        try:
             return method(*args, **values)
         except p2pserver.Later as later:
             there = threading.Event()
