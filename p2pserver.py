@@ -502,9 +502,8 @@ class Later(Exception):
 
 
 class GameRegistry(Protocol):
-    """What the server asks of a registry. Any thread may call it, with values that passed validation. It knows no HTTP.
-
-    What for_request() gives may raise Later from each method but for peer_digest, forget_waiter and expire_games.
+    """What the server asks of a registry. Any thread may call it, with values that passed validation. It knows no HTTP. Of what for_request() gives
+    each method may raise Later, but for peer_digest, forget_waiter and expire_games.
 
     A method that raises NotFound, Forbidden, Conflict or Full has changed nothing, except that the owner counts as alive.
     digest is that of the caller's peerId; client is the client key of its address.
@@ -1763,8 +1762,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         digest, fields = self.read_fields(route) if route.fields else (b"", {})
         connection.wait = wished_wait(fields, connection.head.headers, server.settings.max_wait)
         connection.deadline = time.monotonic() + connection.wait
-        registry = server.registry.for_request()
-        request = Request(registry, name or fields.get("name", ""), digest, fields, connection.head.headers, connection.client, connection.wait, self.waker())
+        request = Request(server.registry.for_request(), name or fields.get("name", ""), digest, fields, connection.head.headers, connection.client,
+                          connection.wait, self.waker())
         connection.call = lambda: check_preconditions(server, request, connection.head.method, routes) or route.endpoint(server, request)
         return connection.call()
 
