@@ -478,21 +478,26 @@ class News(NamedTuple):
 
 
 class Later(Exception):
-    """Raised by a registry whose answer comes later. send(wake) asks for it, and wake is called, in any thread, once it is there. Then
-    the call that raised this, made again, gives it; before, it raises this again."""
+    """Raised by a registry whose answer comes later. send(wake): wake is called, in any thread, once it is there; then the same call is to be made
+    again. Before, that raises this again."""
 
-    send: Callable[[Callable[[], None]], None]
+    def __init__(self, send: Callable[[Callable[[], None]], None]) -> None:
+        super().__init__()
+        self.send = send
 
 
 class GameRegistry(Protocol):
-    """What the server asks of a registry. Any thread may call it, with values that passed validation. It knows no HTTP. Each method may raise
-    Later, but for peer_digest, forget_waiter and expire_games.
+    """What the server asks of a registry. Any thread may call it, with values that passed validation. It knows no HTTP. Of what for_request() gives
+    each method may raise Later, but for peer_digest, forget_waiter and expire_games.
 
     A method that raises NotFound, Forbidden, Conflict or Full has changed nothing, except that the owner counts as alive.
     digest is that of the caller's peerId; client is the client key of its address.
     """
 
     events: collections.deque[Tuple[str, str, str, bytes]]     # what has happened to games: operation, name, detail, client key
+
+    def for_request(self) -> GameRegistry:
+        """The same registry for the calls of one request, with the answers that have come to these."""
 
     def peer_digest(self, peer_id: str) -> bytes:
         """What stands for a peerId in all other methods."""
@@ -520,8 +525,8 @@ class GameRegistry(Protocol):
     def leave_game(self, name: str, digest: bytes) -> None:
         """End a guest's session. NotFound: the game or the session."""
 
-    def forget_waiter(self, waiter: Waiter) -> None:
-        """Its client has gone, or it is asked again: it is not to be woken any more, and has the game's present name."""
+    def forget_waiter(self, waiter: Waiter) -> GameRegistry:
+        """Its client has gone, or it is asked again, of what this returns: it is not to be woken any more, and has the game's present name."""
 
     def list_games(self) -> Tuple[int, bytes]:
         """The listed games, oldest first, as JSON text, and the version of the list, which grows with every change of it."""
@@ -651,6 +656,9 @@ class Registry:
         # Appended to under the lock. A deque's ends are safe without it.
         self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
 
+    def for_request(self) -> GameRegistry:
+        return self
+
     def peer_digest(self, peer_id: str) -> bytes:
         return keyed_digest(peer_id, self._secret)
 
@@ -718,12 +726,13 @@ class Registry:
             guest = self._find(name).guests.get(digest)
             self._remove(insist(guest, f"there is no session with the game {name!r} that could end", NotFound), "leave_game")
 
-    def forget_waiter(self, waiter: Waiter) -> None:
+    def forget_waiter(self, waiter: Waiter) -> GameRegistry:
         with self._lock:
             waiter.name = game_of(waiter.entry).name
             if self._waiters.get(waiter.entry) is waiter:
                 del self._waiters[waiter.entry]
                 self._keep_alive(waiter.entry)      # until now the wait did
+            return self
 
     def list_games(self) -> Tuple[int, bytes]:
         with self._lock:
@@ -1034,6 +1043,7 @@ class StunServer(socketserver.UDPServer):
 class Request(NamedTuple):
     """A request past all checks, or one that waited and is asked again."""
 
+    registry: GameRegistry
     name: str                                       # of the game
     digest: bytes                                   # of the peerId
     fields: Mapping[str, Any]                       # by name; of a request that is asked again only after
@@ -1089,7 +1099,7 @@ def turn_credentials(settings: Settings) -> Dict[str, Any]:
 
 def register_game(server: Server, request: Request) -> Answer:
     """offer a game, or go on offering it"""
-    is_new = server.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
+    is_new = request.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
     turn = {"turn": turn_credentials(server.settings)} if server.settings.turn_url else {}
     body = {"name": request.name, "stun": server.stun_ports, **turn, "expiresIn": server.settings.game_ttl, "pollAfter": server.settings.poll_after}
     return Answer(201, body, location(request.name)) if is_new else Answer(200, body)
@@ -1098,7 +1108,7 @@ def register_game(server: Server, request: Request) -> Answer:
 def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
     name, digest, fields, wake = request.name, request.digest, request.fields, request.wake
-    polled = server.registry.poll_game(
+    polled = request.registry.poll_game(
         name, digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), wake, request.client.address)
     body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
     return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, polled.has_news)
@@ -1107,7 +1117,7 @@ def poll_game(server: Server, request: Request) -> Outcome:
 def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
     name, digest, fields, client = request.name, request.digest, request.fields, request.client
-    started = server.registry.start_game(name, digest, fields.get("addresses"), fields["after"], client.key, client.address, request.wake)
+    started = request.registry.start_game(name, digest, fields.get("addresses"), fields["after"], client.key, client.address, request.wake)
     [host] = started.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
     body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": server.stun_ports}
@@ -1116,45 +1126,45 @@ def start_game(server: Server, request: Request) -> Outcome:
 
 def leave_game(server: Server, request: Request) -> Answer:
     """leave as a guest, whose place is free then"""
-    server.registry.leave_game(request.name, request.digest)
+    request.registry.leave_game(request.name, request.digest)
     return Answer(204)
 
 
 def list_games(server: Server, request: Request) -> Answer:
     """the listed games, oldest first"""
-    version, body = server.registry.list_games()
+    version, body = request.registry.list_games()
     return Answer(200, body, {"ETag": f'"{version:x}"', "Cache-Control": "no-cache"})    # to be kept, but not used without asking again
 
 
 def get_game(server: Server, request: Request) -> Answer:
     """one game, listed or not"""
-    return Answer(200, server.registry.get_game(request.name) + b"\n")
+    return Answer(200, request.registry.get_game(request.name) + b"\n")
 
 
 def update_game(server: Server, request: Request) -> Answer:
     """its host renames or describes it"""
     new_name = request.fields["name"]
-    body = server.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
+    body = request.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
     return Answer(200, body + b"\n", location(new_name) if new_name not in (None, request.name) else {})
 
 
 def delete_game(server: Server, request: Request) -> Answer:
     """its host ends it"""
-    server.registry.delete_game(request.name, request.digest)
+    request.registry.delete_game(request.name, request.digest)
     return Answer(204)
 
 
 def show_health(server: Server, request: Request) -> Answer:
     """for load balancers and monitors"""
     insist(not server.stopping, "the server is shutting down", status=503)
-    counts = server.registry.counts()
+    counts = request.registry.counts()
     return Answer(200, {"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]})
 
 
 def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
     insist(request.client.is_local or request.client.address in server.watchers, "metrics are for this machine and for --metrics-from", Forbidden)
-    gauges = {**server.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
+    gauges = {**request.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
               "uptime_seconds": round(time.monotonic() - server.began, 3)}
     text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
     for name, labels, counts in (
@@ -1645,7 +1655,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def outcome_of(self, ask: Callable[[], Callable[[], Outcome]]) -> Steps:
         """What the call that ask() gives comes to, or the answer that stands for its failure."""
-        call = asked = None
+        call = None
         while True:
             try:
                 call = call or ask()
@@ -1655,9 +1665,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.problem = problem
                 return self.answer_to(problem)
             except Later as later:
-                if later is not asked:
-                    later.send(functools.partial(self.server.wake, self))
-                asked = later
+                later.send(functools.partial(self.server.wake, self))
             except Exception:
                 log.exception("a request failed")
                 return self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
@@ -1681,7 +1689,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         digest, fields = self.read_fields(route) if route.fields else (b"", {})
         self.wait = wished_wait(fields, head.headers, server.settings.max_wait)
         self.deadline = time.monotonic() + self.wait
-        request = Request(name or fields.get("name", ""), digest, fields, head.headers, self.client, self.wait, self.waker())
+        registry, name = server.registry.for_request(), name or fields.get("name", "")
+        request = Request(registry, name, digest, fields, head.headers, self.client, self.wait, self.waker())
         return lambda: check_preconditions(server, request, head.method, routes) or route.endpoint(server, request)
 
     def read_fields(self, route: Route) -> Tuple[bytes, Dict[str, Any]]:
@@ -1712,9 +1721,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What asks again for a poll or start that waits: there may be news, or its time may be over."""
         server, waiter, route = self.server, self.waiter, self.route
         assert waiter and route
-        server.registry.forget_waiter(waiter)
+        registry = server.registry.forget_waiter(waiter)
         wake = None if waiter.is_over or self.is_late else self.waker()
-        request = Request(waiter.name, waiter.digest, {"after": waiter.after}, {}, self.client, self.wait, wake, waiter.is_busy)
+        request = Request(registry, waiter.name, waiter.digest, {"after": waiter.after}, {}, self.client, self.wait, wake, waiter.is_busy)
         return functools.partial(route.endpoint, server, request)
 
     def waker(self) -> Optional[Callable[[], None]]:

@@ -16,16 +16,15 @@ thread sends the calls, as many in one round trip as there are; another reads wh
 from __future__ import annotations
 
 import collections
-import concurrent.futures
-import contextvars
-import functools
+import copy
 import json
 import os
 import pathlib
 import queue
 import threading
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from concurrent.futures import Future
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import redis
 
@@ -33,17 +32,16 @@ import p2pserver
 from p2pserver import CannotStart, Full, Later, News, Replies, Session, Settings, Text, Waiter, Wake, log
 
 LUA = r"""
-local P, op, process, deadline, clock, a = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), cjson.decode(ARGV[5])
+local P, process, deadline, clock, op, a = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], cjson.decode(ARGV[5])
 local call, time = redis.call, redis.call('TIME')
 local real = time[1] * 1000 + math.floor(time[2] / 1000)
 local now, cursor = clock or real, tonumber(call('GET', P .. 'cursor') or 0)      -- milliseconds; the last version
--- Of all that this call changes. Never behind the clock, so that it grows also over the loss of the store.
-local version = math.max(cursor + 1, time[1] * 10000 + math.floor(time[2] / 100))
+local version = math.max(cursor + 1, time[1] * 10000 + math.floor(time[2] / 100))       -- of what this call changes; grows over a loss of the store
 local woken, events = {}, {}                -- tokens of this server; what has happened to games
 
 local function event(operation, name, detail, client) events[#events + 1] = {operation, name, detail, client} end
-local function find(list, field, value)     -- an entry, and where it is
-  for i, each in ipairs(list) do if each[field] == value then return each, i end end
+local function find(list, value, field)     -- an entry by its key, or another field, and where it is
+  for i, each in ipairs(list) do if each[field or 'key'] == value then return each, i end end
 end
 local function newer(list, than)            -- the entries that have changed since
   local found = {}
@@ -56,12 +54,9 @@ local function check_room(what, count, of_client)
   error({'TooMany', what .. '_per_client', 'your address has {} {}, which is all that one may have', of_client, what})
 end
 
-local function load(key)
-  local text = call('GET', P .. 'game:' .. (key or ''))
-  return text and cmsgpack.unpack(text)
-end
-local function find_game(owner)             -- a.name: of one that is asked again /key/name
-  local key, name = string.match(a.name, '^/(%d+)/(.*)$')
+local function load(key) return cmsgpack.unpack(call('GET', P .. 'game:' .. (key or '')) or '\192') end      -- \192: nil, as MessagePack
+local function find_game(owner)             -- a.name: of a call that waited /key/name
+  local key, name = string.match(a.name, '^/(%d+)[^/]*/(.*)$')
   local g = load(key) or load(call('HGET', P .. 'names', name or a.name)) or error({'NotFound', '', 'there is no game {!r}', name or a.name})
   if owner and g.owner ~= owner then error({'Forbidden', '', 'the peerId is not the one that registered this game'}) end
   return g
@@ -69,10 +64,10 @@ end
 local function line(g)
   return string.format('{"name":%s,"info":%s,"guests":%d,"ready":%s}', cjson.encode(g.name), g.info, #g.guests, tostring(g.ready))
 end
-local function save(g, is_new)              -- with what follows from it: bytes, cursor, list
+local function save(g, is_new)              -- with what follows from it: bytes (bench/store.py measures them), cursor, list
   for _, list in ipairs({g.left, g.dismissed}) do if #list > limit.max_remembered then table.remove(list, 1) end end
-  local size = limit.game_size + #g.name + #g.info + #g.addresses + limit.member_size * (#g.left + #g.dismissed)
-  for _, guest in ipairs(g.guests) do size = size + limit.guest_size + #guest.addresses + (guest.reply and #guest.reply.addresses or 0) end
+  local size = 800 + #g.name + #g.info + #g.addresses + limit.member_size * (#g.left + #g.dismissed)
+  for _, guest in ipairs(g.guests) do size = size + 400 + #guest.addresses + (guest.reply and #guest.reply.addresses or 0) end
   local growth, room = size - g.size, limit.max_memory * (is_new and 900000 or 1000000) - (call('GET', P .. 'stored') or 0)
   if growth > 0 and growth > room then error({'Full', 'memory', "the server's memory for games is full"}) end
   g.size = size
@@ -85,9 +80,7 @@ local function save(g, is_new)              -- with what follows from it: bytes,
   call('SET', P .. 'list', version)
 end
 
-local function keep_alive(key)
-  call('ZADD', P .. 'ends', now + 1000 * (string.find(key, ':') and limit.guest_ttl or limit.game_ttl), key)
-end
+local function keep_alive(key) call('ZADD', P .. 'ends', now + 1000 * (string.find(key, ':') and limit.guest_ttl or limit.game_ttl), key) end
 local function wake(key, mark)              -- mark: "!": it is to be answered now; "!!": another took its place
   local token = call('HGET', P .. 'held', key)
   if not token then return end
@@ -109,9 +102,10 @@ local function remove(g, guest, operation)  -- a guest; or the game with its gue
   local going = guest and {guest} or g.guests
   if guest then
     version = version + 1
-    table.remove(g.guests, select(2, find(g.guests, 'key', guest.key)))
+    table.remove(g.guests, select(2, find(g.guests, guest.key)))
     g.left, g.news = newer(g.left, g.told), version
     g.left[#g.left + 1] = {changed = version, id = guest.id}
+    if operation == 'dismiss_guest' then g.dismissed[#g.dismissed + 1] = {key = guest.key} end
     save(g)
     wake(g.key, '')
   else
@@ -129,19 +123,6 @@ local function remove(g, guest, operation)  -- a guest; or the game with its gue
     call('ZREM', P .. 'ends', entry.key)
   end
 end
-local function expire()                     -- who waits at a server that is there is alive, unless an operator has set its time to -1
-  local keys = call('ZRANGEBYSCORE', P .. 'ends', '-inf', now, 'LIMIT', 0, 500)
-  table.sort(keys, function(one, other) return #one < #other end)     -- games first: their guests go with them
-  for _, key in ipairs(keys) do
-    local g, token = load(string.match(key, '^%d+')), call('HGET', P .. 'held', key)
-    local guest = g and find(g.guests, 'key', key)
-    local waits = token and call('EXISTS', P .. 'wake:' .. string.match(token, '^[^/]+')) == 1
-    if waits and tonumber(call('ZSCORE', P .. 'ends', key)) >= 0 then keep_alive(key)
-    elseif guest then remove(g, guest, 'expire_guest')
-    elseif g and g.key == key then remove(g, nil, 'expire_game')
-    else call('ZREM', P .. 'ends', key) end
-  end
-end
 
 local ops = {}
 local function describe(g, is_new)
@@ -150,46 +131,39 @@ local function describe(g, is_new)
   save(g, is_new)
 end
 function ops.register_game()
-  local g = load(call('HGET', P .. 'names', a.name))
-  local is_new = not g
-  if is_new then
-    check_room('games', call('HLEN', P .. 'names'), tonumber(call('HGET', P .. 'clients', a.client) or 0))
-    g = {key = string.format('%.0f', version), name = a.name, owner = a.digest, client = a.client, info = '{}', listed = true,
-      addresses = '[]', ready = false, changed = 0, news = version, told = -1, left = {}, dismissed = {}, guests = {}, size = 0}
-  elseif g.owner ~= a.digest then error({'Conflict', '', 'the name {!r} is taken', g.name}) end
-  describe(g, is_new)
+  local old = load(call('HGET', P .. 'names', a.name))
+  if old and old.owner ~= a.digest then error({'Conflict', '', 'the name {!r} is taken', a.name}) end
+  if not old then check_room('games', call('HLEN', P .. 'names'), tonumber(call('HGET', P .. 'clients', a.client) or 0)) end
+  local g = old or {key = string.format('%.0f', version), name = a.name, owner = a.digest, client = a.client, info = '{}', listed = true,
+    addresses = '[]', ready = false, changed = 0, news = version, told = -1, left = {}, dismissed = {}, guests = {}, size = 0}
+  describe(g, not old)
   keep_alive(g.key)
-  if is_new then
-    call('HSET', P .. 'names', g.name, g.key)
-    call('HINCRBY', P .. 'clients', g.client, 1)
-    event(op, g.name, '', g.client)
-  end
-  return is_new
+  if old then return false end
+  call('HSET', P .. 'names', g.name, g.key)
+  call('HINCRBY', P .. 'clients', g.client, 1)
+  event(op, g.name, '', g.client)
+  return true
 end
 local function since() return a.after and a.after <= cursor and a.after or -1 end       -- the version up to which the caller knows all
 function ops.poll_game()
   local g, replies, gone = find_game(a.digest), a.replies or {}, {}
-  local told, is_first, is_same = g.told, g.changed == 0, a.addresses == nil or a.addresses == g.addresses
+  local told, seen_at, is_first, is_same = g.told, g.seen_at, g.changed == 0, a.addresses == nil or a.addresses == g.addresses
   keep_alive(g.key)
   g.told = a.after and since() or cursor
   if not is_same then g.addresses, g.changed = a.addresses, version end
   if a.replies or not is_same then g.ready = g.addresses ~= '[]' or a.replies ~= nil end
   for _, reply in ipairs(replies) do
-    local guest = find(g.guests, 'id', reply[1])
+    local guest = find(g.guests, reply[1], 'id')
     if not guest then gone[#gone + 1] = reply[1]
     elseif guest.changed <= g.told and reply[2] ~= (guest.reply or {}).addresses then guest.reply = {addresses = reply[2], changed = version} end
   end
-  local has_moved = a.seen_at and a.seen_at ~= g.seen_at
   g.seen_at = a.seen_at or g.seen_at
-  if a.replies or not is_same or has_moved or g.told ~= told then save(g) end
+  if a.replies or not is_same or g.seen_at ~= seen_at or g.told ~= told then save(g) end
   if is_first and g.changed > 0 then event(op, g.name, 'first addresses', g.client) end
   for _, guest in ipairs(g.guests) do if (guest.reply or g).changed == version then wake(guest.key, '') end end
   for _, id in ipairs(a.dismiss) do
-    local guest = find(g.guests, 'id', id)
-    if guest then
-      g.dismissed[#g.dismissed + 1] = {key = guest.key}
-      remove(g, guest, 'dismiss_guest')
-    end
+    local guest = find(g.guests, id, 'id')
+    if guest then remove(g, guest, 'dismiss_guest') end
   end
   local guests, left = newer(g.guests, since()), a.after and newer(g.left, since()) or {}
   local news = {name = g.name, peers = guests, cursor = g.news, has_news = #guests + #left + #gone > 0, left = left, gone = gone}
@@ -199,8 +173,8 @@ function ops.start_game()
   local g = find_game()
   local key = g.key .. ':' .. a.digest
   if g.owner == a.digest then error({'Conflict', '', 'a host cannot start its own game'}) end
-  if find(g.dismissed, 'key', key) then error({'Forbidden', '', 'the host of the game {!r} has sent you away', g.name}) end
-  local guest, own = find(g.guests, 'key', key), 0
+  if find(g.dismissed, key) then error({'Forbidden', '', 'the host of the game {!r} has sent you away', g.name}) end
+  local guest, own = find(g.guests, key), 0
   local is_new = not guest
   if is_new then
     if not a.addresses then error({'NotFound', '', 'the session with the game {!r} is gone', g.name}) end
@@ -223,12 +197,9 @@ function ops.start_game()
 end
 function ops.leave_game()
   local g = find_game()
-  local guest = find(g.guests, 'key', g.key .. ':' .. a.digest)
-  remove(g, guest or error({'NotFound', '', 'there is no session with the game {!r} that could end', g.name}), op)
+  remove(g, find(g.guests, g.key .. ':' .. a.digest) or error({'NotFound', '', 'there is no session with the game {!r} that could end', g.name}), op)
 end
-function ops.forget_waiter()
-  if call('HGET', P .. 'held', a.key) == a.token then wake(a.key, '') end
-end
+function ops.forget_waiter() if call('HGET', P .. 'held', a.key) == a.token then wake(a.key, '') end end
 function ops.list_games()
   local current = tonumber(call('GET', P .. 'list') or 0)
   return {version = current, lines = current ~= a.known and call('ZRANGE', P .. 'lines', 0, -1)}
@@ -257,42 +228,24 @@ end
 if real > deadline then return redis.error_reply('LATE nobody waits for it any more') end
 -- The first write: a replica refuses it before anything has changed, and Redis 6.2, when it is full, lets go on who has written already.
 if call('PEXPIRE', P .. 'wake:' .. process, 10000) == 0 then return redis.error_reply('LOST the store came back empty') end
-expire()
+local keys = call('ZRANGEBYSCORE', P .. 'ends', '-inf', now, 'LIMIT', 0, 500)
+table.sort(keys, function(one, other) return #one < #other end)     -- games first: their guests go with them
+for _, key in ipairs(keys) do
+  local g, token = load(string.match(key, '^%d+')), call('HGET', P .. 'held', key)
+  local guest = g and find(g.guests, key)
+  local waits = token and call('EXISTS', P .. 'wake:' .. string.match(token, '^[^/]+')) == 1     -- alive, unless an operator set -1
+  if waits and tonumber(call('ZSCORE', P .. 'ends', key)) >= 0 then keep_alive(key)
+  elseif guest then remove(g, guest, 'expire_guest')
+  elseif g and g.key == key then remove(g, nil, 'expire_game')
+  else call('ZREM', P .. 'ends', key) end
+end
 local ok, result = pcall(ops[op])
 if not ok and (type(result) == 'string' or result.err) then error(result) end
 return cjson.encode({ok = ok, result = result, woken = woken, events = events, now = real})
 """
 
-LIMITS = ("game_ttl", "guest_ttl", "max_games", "max_guests", "max_games_per_client", "max_guests_per_client", "max_memory", "max_waiting")
-# Bytes that one takes in the store beside its texts (bench/store.py measures it).
-SIZES = {"game_size": 800, "guest_size": 400, "member_size": p2pserver.MEMBER_SIZE, "max_remembered": p2pserver.MAX_REMEMBERED}
 PREFIX, MAX_BATCH = "p2p:{lobby}:", 256         # of all keys; calls in one round trip
 TIMEOUT, SILENCE = 2.0, 0.7     # seconds for the store to answer, and to say that nobody is to be woken, which it does four times a second
-# The calls of a request whose answers are there, by operation, while it is repeated.
-ANSWERED: contextvars.ContextVar[Tuple[Tuple[str, Call], ...]] = contextvars.ContextVar("answered", default=())
-
-
-class Call(Later):
-    """One operation on its way to the store and back. waiter: who waits for news, if it comes to that."""
-
-    def __init__(self, registry: RedisRegistry, operation: str, values: Mapping[str, Any], waiter: Optional[Waiter] = None) -> None:
-        super().__init__(operation)
-        self.registry, self.operation, self.waiter = registry, operation, waiter
-        given = {name: value.hex() if name in ("digest", "client") else value for name, value in values.items() if value is not None}
-        self.text = json.dumps(given, default=bytes.decode)
-        self.earlier = ANSWERED.get()
-        self.answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-    def send(self, wake: Callable[[], None]) -> None:
-        self.answer.add_done_callback(lambda _: wake())
-        self.registry.queue.put(self)
-
-    def repeat(self, call: Callable[[], Any]) -> Any:
-        if not self.answer.done():
-            raise self
-        context = contextvars.copy_context()
-        context.run(ANSWERED.set, (*self.earlier, (self.operation, self)))
-        return context.run(call)
 
 
 class RedisRegistry:
@@ -300,11 +253,13 @@ class RedisRegistry:
 
     def __init__(self, settings: Settings, clock: Optional[Callable[[], float]] = None) -> None:
         self._settings, self._clock, self._process = settings, clock, os.urandom(6).hex()
-        self._list = 0, p2pserver.list_text(())
-        self._waiters: Dict[str, Waiter] = {}       # by token; also of calls that are on their way
+        self._answers: Dict[str, Future[Any]] = {}      # to the calls of a request, by operation; requests share all but these two
+        self._waiter: Optional[Waiter] = None           # its poll or start, if that may come to wait
+        self._list = [(0, p2pserver.list_text(()))]     # one item: the list of games as it was last seen, after its version
+        self._waiters: Dict[str, Waiter] = {}       # by their tokens; also of calls that are on their way
         self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
-        self.queue: queue.SimpleQueue[Call] = queue.SimpleQueue()       # calls that are not sent yet
-        self._stopping = False
+        self._queue: queue.SimpleQueue[Tuple[str, str, Future[Any]]] = queue.SimpleQueue()     # operations, arguments as JSON, answers
+        self._is_closed = False
         try:
             path = os.environ.get("P2P_STORE_SECRET_FILE")
             self._given = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get("P2P_STORE_SECRET", "")
@@ -315,15 +270,20 @@ class RedisRegistry:
         for work in (self._work, self._listen):
             threading.Thread(target=work, daemon=True).start()
 
+    def for_request(self) -> RedisRegistry:
+        registry = copy.copy(self)
+        registry._answers = {}
+        return registry
+
     def peer_digest(self, peer_id: str) -> bytes:
         return p2pserver.keyed_digest(peer_id, self._secret)
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
-        return bool(self._ask("register_game", name, digest, client=client, **shown))
+        return bool(self._ask("register_game", name=name, digest=digest, client=client, **shown).result())
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
                   dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
-        pairs = None if replies is None else list(replies.items())
+        pairs = replies and list(replies.items())
         return self._meet("poll_game", name, digest, after, wake, addresses=addresses, replies=pairs, dismiss=list(dismiss), seen_at=seen_at or None)
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
@@ -332,90 +292,101 @@ class RedisRegistry:
                           id=p2pserver.new_session_id(), session_key=p2pserver.new_session_id())
         return news._replace(peers=[host._replace(seen_at=p2pserver.published_at(host.seen_at, host.addresses)) for host in news.peers])
 
-    def forget_waiter(self, waiter: Waiter) -> None:
-        key, token = waiter.entry
-        waiter.name = f"/{key.partition(':')[0]}/{waiter.name}"     # finds the game whatever its name is by now
+    def leave_game(self, name: str, digest: bytes) -> None:
+        self._ask("leave_game", name=name, digest=digest).result()
+
+    def forget_waiter(self, waiter: Waiter) -> RedisRegistry:
+        registry, (operation, token) = self.for_request(), waiter.entry
         if self._waiters.pop(token, None):
-            self.queue.put(Call(self, "forget_waiter", {"key": key, "token": token}))
+            self._send("forget_waiter", key=waiter.name.split("/")[1], token=token)
+        elif isinstance(token, Future) and token.done() and not token.exception() and token.result()["has_news"]:
+            registry._answers[operation] = token
+        return registry
 
     def list_games(self) -> Tuple[int, bytes]:
-        answer = self._ask("list_games", known=self._list[0])
+        answer = self._ask("list_games", known=self._list[0][0]).result()
         if answer["lines"] is not False:
-            self._list = answer["version"], p2pserver.list_text(map(str.encode, answer["lines"]))
-        return self._list
+            self._list[0] = answer["version"], p2pserver.list_text(map(str.encode, answer["lines"]))
+        return self._list[0]
 
     def get_game(self, name: str) -> bytes:
-        return str.encode(self._ask("get_game", name))
+        return str.encode(self._ask("get_game", name=name).result())
 
     def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
-        return str.encode(self._ask("update_game", name, digest, new_name=new_name or name, **shown))
+        return str.encode(self._ask("update_game", name=name, digest=digest, new_name=new_name or name, **shown).result())
+
+    def delete_game(self, name: str, digest: bytes) -> None:
+        self._ask("delete_game", name=name, digest=digest).result()
 
     def counts(self) -> Dict[str, int]:
-        return {**self._ask("counts"), "waiting": sum([waiter.entry[0] != "" for waiter in list(self._waiters.values())])}
+        return {**self._ask("counts").result(), "waiting": len(self._waiters)}
 
     def expire_games(self) -> None:
-        """Have the store do so, as with each call; and see, ten times a second, whether it is there."""
-        self.queue.put(Call(self, "counts", {}))
+        self._send("counts")    # as each call it frees what has expired, and ten times a second it shows whether the store is there
 
     def close(self) -> None:
-        self._stopping = True
+        self._is_closed = True
         self.expire_games()     # ends the wait for a call
 
-    def _ask(self, operation: str, name: str = "", digest: bytes = b"", waiter: Optional[Waiter] = None, **values: Any) -> Any:
-        """The store's answer to the call that is repeated. Later: it is made for the first time. Problem."""
-        call = dict(ANSWERED.get()).get(operation)
-        if call is None:
-            raise Call(self, operation, {"name": name, "digest": digest, **values}, waiter)
-        return call.answer.result()
+    def _send(self, operation: str, **values: Any) -> Future[Any]:
+        """Have the store do an operation; its answer."""
+        given = {name: value.hex() if name in ("digest", "client") else value for name, value in values.items() if value is not None}
+        answer: Future[Any] = Future()
+        self._queue.put((operation, json.dumps(given, default=bytes.decode), answer))
+        return answer
 
-    leave_game = functools.partialmethod(_ask, "leave_game")
-    delete_game = functools.partialmethod(_ask, "delete_game")
+    def _ask(self, operation: str, **values: Any) -> Future[Any]:
+        """The store's answer to the call of a request. Later: it is not there yet."""
+        if operation not in self._answers:
+            self._answers[operation] = self._send(operation, **values)
+        answer = self._answers[operation]
+        if not answer.done():
+            raise Later(lambda wake: answer.add_done_callback(lambda _: wake()))
+        return answer
 
     def _meet(self, operation: str, name: str, digest: bytes, after: Optional[int], wake: Wake, **values: Any) -> News:
         """What the store answers to a poll or start. Later. Problem."""
-        call = dict(ANSWERED.get()).get(operation)
-        waiter = call.waiter if call else None
-        if call is None and wake and len(self._waiters) < self._settings.max_waiting:
-            waiter = Waiter(("", f"{self._process}/{os.urandom(8).hex()}"), name, digest, after, wake)
-            self._waiters[waiter.entry[1]] = waiter     # before the call is sent: news may come before the answer does
-        token = waiter.entry[1] if waiter else None
-        if waiter and call and (call.answer.exception() or not call.answer.result()["waits"]):
-            self._waiters.pop(waiter.entry[1], None)
+        if wake and not self._answers and len(self._waiters) < self._settings.max_waiting:
+            token: Any = f"{self._process}/{os.urandom(8).hex()}"
+            self._waiter = self._waiters[token] = Waiter([operation, token], name, digest, after, wake)      # its news may come before the answer
+        waiter, token = self._waiter, self._waiter and self._waiter.entry[1]
+        answer = self._ask(operation, name=name, digest=digest, after=after, token=token, **values)
+        if waiter and (answer.exception() or not answer.result()["waits"]):
+            self._waiters.pop(token, None)
             waiter = None
-        answer = self._ask(operation, name, digest, waiter, after=after, token=token, **values)
+        found = answer.result()
         if waiter:
-            waiter.entry, waiter.name = (answer["key"], token), answer["name"]
+            waiter.name = f"/{found['key']}/{found['name']}"        # finds the game whatever it is called by then
             if token not in self._waiters:
                 waiter.wake()       # once more: when it was woken, nobody waited
-        peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in answer["peers"]]
-        left = [each["id"] for each in answer["left"]]
-        return News(answer["name"], peers, answer["cursor"], answer["has_news"], waiter, left, list(answer["gone"]))
+        peers = [Session(peer["id"], peer["session_key"], peer["addresses"].encode(), peer.get("seen_at", "")) for peer in found["peers"]]
+        return News(found["name"], peers, found["cursor"], found["has_news"], waiter, [each["id"] for each in found["left"]], list(found["gone"]))
 
     def _greet(self) -> None:
         """Connect, and learn the secret that all servers share. RedisError. CannotStart: the store has another one."""
-        url = self._settings.store
-        connect = functools.partial(redis.Redis.from_url, "redis" + url[len("valkey"):] if url.startswith("valkey") else url, protocol=2,
-                                    decode_responses=True, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0), socket_connect_timeout=TIMEOUT)
-        self._redis, self._reader = connect(socket_timeout=TIMEOUT), connect(socket_timeout=SILENCE)
-        limits = {**{name: getattr(self._settings, name) for name in LIMITS}, **SIZES}
+        url = "redis" + self._settings.store.removeprefix("redis").removeprefix("valkey")
+        pool = redis.ConnectionPool.from_url(url, protocol=2, decode_responses=True, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT)
+        self._redis = redis.Redis(connection_pool=pool)
+        self._sender, self._reader = pool.get_connection(), pool.get_connection()      # the library's pipeline and xread take longer than the store
+        numbers = {name: value for name, value in vars(self._settings).items() if isinstance(value, (int, float))}
+        limits = {**numbers, "member_size": p2pserver.MEMBER_SIZE, "max_remembered": p2pserver.MAX_REMEMBERED}
         flags = "#!lua flags=allow-oom\n" if int(self._redis.info("server")["redis_version"].partition(".")[0]) >= 7 else ""
         self._script = flags + f"local limit = {{{', '.join([f'{name} = {value:.15g}' for name, value in limits.items()])}}}\n" + LUA
         self._sha = self._redis.script_load(self._script)
-        self._offset = 1e18     # milliseconds by which the store's clock is ahead; until it tells, no call is late
+        self._offset = 1e18     # milliseconds from this clock to the store's, and TIMEOUT; until the store tells, no call is late
         self._redis.xadd(f"{PREFIX}wake:{self._process}", {"token": ""})
-        self._exchange([Call(self, "counts", {})])      # the script runs here; and it says how long the stream lives
+        self._exchange([("counts", "{}", Future())])     # the script runs here; and it says how long the stream lives
         self._redis.set(PREFIX + "secret", f"{self.peer_digest('').hex()}:{'' if self._given else self._secret.hex()}", nx=True)
         digest, _, made = self._redis.get(PREFIX + "secret").partition(":")
-        if made and not self._given:
-            self._secret = bytes.fromhex(made)
-        if digest != self.peer_digest("").hex():
+        self._secret = bytes.fromhex(made) or self._secret
+        if made and self._given or digest != self.peer_digest("").hex():
             raise CannotStart("the servers that share a store need the same P2P_STORE_SECRET")
-        self._is_up = True
+        self._last, self._is_up = "0", True     # what is read of those to be woken
 
     def _work(self) -> None:
         """Send the calls, as many at once as there are. While the store is down they end at once."""
-        while not self._stopping:
-            calls = [self.queue.get(), *[self.queue.get() for _ in range(min(self.queue.qsize(), MAX_BATCH))]]
+        while not self._is_closed:
+            calls = [self._queue.get(), *[self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH))]]
             try:
                 if self._is_up:
                     self._exchange(calls)
@@ -423,50 +394,43 @@ class RedisRegistry:
             except (redis.RedisError, OSError) as error:
                 log.error("the store does not answer: %s", type(error).__name__)
                 self._is_up = False
-            for call in [call for call in calls if not call.answer.done()]:
-                call.answer.set_exception(Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"}))
+            for answer in [answer for _, _, answer in calls if not answer.done()]:
+                answer.set_exception(Full("the store of games does not answer", limit="store", headers={"Retry-After": "1"}))
 
-    def _exchange(self, calls: List[Call]) -> None:
+    def _exchange(self, calls: List[Tuple[str, str, Future[Any]]]) -> None:
         """Send calls, all at once, and end each. RedisError: the store is down, has come back empty, or cannot be written to."""
-        gives_up_at = time.monotonic() * 1000 + self._offset + TIMEOUT * 1000       # by the store's clock
-        with self._redis.pipeline(transaction=False) as pipeline:
-            for call in calls:
-                clock = self._clock() * 1000 if self._clock else ""
-                pipeline.evalsha(self._sha, 1, PREFIX, call.operation, self._process, gives_up_at, clock, call.text)
-            answers = pipeline.execute(raise_on_error=False)
-        for call, answer in zip(calls, answers):
-            if isinstance(answer, redis.exceptions.NoScriptError):
+        command = "EVALSHA", self._sha, 1, PREFIX, self._process, time.monotonic() * 1000 + self._offset, self._clock() * 1000 if self._clock else ""
+        self._sender.send_packed_command(self._sender.pack_commands([(*command, operation, text) for operation, text, _ in calls]))
+        for operation, text, answer in calls:
+            try:
+                done = json.loads(self._sender.read_response())
+            except redis.exceptions.NoScriptError:
                 self._redis.script_load(self._script)
-                self.queue.put(call)
+                self._queue.put((operation, text, answer))
                 continue
-            if isinstance(answer, Exception):
-                raise answer
-            done = json.loads(answer)
-            self._offset = done["now"] - time.monotonic() * 1000
-            for operation, name, detail, client in done["events"]:
-                self.events.append((operation, name, f"renamed to {detail!r}" if operation == "update_game" else detail, bytes.fromhex(client)))
+            self._offset = done["now"] + (TIMEOUT - time.monotonic()) * 1000
+            for event, name, detail, client in done["events"]:
+                self.events.append((event, name, f"renamed to {detail!r}" if event == "update_game" else detail, bytes.fromhex(client)))
             for token in done["woken"]:
                 self._wake(token)
             if done["ok"]:
-                call.answer.set_result(done.get("result"))
+                answer.set_result(done.get("result"))
             else:
-                kind, limit, text, *words = done["result"]
-                call.answer.set_exception(getattr(p2pserver, kind)(text.format(*words), limit=limit))
+                kind, limit, detail, *words = done["result"]
+                answer.set_exception(getattr(p2pserver, kind)(detail.format(*words), limit=limit))
 
     def _listen(self) -> None:
         """Wake whom the store names. What is not read yet stays there, so that a cut loses nothing. Once the store has failed, greet it again."""
-        last = "0"
-        while not self._stopping:
+        while not self._is_closed:
             try:
                 if not self._is_up:
                     self._greet()
-                    last = "0"      # it may be another one
                     log.info("the store answers again")
                     threading.Thread(target=self._wake_all, daemon=True).start()
-                answer = self._reader.xread({f"{PREFIX}wake:{self._process}": last}, block=250)
-                for each, fields in answer[0][1] if answer else ():
-                    self._wake(fields["token"])
-                    last = each
+                self._reader.send_command("XREAD", "BLOCK", 250, "STREAMS", f"{PREFIX}wake:{self._process}", self._last)
+                for _, entries in self._reader.read_response(timeout=SILENCE) or ():
+                    for self._last, (_, token) in entries:
+                        self._wake(token)
             except (redis.RedisError, OSError, CannotStart):
                 time.sleep(0.05)
 
@@ -474,7 +438,8 @@ class RedisRegistry:
         waiter = self._waiters.pop(token.rstrip("!"), None)
         if waiter:
             waiter.is_over, waiter.is_busy = token.endswith("!"), token.endswith("!!")
-            waiter.wake()
+            waiter.entry[1] = ahead = self._send(waiter.entry[0], name=waiter.name, digest=waiter.digest, after=waiter.after, dismiss=[])
+            ahead.add_done_callback(lambda _: waiter.wake())        # it finds the answer there, so that two threads less pass it on
 
     def _wake_all(self) -> None:
         """The store has come up again: have all asked again within a second. They wait until they are."""

@@ -63,6 +63,11 @@ def polls(servers: List[Any], seconds: int, connections: int, store: int) -> Dic
     return {"polls a second": count / seconds, **{what: 1e6 * each / count for what, each in used.items()}}
 
 
+def count_waiting(port: int) -> int:
+    with client.Client(port) as monitor:
+        return int(monitor.request("GET", "/metrics").body.partition(b"\np2pserver_waiting ")[2].split()[0])
+
+
 def waiting(servers: List[Any]) -> List[float]:
     """Milliseconds from a start at one server to the answer of the host that waits at the other, among 10,000 that wait at both."""
     ports = [port for port, _ in servers]
@@ -71,7 +76,8 @@ def waiting(servers: List[Any]) -> List[float]:
         hosts = [stack.enter_context(client.Client(ports[i % len(ports)])) for i in range(WAITING)]
         for i, host in enumerate(hosts):
             host.socket.sendall(client.request_bytes("POST", "/games/poll", {**client.game(i), "wait": 25}, {"Prefer": "wait=25"}))
-        time.sleep(2)
+        while sum(map(count_waiting, ports)) < WAITING:
+            time.sleep(0.1)
         times = []
         for i in range(0, WAITING, WAITING // 200):
             with client.Client(ports[(i + 1) % len(ports)]) as guest:

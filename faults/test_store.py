@@ -1,6 +1,7 @@
 """What servers that share a store survive: real servers, a real redis-server, and between them a relay that delays, mutes or leads elsewhere."""
 import contextlib
 import functools
+import itertools
 import json
 import re
 import select
@@ -184,6 +185,29 @@ def test_a_start_at_one_server_wakes_its_host_at_another_and_nobody_else(store):
             assert not select.select([other.socket], [], [], 0.1)[0]
 
 
+def test_a_host_that_is_woken_is_asked_for_once(store):
+    with sharing(store.url, 2) as (first, second), waiting(first) as host, store.redis.monitor() as monitor:
+        assert start(second).status == 200
+        assert len(host.answer().json["guests"]) == 1
+        store.redis.set("the end", 1)
+        commands = itertools.takewhile(lambda command: "the end" not in command, (command["command"] for command in monitor.listen()))
+        assert sum("poll_game" in command for command in commands) == 1
+
+
+def test_a_guest_that_is_woken_without_news_for_it_goes_on_waiting(store):
+    with sharing(store.url, 2) as (first, second):
+        call(first, "POST", "/games/register", {"name": "castle", "peerId": "host"})
+        call(first, "POST", "/games/poll", MEETING)
+        joining = {"name": "castle", "peerId": "guest", "addresses": THERE, "after": start(second).json["cursor"], "wait": 25}
+        with Connection(second, request("POST", "/games/start", joining)) as guest:
+            wait_until(lambda: metric(second, "waiting") == 1)
+            call(first, "POST", "/games/poll", {**MEETING, "addresses": []})
+            assert not select.select([guest.socket], [], [], 0.2)[0]
+            wait_until(lambda: metric(second, "waiting") == 1)
+            call(first, "POST", "/games/poll", {**MEETING, "addresses": THERE})
+            assert guest.answer().json["addresses"] == THERE
+
+
 @pytest.mark.parametrize("trouble", ["killed", "mute", "mute for a moment"])
 def test_news_reach_a_host_also_when_the_subscription_is_cut(trouble, store, relay):
     with sharing(relay.url, 1) as (first,), sharing(store.url, 1) as (second,), waiting(first) as host:
@@ -237,15 +261,13 @@ def test_who_may_have_missed_something_is_asked_again_spread_over_a_second(store
 
 def at_once(registry, operation, arguments, **values):
     """What an operation gives for each of many arguments, all of which are on their way together."""
-    laters, answered = [], threading.Semaphore(0)
-    for each in arguments:
-        try:
-            getattr(registry, operation)(*each, **values)
-        except p2pserver.Later as later:
-            later.send(answered.release)
-            laters.append(later)
-    assert all(answered.acquire(timeout=20) for _ in laters)
-    return [later.repeat(functools.partial(getattr(registry, operation), *each, **values)) for later, each in zip(laters, arguments)]
+    asks, answered = [functools.partial(getattr(registry.for_request(), operation), *each, **values) for each in arguments], threading.Semaphore(0)
+    for ask in asks:
+        with pytest.raises(p2pserver.Later) as later:
+            ask()
+        later.value.send(answered.release)
+    assert all(answered.acquire(timeout=20) for _ in asks)
+    return [ask() for ask in asks]
 
 
 def test_ten_thousand_who_wait_are_asked_again_spread_over_a_second_after_a_cut(store):
