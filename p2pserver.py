@@ -604,8 +604,8 @@ def game_of(entry: Union[Game, Guest]) -> Game:
 
 
 def size_of(value: Any) -> int:
-    """Bytes that are counted for an attribute."""
-    return len(value) * MEMBER_SIZE if isinstance(value, tuple) else sys.getsizeof(value)
+    """Bytes that are counted for an attribute, of which true and false take none of their own."""
+    return len(value) * MEMBER_SIZE if isinstance(value, tuple) else 0 if isinstance(value, bool) else sys.getsizeof(value)
 
 
 def count_down(counter: collections.Counter[bytes], key: bytes) -> None:

@@ -4052,6 +4052,29 @@ def test_a_program_whose_reader_is_gone_ends_quietly_and_leaves_nothing(start_se
         wait_until(lambda: server.registry.counts()["guests"] == 0)
 
 
+MANY_VOICES = """
+import threading
+from p2pclient import commandline
+barrier = threading.Barrier(20)
+def speak():
+    barrier.wait()
+    commandline.say("hello")
+threads = [threading.Thread(target=speak) for _ in range(20)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_that_the_output_is_lost_is_told_once_by_however_many_threads():
+    for _ in range(5):
+        with open("/dev/full", "w") as full:
+            found = subprocess.run([sys.executable, "-c", MANY_VOICES], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=WAIT)
+        assert (found.returncode, found.stderr) == (0, "-c: the output is lost: No space left on device\n")
+
+
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("script", ["simulate_hosts.py", "simulate_guest.py"])
 def test_a_program_whose_disk_is_full_ends_with_one_line_and_leaves_nothing(start_server, script, tmp_path):

@@ -30,6 +30,7 @@ SLOW = 3.0              # seconds of silence after which a program says what it 
 PROBE_TIME = 2.0        # seconds for a server to show itself at another URL
 
 _in_use: List[IO[str]] = []     # files of peerIds, which stay locked until the program ends
+_printing = threading.Lock()
 output_lost = threading.Event()     # nobody reads the output any more, or its disk is full
 
 
@@ -39,9 +40,10 @@ class OutputLost(Exception):
 
 def say(line: str) -> None:
     """Print a line at once. OutputLost in the main thread; other threads leave it to that one."""
-    if not output_lost.is_set():
+    with _printing:     # so that one thread alone tells that the output is lost
         try:
-            print(line, flush=True)
+            if not output_lost.is_set():
+                print(line, flush=True)
         except OSError as error:
             give_up_output(error)
     if output_lost.is_set() and threading.current_thread() is threading.main_thread():
