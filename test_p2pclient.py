@@ -4053,7 +4053,8 @@ def test_a_program_whose_reader_is_gone_ends_quietly_and_leaves_nothing(start_se
 
 
 MANY_VOICES = """
-import threading
+import sys, threading
+sys.setswitchinterval(1e-6)
 from p2pclient import commandline
 barrier = threading.Barrier(20)
 def speak():
