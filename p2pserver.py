@@ -1555,8 +1555,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while not self.close_connection:
             if not self.problem:
                 yield from self.receive_request()
-            answer = yield from self.answer()
-            yield from self.send_answer(answer)
+            yield from self.send_answer((yield from self.answer()))     # nothing of it stays here while the connection is idle
             if self.buffer:         # the next request came with this one, and others have their turn
                 self.server.wake(self)
             if not self.close_connection:

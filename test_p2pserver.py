@@ -4031,6 +4031,17 @@ def test_neither_an_idle_nor_a_waiting_connection_keeps_what_its_client_sent(ser
         assert waiting.answer().status == 200
 
 
+def test_an_idle_connection_keeps_nothing_of_its_last_answer(serve):
+    """Each may have been given another version of a long list."""
+    api = serve()
+    with contextlib.ExitStack() as stack:
+        for i in range(3):
+            api.register_game("castle", info={"version": i})
+            assert stack.enter_context(Raw(api, LIST + END)).answer().status == 200
+        assert metrics(api)["connections",] == 5        # these, ours, and that of metrics
+        assert len({thing for thing in reachable(api.server) if isinstance(thing, bytes) and thing.startswith(b'{"games":')}) == 1, "the registry's own"
+
+
 @pytest.mark.parametrize("change", [{}, {"listed": True}, {"info": {"map": "castle"}}], ids=str)
 def test_a_description_that_changes_nothing_does_not_change_the_list(change, api, name):
     api.register_game(name, info={"map": "castle"})
