@@ -1415,8 +1415,8 @@ class TlsSocket:
         self._unsent = b""          # bytes of TLS
         self._accepted = 0          # bytes of plaintext that these stand for
 
-    def recv(self, size: int) -> bytes:
-        """Plaintext; nothing at the end of the stream. BlockingIOError: none has come. OSError: this is no TLS, or is work without any data."""
+    def recv(self, size: int) -> Optional[bytes]:
+        """Plaintext, None where what came holds none, nothing at the end of the stream. BlockingIOError. OSError: no TLS, or too much without data."""
         data, plaintext = self._plain.recv(size), b""
         self.is_plain = self.is_plain or not self._is_open and not self._silent and data[:1].isalpha()      # no message of TLS begins so
         if self.is_plain:
@@ -1434,7 +1434,7 @@ class TlsSocket:
             self._plain.shutdown(socket.SHUT_RD)        # close_notify has come: from now on the socket, too, is at its end
         except ssl.SSLWantReadError:
             if data and not plaintext:
-                raise BlockingIOError from None
+                return None
         finally:
             with contextlib.suppress(BlockingIOError):      # what is not sent now goes before the next answer
                 self._flush()
@@ -1628,9 +1628,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.buffer += data
         insist(not self.server.tls or not self.connection.is_plain, "this port speaks TLS: use https://")
 
-    def read(self) -> bytes:
-        """What has come; nothing at the end of the stream. BlockingIOError: nothing has come."""
-        data: bytes = self.connection.recv(READ_SIZE)
+    def read(self) -> Optional[bytes]:
+        """What has come; nothing at the end of the stream. None: TLS alone, which is work, too. BlockingIOError: nothing has come."""
+        data: Optional[bytes] = self.connection.recv(READ_SIZE)
         self.reads += 1
         return data
 
@@ -1712,9 +1712,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Read what comes while a poll or start waits: the next request. Gone."""
         with contextlib.suppress(BlockingIOError):
             data = self.read()
-            if not data or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
+            if data == b"" or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
                 raise Gone
-            self.buffer += data
+            self.buffer += data or b""
 
     def ask_again(self) -> Callable[[], Outcome]:
         """What asks again for a poll or start that waits: there may be news, or its time may be over."""

@@ -177,6 +177,17 @@ def test_a_connection_that_sends_a_megabyte_of_tls_without_a_byte_of_plaintext_i
         assert tls_status(server) == 200
 
 
+def test_a_request_that_comes_byte_by_byte_under_tls_is_told_429(certificate):
+    """Each piece is work for a thread, though it brings no plaintext."""
+    with listening((*certificate, "--rate", "1", "--burst", "20")) as server, KeyUpdater(server) as hostile:
+        assert hostile.send(hostile.records(0, HEALTH)) and hostile.answer().startswith(b"HTTP/1.1 200")
+        for byte in hostile.records(0, request("GET", "/games", A="a" * 200)):
+            if select.select([hostile.socket], [], [], 0.01)[0]:
+                break
+            assert hostile.send(bytes([byte]))
+        assert hostile.answer().startswith(b"HTTP/1.1 429")
+
+
 def test_a_handshake_that_dribbles_a_byte_a_second_ends_after_ten_seconds(certificate):
     """Each byte is a sign of life, and so would a connection be kept for ever that never becomes one."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
