@@ -1612,13 +1612,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while data is None:
             if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
                 self.server.charge(self.peer)       # many small pieces are work
-            try:
+            with contextlib.suppress(BlockingIOError):      # to wait while it is handled would keep it, and its frames
                 data = self.read()
-            except BlockingIOError:
-                if self.is_late:
-                    data = b""
-                else:
-                    yield READ
+            if data is None and self.is_late:
+                data = b""
+            elif data is None:
+                yield READ
         if self.is_idle:
             self.deadline = time.monotonic() + REQUEST_TIME
             if not data:

@@ -4042,6 +4042,15 @@ def test_an_idle_connection_keeps_nothing_of_its_last_answer(serve):
         assert len({thing for thing in reachable(api.server) if isinstance(thing, bytes) and thing.startswith(b'{"games":')}) == 1, "the registry's own"
 
 
+def test_a_connection_that_waits_for_a_request_keeps_no_exception(serve):
+    """Which would take more memory, with its frames, than all else that is kept of a silent client."""
+    api = serve()
+    with Raw(api), Raw(api, GET):
+        wait_until(lambda: sorted(len(each.buffer) for each in api.server.connections) == [0, len(GET)])
+        metrics(api)
+        assert [thing for thing in reachable(api.server) if isinstance(thing, OSError)] == []
+
+
 @pytest.mark.parametrize("change", [{}, {"listed": True}, {"info": {"map": "castle"}}], ids=str)
 def test_a_description_that_changes_nothing_does_not_change_the_list(change, api, name):
     api.register_game(name, info={"map": "castle"})
