@@ -1739,7 +1739,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
         headers = {"Allow": allowed(methods), **({"Accept-Patch": "application/json"} if "PATCH" in methods else {})}      # RFC 5789 section 3.1
         if self.server.settings.cors_origin and "access-control-request-method" in self.head.headers:
-            wished = self.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")
+            wished = self.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")[:1000]
             headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400", "Access-Control-Allow-Headers": wished})
         return Answer(204, None, headers)
 

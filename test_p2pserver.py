@@ -4031,6 +4031,16 @@ def test_neither_an_idle_nor_a_waiting_connection_keeps_what_its_client_sent(ser
         assert waiting.answer().status == 200
 
 
+def test_heads_of_answers_that_are_kept_for_the_next_ones_take_no_more_than_a_megabyte(api):
+    preflight = b"OPTIONS /games HTTP/1.1\r\nHost: h\r\nAccess-Control-Request-Method: GET\r\nAccess-Control-Request-Headers: %d" + b"x" * 30_000 + END * 2
+    with Raw(api) as raw:
+        for i in range(300):
+            raw.send(preflight % i)
+            assert raw.answer().status == 204
+    assert p2pserver.head_text.cache_info().currsize > 200
+    assert sum(map(sys.getsizeof, reachable(p2pserver.head_text))) < 1_000_000
+
+
 def test_an_idle_connection_keeps_nothing_of_its_last_answer(serve):
     """Each may have been given another version of a long list."""
     api = serve()
