@@ -2040,9 +2040,9 @@ class Server(http.server.ThreadingHTTPServer):
                 (self.go_on if connection.is_woken else self.watch)(connection)
 
     def serve_late(self) -> None:
-        """Serve connections whose deadline has passed."""
+        """Serve connections whose deadline has passed. What comes from the store comes in time, or as its failure."""
         now = time.monotonic()
-        for connection in [each for each in list(self.connections) if each.deadline <= now and each.is_parked]:
+        for connection in [each for each in list(self.connections) if each.deadline <= now and each.is_parked and each.events]:
             self.go_on(connection)
 
     def go_on(self, connection: Handler) -> None:

@@ -1509,6 +1509,16 @@ def test_a_request_under_a_condition_has_the_outcome_of_both_operations_where_th
         assert api.call("DELETE", "/games/castle", {"peerId": HOST}, headers={"If-Match": "*"}).status_code == 204
 
 
+def test_a_request_asks_only_once_to_be_woken_however_long_the_store_takes(store):
+    with serving(store=store.url) as api, contextlib.closing(api.server.registry), Raw(api) as raw:
+        store.redis.client_pause(400)
+        raw.send(LIST + END)
+        counts = []
+        while not select.select([raw.socket], [], [], 0.02)[0]:
+            counts.append(len([each for each in gc.get_objects() if isinstance(each, functools.partial) and each.func == api.server.wake]))
+        assert raw.answer().status == 200 and len(counts) > 3 and max(counts) == 1
+
+
 def compare(clock, chance, twins):
     """Do 600 operations with both, and at the end have all expire."""
     for number in range(600):
