@@ -1302,7 +1302,7 @@ def find_head(buffer: bytearray, scanned: int) -> int:
     """Where the head at the start of the buffer ends, or -1 while it is not whole. scanned: the bytes that an earlier call has seen."""
     # 22 begins a handshake (RFC 8446 section 5.1). It is told in HTTP, whose words some clients show; an alert has none.
     insist(BEGINNING.match(buffer), "this port speaks HTTP, not TLS: use http://" if buffer[:1] == b"\x16" else "the request line is malformed")
-    insist(len(buffer) < MAX_REQUEST_LINE or buffer.find(b"\n", 0, MAX_REQUEST_LINE) >= 0, "the request line is too long", status=414)
+    insist(len(buffer) < MAX_REQUEST_LINE or b"\n" in buffer[:MAX_REQUEST_LINE], f"the request line has over {MAX_REQUEST_LINE} bytes", status=414)
     return find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
 
 
@@ -2040,7 +2040,7 @@ class Server(http.server.ThreadingHTTPServer):
                 (self.go_on if connection.is_woken else self.watch)(connection)
 
     def serve_late(self) -> None:
-        """Serve connections whose deadline has passed. What comes from the store comes in time, or as its failure."""
+        """Serve connections whose deadline has passed. One that waits for the store has none: its answer, or its failure, always comes."""
         now = time.monotonic()
         for connection in [each for each in list(self.connections) if each.deadline <= now and each.is_parked and each.events]:
             self.go_on(connection)
