@@ -1442,13 +1442,14 @@ class TlsSocket:
         return plaintext
 
     def send(self, data: bytes) -> int:
-        """How many bytes of plaintext are sent. BlockingIOError: it is to be called again with the same."""
+        """How many bytes of plaintext are sent; 0: some of their TLS. It is to be called again with the same then, as after BlockingIOError."""
         if self.is_plain:
             return self._plain.send(data)
         if not self._accepted:
             self._accepted = self._tls.write(data[:READ_SIZE])      # no more, because the memory that TLS has used once stays its own
-        self._flush()
-        sent, self._accepted = self._accepted, 0
+        self._unsent += self._outgoing.read()
+        self._unsent = self._unsent[self._plain.send(self._unsent):]
+        sent, self._accepted = (0, self._accepted) if self._unsent else (self._accepted, 0)
         return sent
 
     def _flush(self) -> None:

@@ -4286,6 +4286,36 @@ def test_the_server_speaks_https_with_a_certificate(secure):
         assert [tls.answer().status for _ in range(2)] == [404, 200] and tls.is_closed()
 
 
+def test_who_reads_some_of_a_record_of_tls_counts_as_one_who_reads(certificate):
+    """Or a client that is slow would be cut where one without TLS is not: its record can be longer than what the system takes in at once."""
+    plain, client = socket.socketpair()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=CERTIFICATES[0])
+    with plain, client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        plain.setblocking(False)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        tls = p2pserver.TlsSocket(plain, p2pserver.load_certificate(Settings(tls_cert=str(certificate))))
+
+        def talk():
+            with context.wrap_socket(client, server_hostname="localhost") as stream:
+                stream.sendall(b"?")
+                assert goes_on.wait(WAIT)
+                return stream.makefile("rb").read(len(data))
+
+        data, goes_on, talking, sent, received = b"x" * p2pserver.READ_SIZE, threading.Event(), pool.submit(talk), 0, None
+        while received != b"?":
+            select.select([plain], [], [], WAIT)
+            with contextlib.suppress(BlockingIOError):
+                received = tls.recv(p2pserver.READ_SIZE)
+        assert tls.send(data) == 0, "there was room for some of it"
+        goes_on.set()
+        while not sent:
+            select.select([], [plain], [], WAIT)
+            with contextlib.suppress(BlockingIOError):
+                sent = tls.send(data)
+        assert sent == len(data) and talking.result(WAIT) == data
+
+
 def test_the_key_may_be_in_a_file_of_its_own(serve, tmp_path):
     end = CERTIFICATES[0].index("-----BEGIN CERT")
     (tmp_path / "key.pem").write_text(CERTIFICATES[0][:end])
