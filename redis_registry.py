@@ -428,9 +428,9 @@ class RedisRegistry:
                     log.info("the store answers again")
                     threading.Thread(target=self._wake_all, daemon=True).start()
                 self._reader.send_command("XREAD", "BLOCK", 250, "STREAMS", f"{PREFIX}wake:{self._process}", self._last)
-                for _, entries in self._reader.read_response(timeout=SILENCE) or ():
-                    for self._last, (_, token) in entries:
-                        self._wake(token)
+                [(_, entries)] = self._reader.read_response(timeout=SILENCE) or [("", [])]
+                for self._last, (_, token) in entries:
+                    self._wake(token)
             except (redis.RedisError, OSError, CannotStart):
                 time.sleep(0.05)
 
