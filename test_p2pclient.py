@@ -1518,6 +1518,30 @@ def endpoint():
         each.close()
 
 
+def answer_as_a_symmetric_router_shows(sock, port, lost):
+    """Be a STUN server that sees everybody at one port, but loses the first so many questions. Ends when the socket is closed or silent for long."""
+    with contextlib.suppress(OSError):
+        while True:
+            request, source = sock.recvfrom(2048)
+            lost -= 1
+            if lost < 0:
+                sock.sendto(p2pserver.stun_answer(request, ("198.51.100.1", port)), source)
+
+
+def test_a_symmetric_router_is_told_of_soon_also_if_one_of_two_stun_servers_loses_all_first_questions(endpoint):
+    told, made = threading.Event(), []
+    with contextlib.ExitStack() as stack:
+        for port, lost in ((6000, 0), (6001, 3)):
+            sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            sock.bind(("127.0.0.1", 0))
+            sock.settimeout(10)
+            made.append(sock.getsockname())
+            threading.Thread(target=answer_as_a_symmetric_router_shows, args=(sock, port, lost), daemon=True).start()
+        it = endpoint(stun_servers=made, moved=told.set)
+        assert told.wait(5) and it.candidates.nat == "symmetric"
+        assert {"198.51.100.1:6000", "198.51.100.1:6001"} < set(it.candidates.addresses)
+
+
 def pair(host, guest, session_id="session", key="key"):
     """Connect two endpoints as a server would have them do; the host's and the guest's connection."""
     host.expect(p2pclient.Guest(session_id, key, guest.candidates.addresses[:1]))
