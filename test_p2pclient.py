@@ -221,19 +221,20 @@ def test_without_an_answer_gathering_ends_and_says_so(monkeypatch):
         assert found.mapped is None and found.nat == "no answer"
 
 
-def test_a_question_that_was_lost_is_asked_again():
-    """The first datagram is left unanswered."""
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_question_that_was_lost_is_asked_again(lost):
+    """The first datagrams are left unanswered."""
     with contextlib.closing(sockets.open_socket()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lossy:
         lossy.bind(("127.0.0.1", 0))
         lossy.settimeout(5)
 
-        def answer_the_second():
-            first, _ = lossy.recvfrom(2048)
-            second, source = lossy.recvfrom(2048)
-            assert first == second
-            lossy.sendto(p2pserver.stun_answer(second, source), source)
+        def answer_the_next():
+            unanswered = {lossy.recv(2048) for _ in range(lost)}
+            request, source = lossy.recvfrom(2048)
+            assert {request} == unanswered
+            lossy.sendto(p2pserver.stun_answer(request, source), source)
 
-        thread = threading.Thread(target=answer_the_second)
+        thread = threading.Thread(target=answer_the_next)
         thread.start()
         assert candidates.ask_stun(sock, [lossy.getsockname()]) == {lossy.getsockname(): ("127.0.0.1", sock.getsockname()[1])}
         thread.join()
