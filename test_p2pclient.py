@@ -221,21 +221,44 @@ def test_without_an_answer_gathering_ends_and_says_so(monkeypatch):
         assert found.mapped is None and found.nat == "no answer"
 
 
-def test_a_question_that_was_lost_is_asked_again():
-    """The first datagram is left unanswered."""
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_question_that_was_lost_is_asked_again(lost):
+    """The first datagrams are left unanswered."""
     with contextlib.closing(sockets.open_socket()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lossy:
         lossy.bind(("127.0.0.1", 0))
         lossy.settimeout(5)
 
-        def answer_the_second():
+        def answer_the_next():
+            unanswered = {lossy.recv(2048) for _ in range(lost)}
+            request, source = lossy.recvfrom(2048)
+            assert {request} == unanswered
+            lossy.sendto(p2pserver.stun_answer(request, source), source)
+
+        thread = threading.Thread(target=answer_the_next)
+        thread.start()
+        assert candidates.ask_stun(sock, [lossy.getsockname()]) == {lossy.getsockname(): ("127.0.0.1", sock.getsockname()[1])}
+        thread.join()
+
+
+def test_a_stun_server_whose_answer_is_lost_is_asked_again_as_soon_as_another_has_answered():
+    """One of two leaves the first datagram unanswered; the others' patience ends before the usual retransmission."""
+    with contextlib.closing(sockets.open_socket()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lossy, \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as prompt:
+        for each in (lossy, prompt):
+            each.bind(("127.0.0.1", 0))
+            each.settimeout(5)
+
+        def answer():
+            request, source = prompt.recvfrom(2048)
             first, _ = lossy.recvfrom(2048)
-            second, source = lossy.recvfrom(2048)
+            prompt.sendto(p2pserver.stun_answer(request, source), source)
+            second, _ = lossy.recvfrom(2048)
             assert first == second
             lossy.sendto(p2pserver.stun_answer(second, source), source)
 
-        thread = threading.Thread(target=answer_the_second)
+        thread = threading.Thread(target=answer)
         thread.start()
-        assert candidates.ask_stun(sock, [lossy.getsockname()]) == {lossy.getsockname(): ("127.0.0.1", sock.getsockname()[1])}
+        assert set(candidates.ask_stun(sock, [lossy.getsockname(), prompt.getsockname()])) == {lossy.getsockname(), prompt.getsockname()}
         thread.join()
 
 
@@ -484,6 +507,23 @@ def test_the_hard_side_measures_itself_when_ordinary_checks_have_had_their_time_
     anew = own_of("symmetric", SEQUENTIAL._replace(round=1))
     steps = [step for i in range(100) for step in search.tick(anew, 1000.7 + i / 100)]
     assert steps == [(number, ("203.0.113.1", 6000)) for number in range(1, 5)] * 3
+
+
+@pytest.mark.parametrize("own, peer", [("symmetric", "unknown"), ("unknown", "symmetric")])
+def test_where_both_probe_a_kind_of_nat_that_is_unknown_has_two_seconds_to_become_known(own, peer):
+    own, peer = own_of(own, BLOCK, probing=True), peer_of(peer, BLOCK, probing=True)
+    search = search_of(own, peer, probing=True)
+    assert search.tick(own, 1001.99) == [] and search.tick(own, 1002.01)
+    search, known = search_of(own, peer, probing=True), own_of("symmetric", BLOCK, probing=True)
+    assert search.tick(own, 1000.5) == []
+    search.learn(peer_of("symmetric", BLOCK, probing=True), 1000.6)
+    assert search.tick(known, 1000.61) and search.way == probing.USING_UP
+
+
+def test_a_router_in_sequence_is_not_measured_anew_before_its_way_is_known():
+    own, peer = own_of("symmetric", SEQUENTIAL, probing=True), peer_of("unknown", probing=True)
+    search = search_of(own, peer, probing=True)
+    assert not search.wants_measurement(own, 1001.99) and search.wants_measurement(own, 1002.01)
 
 
 @pytest.mark.parametrize("ports", [BLOCK, SEQUENTIAL])
@@ -1330,11 +1370,12 @@ def test_who_is_told_of_a_conflict_of_roles_takes_the_other_and_checks_again():
 class Watch:
     """Whereabouts on a clock of its own, with two STUN servers that are this object."""
 
-    def __init__(self, monkeypatch, servers=(STUN_A, STUN_B)):
+    def __init__(self, monkeypatch, servers=(STUN_A, STUN_B), first=None):
+        """first: the servers that answer the constructor, None: all."""
         self.now, self.mapped, self.own, self.lines, self.asked, self.source = 1000.0, ("198.51.100.1", 6000), [OWN], [], [], None
         monkeypatch.setattr(whereabouts, "gather_addresses", lambda *_: self.own)
         monkeypatch.setattr(whereabouts, "resolve", lambda *_: list(servers))
-        monkeypatch.setattr(whereabouts, "ask_stun", lambda *_: dict.fromkeys(servers, self.mapped))
+        monkeypatch.setattr(whereabouts, "ask_stun", lambda *_: dict.fromkeys(servers if first is None else first, self.mapped))
         self.socket = sockets.open_socket()
         self.it = whereabouts.Whereabouts(self.socket, servers, False, whereabouts.KEEPALIVE, [], self.lines.append, lambda: self.now)
         self.socket.close()
@@ -1368,6 +1409,53 @@ def test_a_new_mapping_is_news_and_has_the_router_asked_more_often(monkeypatch):
     watch.asked.clear()
     watch.run(30)
     assert not watch.news() and len(watch.asked) == 8 and max(gaps(watch.asked)) < 8
+
+
+def test_a_kind_of_nat_that_one_of_two_servers_could_not_tell_at_first_is_asked_for_at_once(monkeypatch):
+    watch = Watch(monkeypatch, first=(STUN_A,))
+    assert watch.it.candidates.nat == "unknown"
+    watch.run(0.05)
+    assert watch.it.candidates.nat == "endpoint-independent" and len(watch.asked) == 2
+    watch.run(14)
+    assert len(watch.asked) == 2
+
+
+def test_a_server_that_does_not_answer_when_another_one_does_is_asked_five_times_at_the_most_and_again_with_the_keep_alive(monkeypatch):
+    watch = Watch(monkeypatch, first=(STUN_A,))
+    watch.run(14, answering=(STUN_A,))
+    assert 4 <= len(watch.asked) - 1 <= 5 and watch.asked[2] - watch.asked[0] < 0.21 and watch.asked[-1] - watch.asked[0] < 1
+    watch.run(15, answering=(STUN_A,))
+    assert 8 <= len(watch.asked) - 2 <= 10
+
+
+def test_an_answer_that_is_lost_makes_no_known_kind_of_nat_unknown_unless_the_router_has_forgotten_us(monkeypatch):
+    watch = Watch(monkeypatch)
+    watch.run(20, answering=(STUN_B,))
+    assert watch.it.candidates.nat == "endpoint-independent" and not watch.news()
+    watch.mapped = ("198.51.100.1", 6001)
+    watch.run(20, answering=(STUN_B,))
+    assert watch.it.candidates.nat == "unknown" and watch.news()
+
+
+def test_servers_that_are_told_while_others_are_asked_are_asked_at_once(monkeypatch):
+    watch = Watch(monkeypatch, servers=(STUN_A,), first=())
+    watch.run(1.2, answering=())
+    assert watch.it.is_asking
+    monkeypatch.setattr(whereabouts, "resolve", lambda servers, *_: list(servers))
+    watch.it.use_stun((STUN_A, STUN_B), (STUN_A,), watch.now)
+    watch.run(0.05)
+    assert watch.it.candidates.nat == "endpoint-independent"
+
+
+@pytest.mark.parametrize("told", [(STUN_A, STUN_B), ()])
+def test_servers_that_were_guessed_are_asked_no_more_once_the_server_has_told_where_it_answers(monkeypatch, told):
+    watch = Watch(monkeypatch, servers=(STUN_A,), first=())
+    watch.run(1.2, answering=())
+    monkeypatch.setattr(whereabouts, "resolve", lambda servers, *_: list(servers))
+    watch.it.use_stun(told, (STUN_A,), watch.now)
+    watch.asked.clear()
+    watch.run(14)
+    assert len(watch.asked) == len(told)
 
 
 def test_a_new_address_of_this_machine_is_news_within_three_seconds_and_stun_is_asked(monkeypatch):
@@ -1410,9 +1498,9 @@ def test_one_silent_stun_server_of_two_costs_little(start_server):
         silent.settimeout(0.1)
         found = candidates.ask_stun(sock, [("127.0.0.1", port), silent.getsockname()])
         assert list(found) == [("127.0.0.1", port)]
-        silent.recv(2048)
         with pytest.raises(socket.timeout):
-            silent.recv(2048)       # the second question, which goes out after half a second
+            for _ in range(4):      # it is asked three times in the 0.3 seconds that it has
+                silent.recv(2048)
 
 
 # ---- connections ----------------------------------------------------------------------------------------------------
@@ -1429,6 +1517,30 @@ def endpoint():
     yield make
     for each in made:
         each.close()
+
+
+def answer_as_a_symmetric_router_shows(sock, port, lost):
+    """Be a STUN server that sees everybody at one port, but loses the first so many questions. Ends when the socket is closed or silent for long."""
+    with contextlib.suppress(OSError):
+        while True:
+            request, source = sock.recvfrom(2048)
+            lost -= 1
+            if lost < 0:
+                sock.sendto(p2pserver.stun_answer(request, ("198.51.100.1", port)), source)
+
+
+def test_a_symmetric_router_is_told_of_soon_also_if_one_of_two_stun_servers_loses_all_first_questions(endpoint):
+    told, made = threading.Event(), []
+    with contextlib.ExitStack() as stack:
+        for port, lost in ((6000, 0), (6001, 3)):
+            sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            sock.bind(("127.0.0.1", 0))
+            sock.settimeout(10)
+            made.append(sock.getsockname())
+            threading.Thread(target=answer_as_a_symmetric_router_shows, args=(sock, port, lost), daemon=True).start()
+        it = endpoint(stun_servers=made, moved=told.set)
+        assert told.wait(5) and it.candidates.nat == "symmetric"
+        assert {"198.51.100.1:6000", "198.51.100.1:6001"} < set(it.candidates.addresses)
 
 
 def pair(host, guest, session_id="session", key="key"):

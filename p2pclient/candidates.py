@@ -18,9 +18,10 @@ from .sockets import SOMEWHERE, Nat64, interface_addresses, is_readable, own_add
 from .stun import REQUEST, Message, decode, encode, mapped_address
 
 MAX_CANDIDATES = 8          # of our own
-FIRST_RETRANSMISSION = 0.5  # seconds, doubling (RFC 8489 section 6.2.1)
-STUN_PATIENCE = 3.5         # seconds: three transmissions; a player does not wait for RFC 8489's seven
+FIRST_RETRANSMISSION, LAST_RETRANSMISSION = 0.5, 1.0    # seconds, doubling from the one to the other (RFC 8489 section 6.2.1 doubles six times)
+STUN_PATIENCE = 3.5         # seconds: four transmissions; a player does not wait for RFC 8489's seven
 OTHERS_PATIENCE = 0.3       # seconds that the other servers have once one has answered: one that is down holds nobody up
+OTHERS_RESEND = 0.1         # seconds after which these are asked again, doubling: an answer is there by now, or lost
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def ask_stun(sock: socket.socket, servers: Sequence[Address], nat64: Optional[Na
         if not due.left():
             for datagram, server in query.requests():
                 send_to(sock, datagram, server, nat64)
-            due, interval = Deadline(interval), 2 * interval
+            due, interval = Deadline(interval), min(2 * interval, LAST_RETRANSMISSION)
         if not is_readable(sock, min(due.left(), deadline.left())):
             continue
         with contextlib.suppress(OSError):
@@ -212,4 +213,5 @@ def ask_stun(sock: socket.socket, servers: Sequence[Address], nat64: Optional[Na
                 query.receive(message, plain_source(source, nat64))
                 if len(query.seen) > before:
                     deadline = Deadline(min(deadline.left(), OTHERS_PATIENCE))
+                    due, interval = Deadline(OTHERS_RESEND), OTHERS_RESEND
     return query.seen

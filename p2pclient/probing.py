@@ -22,6 +22,7 @@ from .candidates import Candidates, PeerCandidates, public_ipv4
 from .prediction import BLOCK, RANDOM, SEQUENTIAL, Ports
 
 DELAY = 0.4             # seconds that ordinary checks have first: one and a half round trips of distant players
+UNKNOWN_DELAY = 2.0     # seconds that a kind of NAT has to become known before it is probed, which may use its ports up: a guest tells news once a second
 INTERVAL = 0.01         # seconds between two datagrams of one side
 LOOK_INTERVAL = 0.1     # seconds between two looks whether it can begin
 MOST_PREDICTED = 24     # datagrams of one side, without probing
@@ -141,7 +142,7 @@ class PortSearch:
         self.peer = PeerCandidates([])
         self.way: Optional[Way] = None          # once it has begun
         self._is_guest, self._methods = is_guest, methods
-        self._begin_at = self._next = now + DELAY
+        self._began, self._begin_at, self._next = now, now + DELAY, now + DELAY
         self._baseline: Optional[int] = None    # the round of the peer's that means nothing
         self._measured: Optional[int] = None    # the round of our own that was the latest when this search had us measured
         self._steps: Deque[Step] = collections.deque()
@@ -166,7 +167,7 @@ class PortSearch:
 
     def wants_measurement(self, own: Candidates, now: float) -> bool:
         """Whether our own NAT is to be measured now; told once."""
-        if self.way or self._measured is not None or now < self._begin_at or own.ports is None or own.nat != "symmetric":
+        if self.way or self._measured is not None or self._is_early(own, now) or own.ports is None or own.nat != "symmetric":
             return False
         way = way_of(own, self.peer, self._methods)
         if way is None or not begins_measured(way, own.ports):
@@ -179,7 +180,7 @@ class PortSearch:
         if self.way is None:
             self._next = max(self._begin_at, now + LOOK_INTERVAL)
             way = way_of(own, self.peer, self._methods)
-            if way is None or now < self._begin_at or not self._is_ready(way, own):
+            if way is None or self._is_early(own, now) or not self._is_ready(way, own):
                 return []
             self.way = way
             self._steps.extend(steps_of(self.way, own, self.peer))
@@ -188,6 +189,11 @@ class PortSearch:
             return []
         self._next = max(self._next + INTERVAL, now + INTERVAL / 2)     # so that a thread that is late now and then keeps the rate
         return [self._steps.popleft()]
+
+    def _is_early(self, own: Candidates, now: float) -> bool:
+        """Whether something else has its time first: the ordinary checks, or where both probe the question of a kind of NAT."""
+        is_probing = self._methods.probing and self.peer.probing
+        return now < self._begin_at or is_probing and "unknown" in (own.nat, self.peer.nat) and now < self._began + UNKNOWN_DELAY
 
     def _is_ready(self, way: Way, own: Candidates) -> bool:
         """Whether all has happened that goes before."""

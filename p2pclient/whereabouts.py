@@ -8,7 +8,7 @@ import socket
 from typing import Callable, List, Mapping, Optional, Sequence
 
 from .addresses import Address, Sending, text_of
-from .candidates import StunQuery, ask_stun, candidates_from, gather_addresses, public_ipv4
+from .candidates import OTHERS_RESEND, StunQuery, ask_stun, candidates_from, gather_addresses, public_ipv4
 from .prediction import Ports
 from .sockets import find_nat64, resolve
 from .stun import Message
@@ -45,7 +45,8 @@ class Whereabouts:
         self._asked_at = now()
         self._own_then = self._own                          # our own addresses when STUN answered last
         self._next_look = self._asked_at + LOOK_INTERVAL
-        self._next_question = self._asked_at + (keepalive if self.candidates.mapped else ASK_AGAIN)
+        answers = len(self.candidates.seen)
+        self._next_question = self._asked_at + (keepalive if answers == len(self._servers) else ASK_AGAIN if not answers else 0.0)
         self._resend_at = float("inf")
 
     @property
@@ -67,6 +68,7 @@ class Whereabouts:
         found, guessed = resolve(servers, ipv6, self.nat64), resolve(instead_of, ipv6, self.nat64)
         if self._servers == guessed != found:
             self._servers, self._asked, self._next_question = found, bool(found), now
+            self.is_asking, self._resend_at = False, float("inf")
             if not found and self.candidates.nat == "no answer":
                 self.candidates = dataclasses.replace(self.candidates, nat="not asked")
 
@@ -110,7 +112,7 @@ class Whereabouts:
             self._asked_at, self._resend_at = now, now + RESEND
             return self._query.requests()
         if now >= self._resend_at:
-            self._resend_at = float("inf")
+            self._resend_at = 2 * now - self._asked_at      # twice as long after the question
             return self._query.requests()
         return []
 
@@ -122,6 +124,8 @@ class Whereabouts:
         self._query.receive(message, source)
         if self._query.complete:
             self._conclude(now)
+        elif source in self._query.seen:
+            self._resend_at = now + OTHERS_RESEND
 
     def _look(self, now: float) -> None:
         own = gather_addresses(self._socket, self.loopback, self._servers)
@@ -136,7 +140,8 @@ class Whereabouts:
             self._pause = min(2 * self._pause, self._keepalive)
             return
         before = self.candidates.mapped
-        self._update(self._query.seen)
+        is_as_before = self._query.seen.items() <= self.candidates.seen.items()     # then so it is at a server whose answer is lost
+        self._update(self.candidates.seen if is_as_before else self._query.seen)
         if before and self.candidates.mapped != before:
             self._report(f"the public address is now {text_of(self.candidates.mapped or before)}")
             if self._own == self._own_then:     # it is the router that has forgotten us, not we that have moved
