@@ -73,14 +73,16 @@ class Program:
 
 
 class Stage(natlab.Lab):
-    """A lab in which the real server runs. Its two public addresses serve as two STUN servers, unless it is to be without STUN. With turn a real
-    TURN server, coturn, runs at the first of them, and hosts are told of it."""
+    """A lab in which the real server runs. Its two public addresses serve as two STUN servers that the programs are given, unless it is to be without
+    STUN, or they are to find the server's two ports by themselves ("found"). With turn a real TURN server, coturn, runs at the first of them, and
+    hosts are told of it."""
 
     def __init__(self, stun=True, turn=False):
         super().__init__()
         try:
             self.url = f"http://{self.server.address}:{PORT}"
-            self._stun_servers = [f"{address}:{PORT}" for address in self.server.addresses] if stun else []
+            self._stun_options = ["--stun", f"{self.server.addresses[0]}:{PORT}", "--stun", f"{self.server.addresses[1]}:{PORT}"] if stun is True else []
+            self._server_options = [] if stun else ["--no-stun"]
             if turn:
                 self.start_turn("--use-auth-secret", f"--static-auth-secret={TURN_SECRET}")
             self._turn_options = ["--turn-url", f"turn:{self.server.address}:{TURN_PORT}", "--turn-secret", TURN_SECRET] if turn else []
@@ -91,7 +93,7 @@ class Stage(natlab.Lab):
 
     def _serve(self):
         self.rendezvous = Program(self.server, "p2pserver.py", "--host", "0.0.0.0", "--port", PORT, "--poll-after", "0.1",
-                                  *([] if self._stun_servers else ["--no-stun"]), *self._turn_options)
+                                  *self._server_options, *self._turn_options)
         self.rendezvous.expect("listens")
 
     def restart_server(self):
@@ -110,7 +112,7 @@ class Stage(natlab.Lab):
 
     @property
     def _options(self):
-        return ["--server", self.url, *(word for server in self._stun_servers for word in ("--stun", server))]
+        return ["--server", self.url, *self._stun_options]
 
     def host(self, machine, *options):
         """Offer "game 1" on a machine, and wait until it is registered."""

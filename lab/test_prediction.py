@@ -32,6 +32,16 @@ def test_pair_connects_by_prediction_and_talks(host, guest):
         hosting.expect("the other player has left; 5 messages echoed")
 
 
+@pytest.mark.parametrize("host,guest", both_ways([("sequential", EASY), ("sequential", "sequential")]))
+def test_pair_connects_by_prediction_if_the_programs_are_told_of_no_stun_server(host, guest):
+    """They ask the server's own two ports."""
+    with Stage(stun="found") as stage:
+        hosting = stage.host(stage.site("host", nat=host).machine())
+        joining = stage.guest(stage.site("guest", nat=guest).machine())
+        assert joining.wait() == 0, joining.text + hosting.text
+        joining.expect("5 of 5 messages came back")
+
+
 @pytest.mark.parametrize("host,guest", both_ways(PROBED))
 def test_pair_connects_by_probing_if_both_want_it(host, guest):
     with Stage() as stage:

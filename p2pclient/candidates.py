@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import secrets
 import socket
+import time
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
@@ -20,8 +21,9 @@ from .stun import REQUEST, Message, decode, encode, mapped_address
 MAX_CANDIDATES = 8          # of our own
 FIRST_RETRANSMISSION, LAST_RETRANSMISSION = 0.5, 1.0    # seconds, doubling from the one to the other (RFC 8489 section 6.2.1 doubles six times)
 STUN_PATIENCE = 3.5         # seconds: four transmissions; a player does not wait for RFC 8489's seven
-OTHERS_PATIENCE = 0.3       # seconds that the other servers have once one has answered: one that is down holds nobody up
-OTHERS_RESEND = 0.1         # seconds after which these are asked again, doubling: an answer is there by now, or lost
+# Once a server has answered, the others are asked again after twice the time that it took, within these bounds in seconds; and they have three times
+# that in all, so that one that is down holds nobody up.
+LEAST_RESEND, OTHERS_RESEND = 0.02, 0.1
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class StunQuery:
 def ask_stun(sock: socket.socket, servers: Sequence[Address], nat64: Optional[Nat64] = None) -> Dict[Address, Address]:
     """Where each STUN server sees the socket; those that do not answer are missing."""
     query = StunQuery(servers)
-    deadline, interval, due = Deadline(STUN_PATIENCE), FIRST_RETRANSMISSION, Deadline(0)
+    deadline, interval, due, began = Deadline(STUN_PATIENCE), FIRST_RETRANSMISSION, Deadline(0), time.monotonic()
     while not query.complete and deadline.left():
         if not due.left():
             for datagram, server in query.requests():
@@ -212,6 +214,6 @@ def ask_stun(sock: socket.socket, servers: Sequence[Address], nat64: Optional[Na
                 before = len(query.seen)
                 query.receive(message, plain_source(source, nat64))
                 if len(query.seen) > before:
-                    deadline = Deadline(min(deadline.left(), OTHERS_PATIENCE))
-                    due, interval = Deadline(OTHERS_RESEND), OTHERS_RESEND
+                    interval = min(max(2 * (time.monotonic() - began), LEAST_RESEND), OTHERS_RESEND)
+                    deadline, due = Deadline(min(deadline.left(), 3 * interval)), Deadline(interval)
     return query.seen

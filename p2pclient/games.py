@@ -223,8 +223,8 @@ def close_gathered(gathering: concurrent.futures.Future[Endpoint]) -> None:
 
 def use_told_stun(client: RendezvousClient, endpoint: Endpoint) -> None:
     """By now the server has told where it answers STUN, if at all: an endpoint that has asked where it was thought to be asks there."""
-    if client.stun_servers != [client.stun_server]:
-        endpoint.use_stun(client.stun_servers, instead_of=[client.stun_server])
+    if client.stun_servers != client.likely_stun:
+        endpoint.use_stun(client.stun_servers, instead_of=client.likely_stun)
 
 
 def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint, peer_id: str, deadline: Deadline) -> Start:

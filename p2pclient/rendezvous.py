@@ -102,6 +102,8 @@ class RendezvousClient:
         self._transport = Transport(base_url, session, timeout, patience)
         self.base_url = self._transport.base_url
         self.stun_server = self._transport.address      # at the same port, over UDP, unless the server says otherwise
+        host, port = self.stun_server
+        self.likely_stun = [(host, each) for each in (port, port + 1) if each < 65536]      # where it answers if nothing is said at its start
         self.stun_ports: Optional[List[int]] = None     # what it said
         # What this client registered, so that it can do so again when a restarted server has forgotten it.
         self._registered: Dict[str, Dict[str, Any]] = {}
@@ -114,8 +116,8 @@ class RendezvousClient:
 
     @property
     def stun_servers(self) -> List[Address]:
-        """Where the server answers STUN, as far as it has told: at the port of HTTP otherwise."""
-        return [self.stun_server] if self.stun_ports is None else [(self.stun_server[0], port) for port in self.stun_ports]
+        """Where the server answers STUN, as far as it has told: at the port of HTTP and the next one otherwise."""
+        return self.likely_stun if self.stun_ports is None else [(self.stun_server[0], port) for port in self.stun_ports]
 
     def connect(self, within: Optional[float] = None) -> None:
         """Make a connection before the first call needs it: whoever has something else to do meanwhile saves a round trip."""
