@@ -417,14 +417,14 @@ done
         """Leads the /64 to the LAN, through a firewall in the router."""
         self._lab._sh(self._lab._core, f"""
 {_ipv6_on(self._core_end)}
-ip addr add fe80::1/64 dev {self._core_end}
+ip addr add fe80::1/64 dev {self._core_end} nodad
 ip route add {self.ipv6} via fe80::2 dev {self._core_end} onlink
 """)
         self._lab._sh(self.router.netns, f"""
 {_ipv6_on("wan")}
 {_ipv6_on("lan")}
-ip addr add fe80::2/64 dev wan
-ip addr add {self.ipv6[1]}/64 dev lan
+ip addr add fe80::2/64 dev wan nodad
+ip addr add {self.ipv6[1]}/64 dev lan nodad
 ip route add default via fe80::1 dev wan onlink
 nft -f - <<'END'
 {_FIREWALL}
@@ -461,7 +461,7 @@ END
         ipv6 = str(self.ipv6[9 + number]) if self.ipv6 else None
         if ipv6:
             route = f"ip route replace default via {self.ipv6[1]} dev {interface}" if default else ""
-            self._lab._sh(machine.netns, f"{_ipv6_on(interface)}\nip addr add {ipv6}/64 dev {interface}\n{route}")
+            self._lab._sh(machine.netns, f"{_ipv6_on(interface)}\nip addr add {ipv6}/64 dev {interface} nodad\n{route}")
         if default:
             machine._is_at([address], public_address, ipv6)
         return address
