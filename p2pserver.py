@@ -1447,15 +1447,17 @@ class TlsSocket:
             return self._plain.send(data)
         if not self._accepted:
             self._accepted = self._tls.write(data[:READ_SIZE])      # no more, because the memory that TLS has used once stays its own
-        self._unsent += self._outgoing.read()
-        self._unsent = self._unsent[self._plain.send(self._unsent):]
+        self._push()
         sent, self._accepted = (0, self._accepted) if self._unsent else (self._accepted, 0)
         return sent
 
-    def _flush(self) -> None:
+    def _push(self) -> None:
         self._unsent += self._outgoing.read()
-        while self._unsent:
-            self._unsent = self._unsent[self._plain.send(self._unsent):]
+        self._unsent = self._unsent[self._plain.send(self._unsent):]
+
+    def _flush(self) -> None:
+        while self._unsent or self._outgoing.pending:
+            self._push()
 
     def shutdown(self, how: int) -> None:
         """Send close_notify (RFC 8446 section 6.1), and no more. What still comes is not decrypted."""
@@ -1519,8 +1521,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         server.connections.add(self)
         try:
-            if len(server.connections) > server.settings.max_connections:
-                raise Full("there are too many connections", limit="connections")
+            insist(len(server.connections) <= server.settings.max_connections, "there are too many connections", Full, limit="connections")
             if server.tls and not self.is_proxy:        # a handshake costs a token, as a request does
                 server.charge(self.peer)
             server.count(self, None if self.is_proxy else self.peer.key)
@@ -1597,13 +1598,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length, is_chunked = head.length, head.is_chunked
         if head.version > "1.0" and "expect" in head.headers and length + is_chunked > len(buffer):
             yield from self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while is_chunked or len(buffer) < length:
-            size = len(buffer)
+        while True:
             if is_chunked:
+                size = len(buffer)
                 length, is_chunked = decode_chunks(buffer, length, limit)
                 self.server.limiter.charge(self.client.key, (size - len(buffer)) // BYTES_PER_READ)     # many small chunks are work, too
-            if is_chunked or len(buffer) < length:
-                yield from self.receive()
+            if not is_chunked and len(buffer) >= length:
+                break
+            yield from self.receive()
         self.body = bytes(buffer[:length])
         del buffer[:length]
 
@@ -1623,8 +1625,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.deadline = time.monotonic() + REQUEST_TIME
             if not data:
                 raise Gone
-        status = 503 if self.server.stopping else 408 if self.is_late else 400
-        insist(data, "the request ended early, or did not come in time", status=status)
+        elif not data:
+            raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
         self.buffer += data
         insist(not self.server.tls or not self.connection.is_plain, "this port speaks TLS: use https://")
 
@@ -1733,7 +1735,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
         if problem.limit:
             self.server.tally(self.server.refused, problem.limit)
-        body = {"type": "about:blank", "title": self.responses[problem.status][0], "status": problem.status, "detail": problem.detail}
+        body = {"type": "about:blank", "title": http.HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
         return Answer(problem.status, {**body, "errors": problem.errors} if problem.errors else body, problem.headers, "application/problem+json")
 
     def options(self, methods: Iterable[str]) -> Answer:
