@@ -209,11 +209,10 @@ def ask_stun(sock: socket.socket, servers: Sequence[Address], nat64: Optional[Na
             continue
         with contextlib.suppress(OSError):
             datagram, source = sock.recvfrom(2048)
-            message = decode(datagram)
+            message, before = decode(datagram), len(query.seen)
             if message:
-                before = len(query.seen)
                 query.receive(message, plain_source(source, nat64))
-                if len(query.seen) > before:
-                    interval = min(max(2 * (time.monotonic() - began), LEAST_RESEND), OTHERS_RESEND)
-                    deadline, due = Deadline(min(deadline.left(), 3 * interval)), Deadline(interval)
+            if len(query.seen) > before:
+                interval = min(max(2 * (time.monotonic() - began), LEAST_RESEND), OTHERS_RESEND)
+                deadline, due = Deadline(min(deadline.left(), 3 * interval)), Deadline(interval)
     return query.seen
