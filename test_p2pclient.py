@@ -1437,6 +1437,20 @@ def test_an_answer_that_is_lost_makes_no_known_kind_of_nat_unknown_unless_the_ro
     assert watch.it.candidates.nat == "unknown" and watch.news()
 
 
+def test_a_nat_that_gives_two_servers_one_port_by_chance_is_symmetric_once_a_second_socket_has_shown_it_until_it_is_another_nat(monkeypatch):
+    watch = Watch(monkeypatch)
+    assert (watch.it.candidates.nat, watch.it.candidates.is_certain) == ("endpoint-independent", False)
+    watch.it.learn_kind(True)
+    assert (watch.it.candidates.nat, watch.it.candidates.is_certain) == ("symmetric", True) and watch.news()
+    watch.run(20)
+    assert watch.it.candidates.nat == "symmetric" and not watch.news()
+    watch.mapped = ("198.51.100.2", 6000)
+    watch.run(20)
+    assert (watch.it.candidates.nat, watch.it.candidates.is_certain) == ("endpoint-independent", False)
+    watch.it.learn_kind(False)
+    assert (watch.it.candidates.nat, watch.it.candidates.is_certain) == ("endpoint-independent", True)
+
+
 def test_servers_that_are_told_while_others_are_asked_are_asked_at_once(monkeypatch):
     watch = Watch(monkeypatch, servers=(STUN_A,), first=())
     watch.run(1.2, answering=())

@@ -23,12 +23,13 @@ mapping; EIF, ADF, APDF: endpoint-independent, address-dependent, address and po
     symmetric        APDM + APDF, a random port for every destination
     blocked          all UDP dropped; TCP works, translated
 
-and four more kinds of symmetric ones, by how they allocate ports (ALLOCATIONS):
+and five more kinds of symmetric ones, by how they allocate ports (ALLOCATIONS):
 
     sequential       each destination gets the next port
     step             each gets the port eight above the one before
     block            a random port of a block of 128
     big-block        a random port of a block of 512
+    first-twice      the next port, but the first one twice, as a block may do by chance
 
 The translation is done by Linux connection tracking.  Conntrack by itself only tends to keep a mapping
 endpoint-independent, so the EIM kinds keep their mappings in nftables maps, from which conntrack takes its port: each
@@ -74,7 +75,7 @@ import threading
 import time
 
 KINDS = ("none", "full-cone", "restricted", "port-restricted", "symmetric", "blocked")
-ALLOCATIONS = ("sequential", "step", "block", "big-block")  # kinds too: symmetric, but not at random
+ALLOCATIONS = ("sequential", "step", "block", "big-block", "first-twice")  # kinds too: symmetric, but not at random
 STEP, BLOCKS = 8, {"block": 128, "big-block": 512}
 FIRST_PORT = 40000  # of what a router with an allocation gives out
 UDP_TIMEOUT = 120  # seconds; the least that RFC 4787 (REQ-5) allows
@@ -317,9 +318,10 @@ table ip router {{
         """Returns the rule by which each new UDP flow gets its port, where that is not any at random."""
         if self.nat in BLOCKS:
             ports = f"{FIRST_PORT}-{FIRST_PORT + BLOCKS[self.nat] - 1} random,fully-random"
-        elif self.nat in ("sequential", "step"):
+        elif self.nat in ("sequential", "step", "first-twice"):
             step = STEP if self.nat == "step" else 1
-            ports = f"numgen inc mod 2048 map {{ {', '.join(f'{i}: {FIRST_PORT + step * i}' for i in range(2048))} }}"
+            offsets = [0, *range(2047)] if self.nat == "first-twice" else range(2048)
+            ports = f"numgen inc mod 2048 map {{ {', '.join(f'{i}: {FIRST_PORT + step * offset}' for i, offset in enumerate(offsets))} }}"
         else:
             return ""
         return f'iifname "lan" meta l4proto udp snat ip to {self.public_address} : {ports};'

@@ -64,7 +64,7 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
 
 def check_network(endpoint: Endpoint, servers: Sequence[Address], is_own: bool, say: Callable[[bool, str], bool]) -> None:
     """Report what STUN and the router tell. is_own: the server is on this very machine, so no router is between."""
-    found = endpoint.candidates
+    found = measured(endpoint)
     if found.mapped:
         say(True, f"STUN: you are seen at {text_of(found.mapped)}")
     elif servers:
@@ -73,15 +73,18 @@ def check_network(endpoint: Endpoint, servers: Sequence[Address], is_own: bool, 
         say(False, "STUN: this server answers none, so nobody behind a router can be found. Name a STUN server (--stun).")
     say(found.nat not in ("symmetric", "no answer", "not asked"), f"NAT: {describe_nat(found)}")
     if found.nat == "symmetric":
-        say(True, f"PREDICTION: {describe_prediction(measured(endpoint))}")
+        say(True, f"PREDICTION: {describe_prediction(found)}")
     if not is_own:
         say(True, f"PORTS: {try_forwarding(endpoint.socket.getsockname()[1]) or NO_PORT}")
 
 
 def measured(endpoint: Endpoint) -> Candidates:
-    """The candidates, once it is known how a symmetric NAT allocates ports, if that can be told within two seconds."""
+    """The candidates, once the kind of the NAT is certain, and how a symmetric one allocates ports, if that can be told within two seconds."""
     end = Deadline(MEASURING_TIME)
-    while endpoint.candidates.ports is None and end.left():
+    while end.left():
+        found = endpoint.candidates
+        if found.ports if found.nat == "symmetric" else found.is_certain or found.nat != "endpoint-independent":
+            break
         time.sleep(0.05)
     return endpoint.candidates
 

@@ -22,7 +22,7 @@ from .whereabouts import Whereabouts
 SAMPLES = 8             # mappings by which a NAT is measured
 RESEND, GIVE_UP = 0.3, 0.8      # seconds after which what was not answered is asked again, and counts without
 LOOK_INTERVAL = 0.05    # seconds between two looks whether a measurement is over
-ASK_AGAIN = 10.0        # seconds after which a NAT is measured again whose ports could not be told
+ASK_AGAIN = 10.0        # seconds after which a NAT is measured again if that has told nothing
 # Seconds without any sign of the peer after which a guest gives up where that is certain to be in vain, and of the server's pause between two polls up to
 # which the host has heard of us by then.
 HOPELESS_TIME, USUAL_POLL_AFTER = 2.7, 2.0
@@ -56,8 +56,16 @@ class Measurement:
     def is_over(self, now: float) -> bool:
         return now >= self.asked_at + GIVE_UP or all(query.complete for _, query in self._queries)
 
-    def result(self) -> Optional[Ports]:
-        """What the answers tell. One that is missing leaves a gap."""
+    def maps_by_destination(self) -> Optional[bool]:
+        """Whether a socket is seen at different addresses by two servers; None: not both have answered."""
+        seen: Dict[socket.socket, List[Address]] = {}
+        for sock, query in self._queries:
+            seen.setdefault(sock, []).extend(query.seen.values())
+        twice = [len(set(each)) > 1 for each in seen.values() if len(each) > 1]
+        return any(twice) if twice else None
+
+    def ports(self) -> Optional[Ports]:
+        """How the NAT allocates ports, as far as the answers tell. One that is missing leaves a gap."""
         return learn([port for _, query in self._queries for _, port in query.seen.values()])
 
 
@@ -111,7 +119,9 @@ class Branches:
                 session.over = NO_WAY
         wanted = [search.wants_measurement(own, now) for search in self._searches.values()]
         if any(wanted) or own.nat == "symmetric" and own.ports is None:
-            self._measure(now)
+            self._measure(SAMPLES, now)
+        elif own.nat == "endpoint-independent" and not own.is_certain:
+            self._measure(2, now)
         self._go_on_measuring(now)
         dues = self._search_all(connections, own_socket, now)
         dues += [connections[name].session.began + HOPELESS_TIME for name in self._searches]
@@ -147,21 +157,25 @@ class Branches:
                 if limiter.allows(address[0], now):
                     send_to(sock, datagram, address, self._whereabouts.nat64)
 
-    def _measure(self, now: float) -> None:
-        """Begin to measure our NAT, unless that is under way."""
+    def _measure(self, samples: int, now: float) -> None:
+        """Begin to measure our NAT by so many mappings, unless that is under way."""
         servers = [server for server in self._whereabouts.candidates.seen if ":" not in server[0]][:2]
         if self._measurement or not servers or now < self._next_measurement:
             return
         sockets: List[socket.socket] = []
         with contextlib.suppress(OSError):
-            sockets = [self._socket_of(MEASURING, number) for number in range(SAMPLES // len(servers))]
+            sockets = [self._socket_of(MEASURING, number) for number in range(samples // len(servers))]
         self._measurement = Measurement(sockets, servers, now)
         self._send_all(self._measurement.requests())
 
     def _go_on_measuring(self, now: float) -> None:
         if self._measurement and self._measurement.is_over(now):
-            self._whereabouts.learn_ports(self._measurement.result())
-            self._measurement, self._next_measurement = None, now + (0.0 if self._whereabouts.candidates.ports else ASK_AGAIN)
+            before, maps_by_destination = self._whereabouts.candidates, self._measurement.maps_by_destination()
+            if maps_by_destination is not None:
+                self._whereabouts.learn_kind(maps_by_destination)
+            if maps_by_destination is not False:
+                self._whereabouts.learn_ports(self._measurement.ports())
+            self._measurement, self._next_measurement = None, now + (ASK_AGAIN if self._whereabouts.candidates == before else 0.0)
             self._close(lambda owner: owner == MEASURING)
         elif self._measurement:
             self._send_all(self._measurement.again(now))

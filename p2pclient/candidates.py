@@ -36,6 +36,7 @@ class Candidates:
     "no answer" if no STUN server answered, "not asked" if there is none. attempt: another text for each try of a guest, so that what it
     publishes is news to its host even if its addresses are not, and its host knows it when a restarted server has lost the session. ports: how a
     symmetric NAT allocates them, once that is known; probing: whether this player has asked for it. relay: where a relay stands by, "ip:port", or "".
+    is_certain: a second socket has shown that it is no chance if the two servers see one port; it is among few where a router chooses in a block.
     """
 
     addresses: List[str]
@@ -46,6 +47,7 @@ class Candidates:
     ports: Optional[Ports] = None
     probing: bool = False
     relay: str = ""
+    is_certain: bool = False
 
     @property
     def is_closed(self) -> bool:

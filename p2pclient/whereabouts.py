@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import socket
-from typing import Callable, List, Mapping, Optional, Sequence
+from typing import Callable, Dict, List, Mapping, Optional, Sequence
 
 from .addresses import Address, Sending, text_of
 from .candidates import OTHERS_RESEND, StunQuery, ask_stun, candidates_from, gather_addresses, public_ipv4
@@ -35,6 +35,7 @@ class Whereabouts:
         self._socket, self._public, self._report = sock, public, report
         self._forwarded = ""                               # what the router says that it forwards to the socket
         self._relay = ""                                   # where a relay stands by for it
+        self._maps_by_destination: Dict[str, bool] = {}    # whether the NAT at a public IP address does, as a second socket has shown
         self._asked = bool(stun_servers)
         self._servers = resolve(stun_servers, sock.family == socket.AF_INET6, self.nat64)
         self._own = gather_addresses(sock, loopback, self._servers)
@@ -94,6 +95,14 @@ class Whereabouts:
         if ports:
             self.candidates = dataclasses.replace(self.candidates, ports=ports._replace(round=before.round + 1 if before else 0))
             self.is_news = True
+
+    def learn_kind(self, maps_by_destination: bool) -> None:
+        """Take what a second socket has shown of the NAT, and publish it if it is another kind than it seemed."""
+        before = self.candidates
+        if before.mapped:
+            self._maps_by_destination[before.mapped[0]] = maps_by_destination
+            self._update(before.seen)
+            self.is_news = self.is_news or self.candidates.nat != before.nat
 
     def ask_soon(self, now: float) -> None:
         """Have STUN asked and the interfaces looked at with the next tick(), but not more than once a second."""
@@ -155,5 +164,8 @@ class Whereabouts:
         is_ours = self._forwarded and (not outside or self._forwarded.partition(":")[0] in outside)
         public = [*self._public, self._forwarded] if is_ours else self._public
         found = candidates_from(self._own, seen, self._asked, public)
-        self.candidates = dataclasses.replace(found, attempt=before.attempt, ports=before.ports, probing=before.probing, relay=self._relay)
+        maps_by_destination = self._maps_by_destination.get(found.mapped[0]) if found.mapped else None
+        nat = "symmetric" if found.nat == "endpoint-independent" and maps_by_destination else found.nat
+        self.candidates = dataclasses.replace(found, nat=nat, attempt=before.attempt, ports=before.ports, probing=before.probing, relay=self._relay,
+                                              is_certain=maps_by_destination is not None)
         self.is_news = self.is_news or (self.candidates.addresses, self._relay) != (before.addresses, before.relay)
