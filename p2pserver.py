@@ -98,9 +98,10 @@ class Option:
         self.rule = f"match {pattern}" if isinstance(default, str) else f"be from {low:.15g} to {high:.15g}"
 
     def checked(self, value: Any) -> Any:
-        """The value. ValueError: it breaks the rule."""
+        """The value, without a fraction as an integer: some clients do not take 60.0 for one. ValueError: it breaks the rule."""
         is_good = re.fullmatch(self.pattern, value) if isinstance(value, str) else self.low <= value <= self.high
-        return require(is_good, f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}", value)
+        require(is_good, f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}")
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Networks:
@@ -405,16 +406,9 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=lambda text: int(text) if len(text) < 300 else float(text)).decode
 
 
-def json_text(members: Mapping[str, Any]) -> str:
-    """The JSON object of an answer, whose names are the server's own. Bytes are JSON text that was stored, and go in as they are."""
-    return "{" + ",".join([f'"{name}":{TEXT_OF[type(item)](item)}' for name, item in members.items()]) + "}"
-
-
-TEXT_OF: Dict[type, Callable[[Any], str]] = {
-    str: to_json, bool: to_json, int: str, bytes: bytes.decode, dict: json_text,
-    float: "{:.15g}".format,        # 60 rather than 60.0, which some clients do not take for a whole number
-    list: lambda items: "[" + ",".join([TEXT_OF[type(item)](item) for item in items]) + "]",
-}
+def json_text(members: Mapping[str, Any], **stored: bytes) -> bytes:
+    """A JSON object of these members, of which there is at least one, and of what is JSON text already."""
+    return to_json(members).encode()[:-1] + b"".join([b',"%b":%b' % (name.encode(), text) for name, text in stored.items()]) + b"}"
 
 
 def parse_body(body: bytes) -> Dict[str, Any]:
@@ -823,7 +817,7 @@ class Registry:
     def _line(self, game: Game) -> bytes:
         """What anybody may know of a game, as JSON text."""
         if game.line is None:
-            game.line = json_text({"name": game.name, "info": game.info, "guests": len(game.guests), "ready": game.ready}).encode("utf-8")
+            game.line = json_text({"name": game.name, "guests": len(game.guests), "ready": game.ready}, info=game.info)
         return game.line
 
     def _wait(self, entry: Entry, news: News, after: Optional[int], wake: Wake, is_again: bool, is_busy: bool) -> News:
@@ -1055,7 +1049,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A status, a body (a dict that json_text() takes, bytes, or None), and header fields beside the usual ones."""
+    """A status, a body (an object of JSON, bytes, or None), and header fields beside the usual ones."""
 
     status: int
     body: Any = None
@@ -1064,11 +1058,11 @@ class Answer(NamedTuple):
 
     def data(self) -> bytes:
         """The body as it is sent. JSON ends with a newline, so that the prompt of a shell has a line of its own."""
-        return json_text(self.body).encode("utf-8") + b"\n" if isinstance(self.body, dict) else self.body or b""
+        return to_json(self.body).encode() + b"\n" if isinstance(self.body, dict) else self.body or b""
 
 
-def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[str, Any], ttl: float, has_news: bool) -> Answer:
-    """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds.
+def answer_with_ttl(server: Server, request: Request, status: int, ttl: float, has_news: bool, body: Dict[str, Any], **stored: bytes) -> Answer:
+    """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds. body and stored: as in json_text().
 
     That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
@@ -1077,11 +1071,12 @@ def answer_with_ttl(server: Server, request: Request, status: int, body: Dict[st
         server.tally(server.refused, "waiting")
     is_busy = has_no_place or request.is_busy
     body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
-    return Answer(status, body, {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
+    return Answer(status, json_text(body, **stored) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
 
 
 def session_body(session: Session) -> Dict[str, Any]:
-    body = {"sessionId": session.session_id, "sessionKey": session.session_key, "addresses": session.addresses}
+    """What one is told of the other but for the addresses."""
+    body = {"sessionId": session.session_id, "sessionKey": session.session_key}
     return {**body, "from": session.seen_at} if session.seen_at else body
 
 
@@ -1110,8 +1105,9 @@ def poll_game(server: Server, request: Request) -> Outcome:
     name, digest, fields, wake = request.name, request.digest, request.fields, request.wake
     polled = request.registry.poll_game(
         name, digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), wake, request.client.address)
-    body = {"name": polled.name, "guests": [session_body(guest) for guest in polled.peers], "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
-    return polled.waiter or answer_with_ttl(server, request, 200, body, server.settings.game_ttl, polled.has_news)
+    guests = b",".join([json_text(session_body(guest), addresses=guest.addresses) for guest in polled.peers])
+    body = {"name": polled.name, "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
+    return polled.waiter or answer_with_ttl(server, request, 200, server.settings.game_ttl, polled.has_news, body, guests=b"[%b]" % guests)
 
 
 def start_game(server: Server, request: Request) -> Outcome:
@@ -1121,7 +1117,7 @@ def start_game(server: Server, request: Request) -> Outcome:
     [host] = started.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
     body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": server.stun_ports}
-    return started.waiter or answer_with_ttl(server, request, status, body, server.settings.guest_ttl, started.has_news)
+    return started.waiter or answer_with_ttl(server, request, status, server.settings.guest_ttl, started.has_news, body, addresses=host.addresses)
 
 
 def leave_game(server: Server, request: Request) -> Answer:

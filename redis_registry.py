@@ -62,7 +62,7 @@ local function find_game(owner)             -- a.name: of a call that waited /ke
   return g
 end
 local function line(g)
-  return string.format('{"name":%s,"info":%s,"guests":%d,"ready":%s}', cjson.encode(g.name), g.info, #g.guests, tostring(g.ready))
+  return string.format('{"name":%s,"guests":%d,"ready":%s,"info":%s}', cjson.encode(g.name), #g.guests, tostring(g.ready), g.info)
 end
 local function save(g, is_new)              -- with what follows from it: bytes (bench/store.py measures them), cursor, list
   for _, list in ipairs({g.left, g.dismissed}) do if #list > limit.max_remembered then table.remove(list, 1) end end
