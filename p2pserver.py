@@ -28,7 +28,7 @@ Bearer. Only a keyed digest of it is kept. Each pair of host and guest has a ses
 after, the cursor of an earlier answer, an answer tells what is new since. With wait, or Prefer: wait=N (RFC 7240), a poll waits
 for news and a start for addresses of the host; Preference-Applied in the answer says so.
 
-Threads: 1. One thread accepts and serves all connections; it never waits for a single one. 2. A connection that must wait,
+Threads: 1. One thread accepts and serves all connections; it never waits for a client. 2. A connection that must wait,
 for bytes or for news of its game, is parked: it costs a record and no thread, until there is something to go on with.
 3. Under TLS each burst of a connection has a thread of ThreadingHTTPServer's, because OpenSSL may work for long. 4. One
 thread for each socket answers STUN, one writes the log. 5. All games live in the Registry behind its one lock; or, with
@@ -99,7 +99,8 @@ class Option:
 
     def checked(self, value: Any) -> Any:
         """The value, without a fraction as an integer: some clients do not take 60.0 for one. ValueError: it breaks the rule."""
-        is_good = re.fullmatch(self.pattern, value) if isinstance(value, str) else self.low <= value <= self.high
+        kinds: Any = (int, float) if isinstance(self.default, float) else str if isinstance(self.default, str) else int
+        is_good = isinstance(value, kinds) and (re.fullmatch(self.pattern, value) if isinstance(value, str) else self.low <= value <= self.high)
         require(is_good, f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}")
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -212,7 +213,7 @@ class Settings(argparse.Namespace):
 # ---- problems -------------------------------------------------------------------------------------------------------
 
 class Problem(Exception):
-    """What a client is told went wrong. errors: the faults of the body by field; limit: the option that is reached; headers: more header fields."""
+    """What a client is told went wrong. errors: the faults of the body by field; limit: which is reached, as /metrics has it; headers: more header fields."""
 
     status = 400
 
@@ -437,9 +438,10 @@ class Waiter:
 
     def __init__(self, entry: Any, name: str, digest: bytes, after: Optional[int], wake: Callable[[], None]) -> None:
         self.entry = entry                              # by which the registry knows it
-        self.name, self.digest, self.after = name, digest, after    # the game's present name, of the peerId, the cursor
+        self.name, self.digest, self.after = name, digest, after    # the game's present name, the digest of the peerId, the cursor
         self.wake = wake
-        self.is_over = self.is_busy = False     # it is to be answered now; another call, which changed nothing, took its place
+        self.is_over = False                    # it is to be answered now
+        self.is_busy = False                    # another call took its place, and changed nothing
 
 
 class Session(NamedTuple):
@@ -458,8 +460,8 @@ class News(NamedTuple):
     """What a host learns from a poll, or a guest from a start: its peers, and the cursor of what it learns.
 
     peers: of a host the guests; of a guest the host alone, with NO_ADDRESSES while there are none for it.
-    has_news: there is something to tell. waiter: there is nothing, and it waits. Of a host also: left: the sessions that ended since its cursor;
-    gone: those of its replies that are gone.
+    has_news: there is something to tell. waiter: there is nothing, and it waits. Of a host also: left: the sessions that ended since its cursor, of
+    the latest MAX_REMEMBERED; gone: those of its replies that are gone.
     """
 
     name: str
@@ -559,7 +561,7 @@ class Game(Entry):
     __slots__ = ("name", "info", "listed", "ready", "guests", "news", "left", "told", "dismissed", "line")
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
-        super().__init__(digest, client, NO_ADDRESSES, GAME_SIZE)
+        super().__init__(digest, client, NO_ADDRESSES, GAME_SIZE + size_of(name))
         self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses, or replies to guests
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
         self.news = version                         # when a guest last came, moved or left
@@ -585,7 +587,8 @@ class Guest(Entry):
         return (self.reply, self.replied) if self.reply else (self.game.addresses, self.game.changed)
 
 
-VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}     # where the version of an attribute is kept, of those that have one
+# Where the version of an attribute is kept, of those that have one: to change it changes that, too.
+VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}
 
 
 def published_at(host: str, addresses: bytes) -> str:
@@ -664,7 +667,7 @@ class Registry:
                 self._check_room("games", len(self._games), self._games_of[client])
                 self._games[name] = Game(name, digest, client, self._cursor + 1)
                 self._games_of[client] += 1
-                self._stored += GAME_SIZE
+                self._stored += self._games[name].size
                 self.events.append(("register_game", name, "", client))
             game = self._games[name]
             insist(hmac.compare_digest(game.digest, digest), f"the name {name!r} is taken", Conflict)
@@ -678,9 +681,10 @@ class Registry:
             game = self._find(name, digest)
             self._keep_alive(game, seen_at)
             since, is_same = self._since(after), addresses in (None, game.addresses)
-            game.told = self._cursor if after is None else since
-            gone = [] if is_same and replies is None else self._publish(game, addresses, replies)
-            for guest in [each for each in game.guests.values() if each.session_id in dismiss] if dismiss else ():
+            told, sent_away = self._cursor if after is None else since, set(dismiss)
+            gone = [] if is_same and replies is None else self._publish(game, addresses, replies, told)
+            game.told = told
+            for guest in [each for each in game.guests.values() if each.session_id in sent_away] if sent_away else ():
                 self._remove(guest, "dismiss_guest")
                 self._change((game, "dismissed", (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]))
             left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
@@ -780,7 +784,8 @@ class Registry:
         insist(self._stored <= 900_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
 
     def _change(self, *changes: Tuple[Any, str, Any]) -> None:
-        """Set attributes, each given as a game or guest, a name and a value, where they differ and the value is not None; count the bytes.
+        """Set attributes, each given as a game or guest, a name and a value, where they differ and the value is not None; count the bytes. The cursor
+        grows in any case.
 
         Full: there is no memory for all of it, and nothing has changed.
         """
@@ -802,12 +807,12 @@ class Registry:
         says nothing about this one."""
         return after if after is not None and after <= self._cursor else -1
 
-    def _publish(self, game: Game, addresses: Text, replies: Replies) -> List[str]:
-        """Change what the host offers to all guests and to single ones, if it knows of their present addresses; the sessions of its replies that
-        are gone."""
+    def _publish(self, game: Game, addresses: Text, replies: Replies, told: int) -> List[str]:
+        """Change what the host offers to all guests, and to single ones whose addresses have not changed since told; the sessions of its replies
+        that are gone."""
         guests, is_first = {guest.session_id: guest for guest in game.guests.values()}, not game.changed
         is_ready = addresses != NO_ADDRESSES or replies is not None     # and stays so until the addresses change
-        heard = [(guests[each], "reply", reply) for each, reply in (replies or {}).items() if each in guests and guests[each].changed <= game.told]
+        heard = [(guests[each], "reply", reply) for each, reply in (replies or {}).items() if each in guests and guests[each].changed <= told]
         self._change((game, "addresses", addresses), (game, "ready", is_ready), *heard)
         if is_first and game.changed:
             self.events.append(("poll_game", game.name, "first addresses", game.client))
@@ -821,8 +826,8 @@ class Registry:
         return game.line
 
     def _wait(self, entry: Entry, news: News, after: Optional[int], wake: Wake, is_again: bool, is_busy: bool) -> News:
-        """The news; if there are none, the poll or start waits in place of an earlier one, if it wishes to and there is room. One that is asked again
-        makes way for a later one. is_busy: the earlier one did not make way for news."""
+        """The news; if there are none, the poll or start waits in place of an earlier one, if it wishes to and there is room. One that is asked again,
+        which has no addresses, makes way for a later one. is_busy: the earlier one did not make way for news."""
         if entry in self._waiters:
             if is_again:
                 return news
@@ -928,6 +933,7 @@ class RateLimiter:
         self._interval = 1 / rate if rate else 0.0
         self._depth = burst * self._interval
         self._clock = clock
+        self._lock = threading.Lock()
         # When each bucket is full again, a double each. The system gives memory that is all zeros and takes no room until it is written to.
         self._full_at = memoryview(mmap.mmap(-1, 8 * BUCKETS)).cast("d")
 
@@ -946,7 +952,8 @@ class RateLimiter:
     def charge(self, key: bytes, tokens: float) -> None:
         """Take tokens, whether or not they are there."""
         index = hash(key) % BUCKETS
-        self._full_at[index] = max(self._full_at[index], self._clock()) + tokens * self._interval
+        with self._lock:
+            self._full_at[index] = max(self._full_at[index], self._clock()) + tokens * self._interval
 
 
 # ---- STUN -----------------------------------------------------------------------------------------------------------
@@ -1040,7 +1047,7 @@ class Request(NamedTuple):
     registry: GameRegistry
     name: str                                       # of the game
     digest: bytes                                   # of the peerId
-    fields: Mapping[str, Any]                       # by name; of a request that is asked again only after
+    fields: Mapping[str, Any]                       # by name; of a request that is asked again the field "after" alone
     headers: Mapping[str, str]                      # by name in lower case
     client: Client
     wait: int = 0                                   # seconds that it wishes to wait
@@ -1066,7 +1073,7 @@ def answer_with_ttl(server: Server, request: Request, status: int, ttl: float, h
 
     That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
-    has_no_place = request.wake is not None and not has_news
+    has_no_place = request.wake is not None and not has_news    # or it would wait now
     if has_no_place:
         server.tally(server.refused, "waiting")
     is_busy = has_no_place or request.is_busy
@@ -1103,8 +1110,8 @@ def register_game(server: Server, request: Request) -> Answer:
 def poll_game(server: Server, request: Request) -> Outcome:
     """publish the host's addresses and learn of guests"""
     name, digest, fields, wake = request.name, request.digest, request.fields, request.wake
-    polled = request.registry.poll_game(
-        name, digest, fields.get("addresses"), fields["after"], fields.get("replies"), fields.get("dismiss") or (), wake, request.client.address)
+    polled = request.registry.poll_game(name, digest, fields.get("addresses"), fields["after"], replies=fields.get("replies"),
+                                        dismiss=fields.get("dismiss") or (), wake=wake, seen_at=request.client.address)
     guests = b",".join([json_text(session_body(guest), addresses=guest.addresses) for guest in polled.peers])
     body = {"name": polled.name, "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
     return polled.waiter or answer_with_ttl(server, request, 200, server.settings.game_ttl, polled.has_news, body, guests=b"[%b]" % guests)
@@ -1113,7 +1120,8 @@ def poll_game(server: Server, request: Request) -> Outcome:
 def start_game(server: Server, request: Request) -> Outcome:
     """join as a guest and learn the host's addresses"""
     name, digest, fields, client = request.name, request.digest, request.fields, request.client
-    started = request.registry.start_game(name, digest, fields.get("addresses"), fields["after"], client.key, client.address, request.wake)
+    started = request.registry.start_game(name, digest, fields.get("addresses"), fields["after"], client=client.key, wake=request.wake,
+                                          seen_at=client.address)
     [host] = started.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
     body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": server.stun_ports}
@@ -1206,7 +1214,7 @@ class Route(NamedTuple):
 
 
 OWNER = {"name": check_name, "peerId": check_peer_id}
-SHOWN = {"info": optional(check_info), "listed": optional(check_flag)}       # what the list shows of a game
+SHOWN = {"info": optional(check_info), "listed": optional(check_flag)}       # what the list shows of a game, and Game's attributes
 # What a poll and a start have.
 MEETING = {**OWNER, "addresses": check_addresses, **dict.fromkeys(("after", "wait"), optional(check_whole_number))}
 OF_HOST = {"replies": optional(check_replies), "dismiss": optional(check_dismiss)}
@@ -1494,23 +1502,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.connection: Any = TlsSocket(self.request, self.server.tls) if self.server.tls else self.request
         self.fileno = self.request.fileno
-        self.peer = self.client = client_of(self.client_address[0])     # the other end, and who asks through it
+        self.peer = client_of(self.client_address[0])                   # the other end
         self.is_proxy = self.peer.address in self.server.proxies        # the other end is a trusted proxy
         self.counted: Optional[bytes] = None                # the client key that it counts for
         self.buffer = bytearray()                           # received, not parsed yet
-        self.reads = 0                                      # that this request took
-        self.use_head(NO_HEAD)                              # of the request that is parsed, and not answered yet
-        self.body = b""
-        self.route: Optional[Route] = None                  # what serves that
-        self.wait = 0                                       # seconds that it wishes to wait
-        self.waiter: Optional[Waiter] = None                # while it waits for news
+        self.forget_request()
         self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
         # Of what it waits for. Under TLS the first is the handshake.
         self.deadline = time.monotonic() + (REQUEST_TIME if self.server.tls else self.server.settings.idle_timeout)
         self.steps = self.serve()
-        self.events = NOTHING                               # for what it waits
-        self.is_parked = self.is_woken = False              # no thread serves it; it is to be served, perhaps before it is parked
-        self.watched = NOTHING                              # what the selector tells of
+        # These are the server's, see there.
+        self.events = self.watched = NOTHING                # for what it waits; what the selector tells of
+        self.is_parked = self.is_woken = False
 
     def handle(self) -> None:
         """Serve it for the first time: most clients ask at once. Under TLS it is parked: nothing of it is done in the thread that accepts."""
@@ -1533,6 +1536,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Nothing: the connection goes on, or the server closes it."""
+
+    def forget_request(self) -> None:
+        """Begin with the next request, of which nothing is known yet."""
+        self.reads = 0                                      # that it took
+        self.client = self.peer                             # who asks, perhaps through a proxy
+        self.use_head(NO_HEAD)
+        self.body = b""
+        self.route: Optional[Route] = None                  # what serves it
+        self.wait = 0                                       # seconds that it wishes to wait
+        self.waiter: Optional[Waiter] = None                # while it waits for news
 
     def use_head(self, head: Head) -> None:
         self.head = head
@@ -1581,6 +1594,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 yield from self.receive()
             while buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2: empty lines before the request line are ignored
                 del buffer[:2]
+                if not buffer:
+                    self.deadline = time.monotonic() + self.server.settings.idle_timeout
             end = find_head(buffer, scanned)
             scanned = len(buffer)
         self.use_head(read_head(bytes(buffer[:end])))
@@ -1609,10 +1624,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Wait for more of a request. Problem: it does not come to its end. Gone: no further one comes."""
         data = None
         while data is None:
-            if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
-                self.server.charge(self.peer)       # many small pieces are work
             with contextlib.suppress(BlockingIOError):      # to wait while it is handled would keep it, and its frames
                 data = self.read()
+                if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
+                    self.server.charge(self.peer)       # many small pieces are work
             if data is None and self.is_late:
                 data = b""
             elif data is None:
@@ -1640,7 +1655,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while isinstance(outcome, Waiter):
             # Of its fields nothing is kept, of its head little.
             self.waiter = outcome
-            self.use_head(self.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]}))
+            self.use_head(self.head._replace(target=self.head.target[:200], headers={"origin": self.headers.get("origin", "")[:200]}))
             yield READ
             self.read_ahead()
             outcome = yield from self.outcome_of(self.ask_again)
@@ -1678,7 +1693,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.problem:
             raise self.problem
         if self.command == "OPTIONS":
-            return functools.partial(self.options, set().union(*ROUTES.values()) if self.path == "*" else resolve(head.path)[0])
+            return functools.partial(self.options, set().union(*ROUTES.values()) if head.target == "*" else resolve(head.path)[0])
         routes, name = resolve(head.path)
         route = self.route = routes.get("GET" if self.command == "HEAD" else self.command)
         if route is None:
@@ -1695,7 +1710,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, headers, body = self.server, self.head.headers, self.body
         self.body = b""     # which holds the peerId
         scope, peer_digest = Scope(self.client.is_local, server.settings.max_guests), server.registry.peer_digest
-        key = (route.endpoint, scope, headers.get("content-type"), headers.get("content-encoding"), peer_digest(body.decode("latin-1")))
+        declared = f"{headers.get('content-type')!r} {headers.get('content-encoding')!r}"
+        key = (route.endpoint, scope, peer_digest(declared + body.decode("latin-1")))
         found = server.known_bodies.get(key) if body else None
         if found is None:
             fields = validate(read_body(self.head, body), route.fields, scope)
@@ -1743,7 +1759,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return Answer(204, None, headers)
 
     def send_answer(self, answer: Answer) -> Steps:
-        """Send an answer. The request is over then, and the time for what comes next begins. Gone: the client does not read it."""
+        """Send an answer. The request is forgotten then, and the time for what comes next begins. Gone: the client does not read it."""
         server, data = self.server, answer.data()
         self.close_connection = self.head.closes or server.stopping or self.problem is not None
         head = self.head_of(answer, len(data))
@@ -1755,9 +1771,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.limiter.charge(self.client.key, tokens)
         if self.is_proxy:
             server.count(self, None)
-        self.use_head(NO_HEAD)
-        self.body, self.route, self.waiter = b"", None, None
-        self.client, self.reads = self.peer, 0
+        self.forget_request()
         self.deadline = time.monotonic() + SEND_TIME
         for piece in (head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,):      # connections share a long list
             yield from self.send(piece)
@@ -1804,7 +1818,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.tally(self.server.answered, (self.route.endpoint.__name__ if self.route else "none", code))
         if self.server.settings.access_log:
             log_fields("{client} {method} {path!r} {status} {bytes}", client=self.client.address or "unknown", method=self.command,
-                       path=self.path.partition("?")[0], status=code, bytes=size)
+                       path=self.head.target.partition("?")[0], status=code, bytes=size)
 
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------
@@ -1835,7 +1849,7 @@ class Server(http.server.ThreadingHTTPServer):
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.
         self._lock = threading.Lock()
         self.answered: collections.Counter[Tuple[str, Union[int, str]]] = collections.Counter()     # by operation and status
-        self.refused: collections.Counter[str] = collections.Counter()      # by the option that was reached
+        self.refused: collections.Counter[str] = collections.Counter()      # by the limit that was reached
         self._logged: collections.Counter[str] = collections.Counter()      # how many of these the log has told
         self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
         self.connections: Set[Handler] = set()
@@ -1975,7 +1989,7 @@ class Server(http.server.ThreadingHTTPServer):
             operation, name, detail, key = self.registry.events.popleft()
             # Of a /56 the first address, and :: of who is unknown.
             client = {"client": str(ipaddress.ip_address(key if len(key) == 4 else key.ljust(16, b"\0")))} if log.isEnabledFor(logging.DEBUG) else {}
-            log_fields("{client} " * len(client) + "{operation} {name!r} {detail}", operation=operation, name=name, detail=detail, **client)
+            log_fields(("{client} " if client else "") + "{operation} {name!r} {detail}", operation=operation, name=name, detail=detail, **client)
 
     def log_refusals(self) -> None:
         """Log how often each limit has been reached since the last time."""
@@ -2027,7 +2041,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if self._connections_of[key] > self.settings.max_connections_per_client:
                     raise TooMany("there are too many connections from your address", limit="connections_per_client")
 
-    # Connections that wait.
+    # Connections that wait. One is served by a thread, or parked, and then the selector watches it for its events. Who parks one under TLS, or wakes
+    # one, puts it into the queue, because the selector is for the serving thread alone. One that is woken is served once it is parked, at once or later.
 
     def serve_ready(self, seconds: float) -> None:
         """Wait for something at most so long, and serve what there is something for."""
@@ -2092,7 +2107,7 @@ class Server(http.server.ThreadingHTTPServer):
             counter[key] += 1
 
     def advance(self, connection: Handler) -> None:
-        """One burst of a connection, which is parked or closed then."""
+        """Serve a connection until it is parked or closed."""
         try:
             self.park(connection, next(connection.steps))
             return
@@ -2103,7 +2118,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.close(connection)
 
     def park(self, connection: Handler, events: int) -> None:
-        """Have a connection wait. The selector is for the serving thread alone, and under TLS this is another."""
+        """Have a connection wait."""
         connection.events, connection.is_parked = events, True
         (self.look_at if self.tls else self.watch)(connection)
 

@@ -491,6 +491,9 @@ def test_help_names_each_flag_with_its_default(capsys):
     "an option that there is not": ({"max_gamez": 1}, "max_gamez"),
     "a value out of bounds": ({"max_games": 0}, "max-games"),
     "two that do not go together": ({"poll_after": 60}, "--poll-after must be less than --game-ttl"),
+    "a text for a number": ({"port": "8000"}, "--port"),
+    "a text for a flag": ({"no_stun": "false"}, "--no-stun"),
+    "a fraction for a whole number": ({"max_guests": 2.5}, "--max-guests"),
 }))
 def test_settings_refuse(values, words):
     with pytest.raises(ValueError, match=words):
@@ -1565,6 +1568,13 @@ def test_a_charge_takes_more_tokens_than_there_are(clock):
     limiter = p2pserver.RateLimiter(1.0, 10, clock)
     limiter.charge(b"me", 19)
     assert limiter.acquire(b"me") == pytest.approx(10) and limiter.acquire(b"you") == 0
+
+
+def test_no_charge_is_lost_when_8_threads_take_tokens():
+    """To look at the clock gives the others a turn."""
+    limiter = p2pserver.RateLimiter(1.0, 10, lambda: time.sleep(0.001) or 0.0)
+    in_threads(8, lambda i: [limiter.charge(b"me", 1) for _ in range(10)])
+    assert limiter.pause(b"me") == pytest.approx(8 * 10 - 10 + 1)
 
 
 def test_a_rate_of_zero_limits_nobody(clock):
@@ -2970,6 +2980,16 @@ def test_a_connection_is_closed_when_its_client_falls_silent(serve, monkeypatch,
         assert [raw.answer().status for _ in statuses] == statuses and raw.is_closed()
 
 
+def test_an_empty_line_after_a_request_leaves_the_connection_its_whole_idle_time(serve, monkeypatch):
+    """Old clients end a body with one (RFC 9112 section 2.2)."""
+    monkeypatch.setattr(p2pserver, "REQUEST_TIME", 0.2)
+    with Raw(serve(), GET + END + b"\r\n") as raw:
+        assert raw.answer().status == 200
+        raw.socket.settimeout(0.6)
+        with pytest.raises(socket.timeout):
+            raw.socket.recv(1)
+
+
 def test_clients_that_vanish_leave_no_error_in_the_log(lines):
     with serving() as api:
         for data in (b"", b"GET", GET, POST + b"Content-Length: 20\r\n\r\n{", GET + END, b"x\r\n\r\n", (GET + END) * 200):
@@ -3799,6 +3819,21 @@ def test_a_token_is_the_price_of(data, status, serve, clock):
         assert ask(api, "127.0.0.1", b"GET %s HTTP/1.1\r\nHost: h\r\n\r\n" % target).status == 200, "a monitor is never refused"
 
 
+@pytest.mark.parametrize("burst, status", [(24, 200), (23, 429)])
+def test_each_read_beyond_the_eighth_costs_a_token(burst, status, serve, clock):
+    """One is for the head, thirty for a byte each of the body; and one token more is for the request."""
+    api = serve()
+    limited(api, clock, 1, burst)
+    with Raw(api, LIST + b"Content-Length: 30\r\n" + END) as raw, Raw(api) as other:
+        for _ in range(30):
+            for _ in range(2):      # when these are answered the server has read what came before
+                other.send(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n")
+                assert other.answer().status == 200
+            with contextlib.suppress(OSError):
+                raw.send(b"x")
+        assert raw.answer().status == status
+
+
 @pytest.mark.parametrize("chunks, requests_", [(1, 10), (200, 5), (900, 1)])
 def test_many_small_chunks_cost_a_token_for_each_512_bytes_of_their_framing(chunks, requests_, serve, clock):
     api = serve()
@@ -3944,6 +3979,30 @@ def test_a_poll_for_whose_replies_there_is_no_memory_changes_nothing(make_regist
         registry.poll_game("castle", BY_HOST, ONE, replies={sessions[0]: ONE, sessions[1]: b" " * MEGABYTE})
     assert [wake.calls for wake in wakes] == [0, 0, 0]
     assert [registry.start_game("castle", peer, TWO).peers[0].addresses for peer in (BY_GUEST, BY_OTHER)] == [NO_ADDRESSES] * 2
+
+
+def test_a_poll_for_which_there_is_no_memory_has_told_its_host_nothing(make_registry):
+    registry = make_registry(max_memory=1)
+    registry.register_game("castle", BY_HOST)
+    first, second = [started(registry, "castle", peer)[0].session_id for peer in (BY_GUEST, BY_OTHER)]
+    cursor = registry.poll_game("castle", BY_HOST).cursor
+    registry.leave_game("castle", BY_GUEST)
+    with pytest.raises(Full):
+        registry.poll_game("castle", BY_HOST, b" " * MEGABYTE)
+    registry.leave_game("castle", BY_OTHER)
+    assert list(registry.poll_game("castle", BY_HOST, after=cursor).left) == [first, second]
+
+
+def test_bytes_are_counted_for_a_name_however_the_game_came_by_it(registry):
+    registry.register_game("castle", BY_HOST)
+    before = registry.counts()["stored_bytes"]
+    registry.update_game("castle", BY_HOST, new_name="a castle in the clouds")
+    assert registry.counts()["stored_bytes"] > before
+    registry.update_game("a castle in the clouds", BY_HOST, new_name="castle")
+    assert registry.counts()["stored_bytes"] == before
+    registry.delete_game("castle", BY_HOST)
+    registry.register_game("a castle in the clouds", BY_HOST)
+    assert registry.counts()["stored_bytes"] > before
 
 
 def test_a_tenth_of_the_memory_is_kept_for_games_that_are_there(make_registry):
