@@ -190,6 +190,7 @@ GAME_SIZE, GUEST_SIZE = 1200, 1000      # bytes that one takes beside its texts 
 MAX_REMEMBERED, MEMBER_SIZE = 256, 200  # sessions that ended, and guests that were dismissed, of which a game knows; bytes of one
 REPORT_EVERY = 60.0             # seconds between two lines that tell how often one limit was reached
 MAX_KNOWN_BODIES, MAX_KNOWN_BODY = 1000, 1024   # bodies that need not be read again, and the bytes of one
+LOOKS_PER_SECOND = 10000        # whether the deadline of a connection has passed: with so many, it is noticed up to a second late
 LOG_LINES = 10000               # that wait to be written at the most
 
 
@@ -1817,8 +1818,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
         self.server.tally(self.server.answered, (self.route.endpoint.__name__ if self.route else "none", code))
         if self.server.settings.access_log:
-            log_fields("{client} {method} {path!r} {status} {bytes}", client=self.client.address or "unknown", method=self.command,
-                       path=self.head.target.partition("?")[0], status=code, bytes=size)
+            path = self.head.target.partition("?")[0]
+            log_fields("{client} {method} {path!r} {status} {bytes}", [
+                {"client": self.client.address or "unknown", "method": self.command, "path": path, "status": code, "bytes": size}])
 
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------
@@ -1855,7 +1857,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.connections: Set[Handler] = set()
         self.queue: collections.deque[Handler] = collections.deque()     # that have been parked or woken, to be looked at
         self.has_backlog = False            # clients that are not accepted yet
-        self.next_report = self.began + REPORT_EVERY
+        self.next_look, self.next_report = 0.0, self.began + REPORT_EVERY
         self._running: List[threading.Thread] = []
         socketserver.BaseServer.__init__(self, (settings.host, settings.port), Handler)     # TCPServer's would listen on one address alone
         self.server_port = 0
@@ -1967,7 +1969,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             while time.monotonic() < ends_at:
                 self.serve_ready(0.1)
-            self.serve_late()
+            if time.monotonic() >= self.next_look:
+                self.serve_late()
             self.registry.expire_games()
             self.log_events()
             if time.monotonic() >= self.next_report:
@@ -1985,18 +1988,19 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log_events(self) -> None:
         """Log what has happened to games, and at the level debug the client key of the guest or host that it is about."""
+        lines, is_debugging = [], log.isEnabledFor(logging.DEBUG)
         while self.registry.events:
             operation, name, detail, key = self.registry.events.popleft()
             # Of a /56 the first address, and :: of who is unknown.
-            client = {"client": str(ipaddress.ip_address(key if len(key) == 4 else key.ljust(16, b"\0")))} if log.isEnabledFor(logging.DEBUG) else {}
-            log_fields(("{client} " if client else "") + "{operation} {name!r} {detail}", operation=operation, name=name, detail=detail, **client)
+            client = {"client": str(ipaddress.ip_address(key if len(key) == 4 else key.ljust(16, b"\0")))} if is_debugging else {}
+            lines.append({"operation": operation, "name": name, "detail": detail, **client})
+        log_fields("{client} " * is_debugging + "{operation} {name!r} {detail}", lines)
 
     def log_refusals(self) -> None:
         """Log how often each limit has been reached since the last time."""
         self.next_report = time.monotonic() + REPORT_EVERY
         refused = self.refused.copy()
-        for limit, count in sorted((refused - self._logged).items()):
-            log_fields("limit {limit}: {count} refused", limit=limit, count=count)
+        log_fields("limit {limit}: {count} refused", [{"limit": limit, "count": count} for limit, count in sorted((refused - self._logged).items())])
         self._logged = refused
 
     # A new connection.
@@ -2056,6 +2060,7 @@ class Server(http.server.ThreadingHTTPServer):
     def serve_late(self) -> None:
         """Serve connections whose deadline has passed. One that waits for the store has none: its answer, or its failure, always comes."""
         now = time.monotonic()
+        self.next_look = now + len(self.connections) / LOOKS_PER_SECOND
         for connection in [each for each in list(self.connections) if each.deadline <= now and each.is_parked and each.events]:
             self.go_on(connection)
 
@@ -2189,24 +2194,32 @@ def start_log(level: str, formatter: logging.Formatter) -> queue.Queue[Any]:
     return lines
 
 
-def log_fields(text: str, **fields: Any) -> None:
-    """Log a line of these fields. Names are quoted as Python does it, so that none can forge a line or steer a terminal."""
-    log.info("%s", text.format_map(fields).rstrip(), extra={"fields": fields})
+def log_fields(text: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Log lines of this text, one for each of these fields. All are one record, as to hand over one costs more than to write a line.
+
+    Names are quoted as Python does it, so that none can forge a line or steer a terminal.
+    """
+    if lines:
+        log.info(text, extra={"lines": lines})
 
 
 class TextFormatter(logging.Formatter):
     """Each line a text, whose time is that of ISO 8601 with the offset from UTC."""
 
-    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
-        return datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+    def format(self, record: logging.LogRecord) -> str:
+        time, text = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds"), record.getMessage()
+        lines = [(text.format_map(fields).rstrip(), fields) for fields in getattr(record, "lines", ())] or [(super().format(record), {})]
+        return "\n".join([self.line(time, record.levelname, message, fields) for message, fields in lines])
+
+    def line(self, time: str, level: str, message: str, fields: Mapping[str, Any]) -> str:
+        return f"{time} {level} {message}"
 
 
 class JsonFormatter(TextFormatter):
     """Each line an object: {time, level, message}, and the fields of log_fields() by their names."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        fields = {"time": self.formatTime(record), "level": record.levelname.lower(), "message": record.getMessage(), **getattr(record, "fields", {})}
-        return json.dumps(fields)       # in ASCII, so that no name can steer a terminal
+    def line(self, time: str, level: str, message: str, fields: Mapping[str, Any]) -> str:
+        return json.dumps({"time": time, "level": level.lower(), "message": message, **fields})     # in ASCII, so that no name can steer a terminal
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -2275,7 +2288,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     """Serve until SIGINT, SIGTERM, or SIGHUP as the terminal is closed. Any other SIGHUP has the certificate loaded anew. CannotStart."""
     settings = parse_settings(arguments, os.environ)
     formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
-    lines = start_log(settings.log_level, formatter("%(asctime)s %(levelname)s %(message)s"))
+    lines = start_log(settings.log_level, formatter())
     for name, advice in ignored_variables(os.environ).items():
         log.warning("%s in the environment is ignored; %s", name, advice)
     allow_many_files()
@@ -2284,9 +2297,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
     signals = watch_signals()
     terminal = next(filter(os.isatty, (0, 1, 2)), None)     # under nohup none of the three is one
     server.start()
-    record = logging.makeLogRecord({"levelname": "INFO", "msg": f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"})
+    line = f"p2pserver {__version__} listens on {server.where}; Ctrl-C ends it"
     with contextlib.suppress(OSError):      # nobody reads it
-        print(formatter().format(record), flush=True)
+        print(formatter().format(logging.makeLogRecord({"levelname": "INFO", "msg": line})) if formatter is JsonFormatter else line, flush=True)
     while signals.recv(1)[0] == getattr(signal, "SIGHUP", None) and (terminal is None or os.isatty(terminal)):
         server.renew_certificate()
     server.stop()

@@ -317,7 +317,9 @@ def lines(api):
     wait_until(lambda: not api.server.registry.events)
     api.call("GET", "/healthz")     # what went before has been logged once this is answered
     entries, handler, level = [], logging.Handler(), p2pserver.log.level
-    handler.emit = lambda record: entries.append(handler.format(record))
+    handler.setFormatter(p2pserver.TextFormatter())
+    handler.emit = lambda record: entries.extend(
+        line.split(" ", 2)[2] for line in handler.format(record).split("\n" if hasattr(record, "lines") else "\0"))
     p2pserver.log.setLevel(logging.DEBUG)
     p2pserver.log.addHandler(handler)
     yield entries
