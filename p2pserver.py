@@ -189,7 +189,7 @@ BUSY_FACTOR = 5                 # times as long between two polls is advised to 
 GAME_SIZE, GUEST_SIZE = 1200, 1000      # bytes that one takes beside its texts (bench/memory.py measures it)
 MAX_REMEMBERED, MEMBER_SIZE = 256, 200  # sessions that ended, and guests that were dismissed, of which a game knows; bytes of one
 REPORT_EVERY = 60.0             # seconds between two lines that tell how often one limit was reached
-MAX_KNOWN_BODIES, MAX_KNOWN_BODY = 1000, 1024   # bodies that need not be read again, and the bytes of one
+MAX_KNOWN_BODIES, MAX_KNOWN_BODY = 10000, 512   # bodies that need not be read again, the latest, and the bytes of one
 LOOKS_PER_SECOND = 10000        # whether the deadline of a connection has passed: with so many, it is noticed up to a second late
 LOG_LINES = 10000               # that wait to be written at the most
 
@@ -1717,10 +1717,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if found is None:
             fields = validate(read_body(self.head, body), route.fields, scope)
             found = peer_digest(fields.pop("peerId")), fields
-            if len(server.known_bodies) >= MAX_KNOWN_BODIES:
-                server.known_bodies.clear()
             if 0 < len(body) <= MAX_KNOWN_BODY:
                 server.known_bodies[key] = found
+            if len(server.known_bodies) > MAX_KNOWN_BODIES:
+                server.known_bodies.popitem(last=False)
         return found
 
     def read_ahead(self) -> None:
@@ -1846,7 +1846,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.limiter = RateLimiter(settings.rate, settings.burst)
         self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how often a client without tokens is told so
         self.began = time.monotonic()
-        self.known_bodies: Dict[Any, Tuple[bytes, Dict[str, Any]]] = {}     # what has been found in bodies
+        self.known_bodies: collections.OrderedDict[Any, Tuple[bytes, Dict[str, Any]]] = collections.OrderedDict()   # what has been found in bodies
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.
         self._lock = threading.Lock()
