@@ -2207,19 +2207,19 @@ class TextFormatter(logging.Formatter):
     """Each line a text, whose time is that of ISO 8601 with the offset from UTC."""
 
     def format(self, record: logging.LogRecord) -> str:
-        time, text = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds"), record.getMessage()
-        lines = [(text.format_map(fields).rstrip(), fields) for fields in getattr(record, "lines", ())] or [(super().format(record), {})]
-        return "\n".join([self.line(time, record.levelname, message, fields) for message, fields in lines])
+        when = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        lines = [(record.msg.format_map(fields).rstrip(), fields) for fields in getattr(record, "lines", ())] or [(super().format(record), {})]
+        return "\n".join([self.line(when, record.levelname, message, fields) for message, fields in lines])
 
-    def line(self, time: str, level: str, message: str, fields: Mapping[str, Any]) -> str:
-        return f"{time} {level} {message}"
+    def line(self, when: str, level: str, message: str, fields: Mapping[str, Any]) -> str:
+        return f"{when} {level} {message}"
 
 
 class JsonFormatter(TextFormatter):
     """Each line an object: {time, level, message}, and the fields of log_fields() by their names."""
 
-    def line(self, time: str, level: str, message: str, fields: Mapping[str, Any]) -> str:
-        return json.dumps({"time": time, "level": level.lower(), "message": message, **fields})     # in ASCII, so that no name can steer a terminal
+    def line(self, when: str, level: str, message: str, fields: Mapping[str, Any]) -> str:
+        return json.dumps({"time": when, "level": level.lower(), "message": message, **fields})     # in ASCII, so that no name can steer a terminal
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

@@ -81,10 +81,7 @@ def check_network(endpoint: Endpoint, servers: Sequence[Address], is_own: bool, 
 def measured(endpoint: Endpoint) -> Candidates:
     """The candidates, once the kind of the NAT is certain, and how a symmetric one allocates ports, if that can be told within two seconds."""
     end = Deadline(MEASURING_TIME)
-    while end.left():
-        found = endpoint.candidates
-        if found.ports if found.nat == "symmetric" else found.is_certain or found.nat != "endpoint-independent":
-            break
+    while not endpoint.candidates.is_measured and end.left():
         time.sleep(0.05)
     return endpoint.candidates
 

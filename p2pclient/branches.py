@@ -19,7 +19,7 @@ from .sockets import open_socket, send_to
 from .stun import authentic, decode
 from .whereabouts import Whereabouts
 
-SAMPLES = 8             # mappings by which a NAT is measured
+SAMPLES, KIND_SAMPLES = 8, 2    # mappings by which a symmetric NAT is measured, and one that seems to be endpoint-independent
 RESEND, GIVE_UP = 0.3, 0.8      # seconds after which what was not answered is asked again, and counts without
 LOOK_INTERVAL = 0.05    # seconds between two looks whether a measurement is over
 ASK_AGAIN = 10.0        # seconds after which a NAT is measured again if that has told nothing
@@ -118,10 +118,8 @@ class Branches:
             elif self._is_in_vain(session, search, now):
                 session.over = NO_WAY
         wanted = [search.wants_measurement(own, now) for search in self._searches.values()]
-        if any(wanted) or own.nat == "symmetric" and own.ports is None:
-            self._measure(SAMPLES, now)
-        elif own.nat == "endpoint-independent" and not own.is_certain:
-            self._measure(2, now)
+        if any(wanted) or not own.is_measured:
+            self._measure(now)
         self._go_on_measuring(now)
         dues = self._search_all(connections, own_socket, now)
         dues += [connections[name].session.began + HOPELESS_TIME for name in self._searches]
@@ -157,9 +155,10 @@ class Branches:
                 if limiter.allows(address[0], now):
                     send_to(sock, datagram, address, self._whereabouts.nat64)
 
-    def _measure(self, samples: int, now: float) -> None:
-        """Begin to measure our NAT by so many mappings, unless that is under way."""
-        servers = [server for server in self._whereabouts.candidates.seen if ":" not in server[0]][:2]
+    def _measure(self, now: float) -> None:
+        """Begin to measure our NAT, unless that is under way."""
+        own = self._whereabouts.candidates
+        samples, servers = SAMPLES if own.nat == "symmetric" else KIND_SAMPLES, [server for server in own.seen if ":" not in server[0]][:2]
         if self._measurement or not servers or now < self._next_measurement:
             return
         sockets: List[socket.socket] = []

@@ -50,6 +50,11 @@ class Candidates:
     is_certain: bool = False
 
     @property
+    def is_measured(self) -> bool:
+        """Whether further sockets have shown what they can: how a symmetric NAT allocates ports, and that an endpoint-independent one is no chance."""
+        return {"symmetric": self.ports is not None, "endpoint-independent": self.is_certain}.get(self.nat, True)
+
+    @property
     def is_closed(self) -> bool:
         """Whether the world of IPv4 reaches us directly where STUN has seen us, and nowhere else: no port is forwarded."""
         seen = set(self.seen.values())
