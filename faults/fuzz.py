@@ -59,6 +59,7 @@ LINES = [
     b"CONNECT h:80 HTTP/1.1", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"SSH-2.0-x", b"\r\n\r\n\r\n",
     b"\n", b""]
 SCRAPS = [b"\0", b"\xff\xfe", b"\r\n", b"\n", b"\r", b'"', b"\\", b"{", b"]", b":", b"\xf0\x9f", b"\xed\xa0\x80", b"1e999", b"-", b"\\ud800"]
+REMEMBERED = 10_000     # bodies of requests: MAX_KNOWN_BODIES in p2pserver.py
 STUN_KINDS, STUN_ATTRIBUTES = [1, 1, 1, 1, 0x101, 0x111, 0x11, 3], [0x0001, 0x0006, 0x0008, 0x0020, 0x0024, 0x8022, 0x8028, 0x8029, 0x7FFF]
 
 
@@ -196,6 +197,15 @@ class Fuzz:
                         raise AssertionError(f"{fault!r} where the answer should be to {data!r}, which came after {inputs[0][1]!r}") from fault
                     self.check(answer, data, method != "HEAD")
 
+    def fill_caches(self, server):
+        """Send as many sound bodies as the server remembers, which then are forgotten one by one for what comes."""
+        with Connection(server) as connection:
+            for start in range(0, REMEMBERED, 100):
+                bodies = [{"name": f"{start + i}", "peerId": "p" * 128, "addresses": ["198.51.100.1:40000"] * 8} for i in range(100)]
+                connection.send(b"".join(request("POST", "/games/poll", body) for body in bodies))
+                for body in bodies:
+                    self.check(connection.answer(True), body, True)
+
     def send_wild(self, server, count, at_once=50):
         """Each on a connection of its own, which then is closed for writing: what comes back until its end are whole answers."""
         for start in range(0, count, at_once):
@@ -274,6 +284,7 @@ def run(inputs, seed):
     fuzz, began = Fuzz(seed), time.monotonic()
     with serving(*FLAGS) as server:
         memory, descriptors = [], server.descriptors
+        fuzz.fill_caches(server)
         for _ in range(20):
             share = inputs // 20
             fuzz.send_framed(server, share * 50 // 100)
