@@ -163,6 +163,7 @@ def soak(minutes, seed, report=print):
     """The faults that were found, after so many minutes; report takes the lines of a report."""
     open_files(2000)
     with serving(*FLAGS) as server:
+        Fuzz(seed).fill_caches(server)
         before, levels = Level(server), []
         report(f"seed {seed}; before: {before}")
         end = time.monotonic() + 60 * minutes
