@@ -639,7 +639,7 @@ class Registry:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic, new_id: Callable[[], str] = new_session_id, cursor: int = 0) -> None:
         self._settings, self._clock, self._new_id = settings, clock, new_id
-        self._secret = os.urandom(32)
+        self.peer_digest = functools.partial(keyed_digest, secret=os.urandom(32))
         # The lock guards everything below. Public methods take it; private ones need it held.
         self._lock = threading.Lock()
         self._cursor = cursor                   # grows with every change
@@ -656,9 +656,6 @@ class Registry:
 
     def for_request(self) -> GameRegistry:
         return self
-
-    def peer_digest(self, peer_id: str) -> bytes:
-        return keyed_digest(peer_id, self._secret)
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
         with self._lock:
