@@ -479,7 +479,6 @@ class Later(Exception):
     again. Before, that raises this again."""
 
     def __init__(self, send: Callable[[Callable[[], None]], None]) -> None:
-        super().__init__()
         self.send = send
 
 
