@@ -82,13 +82,6 @@ log = logging.getLogger("p2pserver")
 # ---- options --------------------------------------------------------------------------------------------------------
 # One table gives the limits, the command line and the environment: --game-ttl is also P2P_GAME_TTL and settings.game_ttl.
 
-def require(condition: object, rule: str, value: Any = None) -> Any:
-    """The value. ValueError, with the rule, where the condition does not hold."""
-    if not condition:
-        raise ValueError(rule)
-    return value
-
-
 class Option:
     """A row of the table. The default has the type of the option: a number lies within bounds, a text matches a pattern, False is a flag."""
 
@@ -101,7 +94,7 @@ class Option:
         """The value, without a fraction as an integer: some clients do not take 60.0 for one. ValueError: it breaks the rule."""
         kinds: Any = (int, float) if isinstance(self.default, float) else str if isinstance(self.default, str) else int
         is_good = isinstance(value, kinds) and (re.fullmatch(self.pattern, value) if isinstance(value, str) else self.low <= value <= self.high)
-        require(is_good, f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}")
+        insist(is_good, f"{self.flag} ({self.variable}) must {self.rule}, not {value!r}")
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -199,22 +192,23 @@ class Settings(argparse.Namespace):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**{option.name: option.checked(values.pop(option.name, option.default)) for option in OPTIONS})
-        require(not values, f"there is no option {', '.join(values)}")
+        insist(not values, f"there is no option {', '.join(values)}")
         Networks(f"{self.trusted_proxies},{self.metrics_from}")
         self.origins = re.split(" *, *", self.cors_origin)
-        require(self.cors_origin in ("", "*") or all(ORIGIN.fullmatch(origin) for origin in self.origins),
-                f"--cors-origin must be * or what browsers send, as https://game.example without a slash at the end, not {self.cors_origin!r}")
-        require(self.poll_after < min(self.game_ttl, self.guest_ttl, self.idle_timeout),
-                "--poll-after must be less than --game-ttl, --guest-ttl and --idle-timeout, or clients that obey it come too late")
-        require(self.tls_cert or not self.tls_key, "--tls-key needs --tls-cert")
-        require(bool(self.turn_url) == bool(self.turn_secret) and self.turn_secret.isascii() and self.turn_secret.isprintable(),
-                "--turn-url and --turn-secret (P2P_TURN_SECRET) need each other, and the secret consists of printable ASCII characters")
+        insist(self.cors_origin in ("", "*") or all(ORIGIN.fullmatch(origin) for origin in self.origins),
+               f"--cors-origin must be * or what browsers send, as https://game.example without a slash at the end, not {self.cors_origin!r}")
+        insist(self.poll_after < min(self.game_ttl, self.guest_ttl, self.idle_timeout),
+               "--poll-after must be less than --game-ttl, --guest-ttl and --idle-timeout, or clients that obey it come too late")
+        insist(self.tls_cert or not self.tls_key, "--tls-key needs --tls-cert")
+        insist(bool(self.turn_url) == bool(self.turn_secret) and self.turn_secret.isascii() and self.turn_secret.isprintable(),
+               "--turn-url and --turn-secret (P2P_TURN_SECRET) need each other, and the secret consists of printable ASCII characters")
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------
 
-class Problem(Exception):
-    """What a client is told went wrong. errors: the faults of the body by field; limit: which is reached, as /metrics has it; headers: more header fields."""
+class Problem(ValueError):
+    """What a client, or who starts the server, is told went wrong. errors: the faults of the body by field; limit: which is reached, as /metrics
+    has it; headers: more header fields."""
 
     status = 400
 
@@ -255,7 +249,7 @@ def insist(value: Any, detail: str, problem: Callable[..., Problem] = Problem, *
 
 
 # ---- fields ---------------------------------------------------------------------------------------------------------
-# A check returns the value to use, or raises ValueError with the rule. Addresses and info become JSON text: as Python's
+# A check returns the value to use, or raises Problem with the rule. Addresses and info become JSON text: as Python's
 # objects they can take twenty times as much memory.
 
 class Scope(NamedTuple):
@@ -281,16 +275,16 @@ def check_name(value: Any, scope: Scope) -> Any:
     """A game's name, normalised to NFC, so that two ways of typing one name are one game."""
     # NFC makes at most four characters one: what is longer than four times the limit stays too long, and need not be normalised whole.
     name = unicodedata.normalize("NFC", value[:4 * MAX_NAME + 1]) if isinstance(value, str) else ""
-    require(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name),
-            f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators, / and white space at its ends, and no reserved word")
+    insist(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name),
+           f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators, / and white space at its ends, and no reserved word")
     unseen = [] if name.isascii() else [each for each in EMOJI_JOINER.sub("", name) if unicodedata.category(each) == "Cf" or NOT_DRAWN.match(each)]
-    return require(not unseen, "must not have characters that cannot be seen, beside joiners within emoji", name)
+    return insist(not unseen, "must not have characters that cannot be seen, beside joiners within emoji") and name
 
 
 def check_peer_id(value: Any, scope: Scope) -> Any:
     """The secret that authorises its owner."""
     is_good = isinstance(value, str) and 0 < len(value) <= MAX_PEER_ID and value.isprintable()
-    return require(is_good, f"must be a string of 1 to {MAX_PEER_ID} printable characters", value)
+    return insist(is_good, f"must be a string of 1 to {MAX_PEER_ID} printable characters") and value
 
 
 def packed_address(text: str) -> bytes:
@@ -333,45 +327,45 @@ def address_fault(value: Any, is_local: bool) -> str:
 
 def check_array(value: Any, most: int, members: str) -> Any:
     """An array. Encoders of Lua and PHP write an empty one as an empty object."""
-    return require(isinstance(value, list) and len(value) <= most or value == {}, f"must be an array of at most {most} {members}", value or [])
+    return insist(isinstance(value, list) and len(value) <= most or value == {}, f"must be an array of at most {most} {members}") and (value or [])
 
 
 def check_addresses(value: Any, scope: Scope) -> bytes:
     """Candidates, most wanted first, as JSON text."""
     candidates = check_array(value, MAX_ADDRESSES, "addresses")
     faults = [f"[{i}] {fault}" for i, fault in enumerate([address_fault(item, scope.is_local) for item in candidates]) if fault]
-    require(not faults, "; ".join(faults[:3]))      # so that answers stay short
+    insist(not faults, "; ".join(faults[:3]))      # so that answers stay short
     return to_json(candidates).encode()
 
 
 def check_replies(value: Any, scope: Scope) -> Dict[str, bytes]:
     """Addresses for single guests: {sessionId: addresses}. Counted first, so that a large body costs no more than a small one."""
-    require(isinstance(value, dict) and len(value) <= scope.max_guests, f"must be an object of at most {scope.max_guests} replies")
+    insist(isinstance(value, dict) and len(value) <= scope.max_guests, f"must be an object of at most {scope.max_guests} replies")
     count = sum([len(addresses) for addresses in value.values() if isinstance(addresses, list)])
-    require(count <= MAX_REPLY_ADDRESSES, f"must have at most {MAX_REPLY_ADDRESSES} addresses in all")
+    insist(count <= MAX_REPLY_ADDRESSES, f"must have at most {MAX_REPLY_ADDRESSES} addresses in all")
     return {session_id: check_addresses(addresses, scope) for session_id, addresses in value.items()}
 
 
 def check_dismiss(value: Any, scope: Scope) -> Any:
     """The sessionIds of guests."""
     sessions = check_array(value, scope.max_guests, "sessionIds")
-    return require(all(isinstance(each, str) for each in sessions), "must hold sessionIds, which are strings", sessions)
+    return insist(all(isinstance(each, str) for each in sessions), "must hold sessionIds, which are strings") and sessions
 
 
 def check_info(value: Any, scope: Scope) -> Any:
     """What lobbies show of a game, as JSON text."""
     text = to_json(value).encode() if isinstance(value, dict) and not is_too_deep(value) else b""
-    return require(0 < len(text) <= MAX_INFO, f"must be an object of at most {MAX_INFO} bytes of JSON and {MAX_DEPTH} levels", text)
+    return insist(0 < len(text) <= MAX_INFO, f"must be an object of at most {MAX_INFO} bytes of JSON and {MAX_DEPTH} levels") and text
 
 
 def check_flag(value: Any, scope: Scope) -> Any:
-    return require(isinstance(value, bool), "must be true or false", value)
+    return insist(isinstance(value, bool), "must be true or false") and value
 
 
 def check_whole_number(value: Any, scope: Scope) -> Any:
     """In any spelling, as 25.0 or 2.5e1: many encoders know no other numbers than floats."""
     # Every JSON reader holds whole numbers up to this exactly (RFC 8259 section 6).
-    require(type(value) in (int, float) and 0 <= value < 2 ** 53 and value == int(value), "must be a whole number, not negative")
+    insist(type(value) in (int, float) and 0 <= value < 2 ** 53 and value == int(value), "must be a whole number, not negative")
     return int(value)
 
 
@@ -400,7 +394,7 @@ def validate(body: Mapping[str, Any], fields: Mapping[str, Check], scope: Scope)
 def unique_keys(pairs: List[Tuple[str, Any]]) -> Any:
     """An object none of whose names comes twice: readers differ in which one they take (RFC 8259 section 4)."""
     members = dict(pairs)
-    return require(len(members) == len(pairs), "a name stands twice in one object", members)
+    return insist(len(members) == len(pairs), "a name stands twice in one object") and members
 
 
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
@@ -416,10 +410,10 @@ def json_text(members: Mapping[str, Any], **stored: bytes) -> bytes:
 def parse_body(body: bytes) -> Dict[str, Any]:
     """The object that a body holds. Problem 400 if it is not JSON, or JSON that not every reader reads alike."""
     try:
-        require(not body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")), "it begins with a byte order mark, a BOM")
+        insist(not body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")), "it begins with a byte order mark, a BOM")
         value: Dict[str, Any] = from_json(body.decode("utf-8"))
         to_json(value).encode("utf-8")      # fails for what Python reads and JSON has not: NaN, infinite numbers, lone surrogates
-        require(isinstance(value, dict), "it is something else")
+        insist(isinstance(value, dict), "it is something else")
     except (ValueError, RecursionError) as fault:
         raise Problem(f"the body must be a JSON object in UTF-8: {fault}") from None
     return value
@@ -2166,8 +2160,8 @@ def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
         for path, kind in ((certificate, "CERTIFICATE"), (key, "PRIVATE KEY")):
             with open(path, encoding="latin-1") as file:
                 text = file.read()
-            require(f"{kind}-----" in text, f"there is no {kind} in {path} as PEM")     # of OpenSSL's own errors few say what is wrong
-        require("ENCRYPTED" not in text, f"the key in {path} is encrypted, and nobody is there to type its password")
+            insist(f"{kind}-----" in text, f"there is no {kind} in {path} as PEM")     # of OpenSSL's own errors few say what is wrong
+        insist("ENCRYPTED" not in text, f"the key in {path} is encrypted, and nobody is there to type its password")
         context.load_cert_chain(certificate, key, password="")      # without a password it would ask for one on the terminal
     except (OSError, ValueError) as error:
         raise CannotStart(f"the certificate {certificate} with the key {key} cannot be used: {error}; look at --tls-cert and --tls-key") from None
