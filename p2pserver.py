@@ -429,8 +429,6 @@ Wake = Optional[Callable[[], None]]         # called in any thread, with the reg
 class Waiter:
     """A poll or start that waits for news. When there may be some, wake is called once; then the call is to be made again with these values."""
 
-    __slots__ = ("entry", "name", "digest", "after", "wake", "is_over", "is_busy")
-
     def __init__(self, entry: Any, name: str, digest: bytes, after: Optional[int], wake: Callable[[], None]) -> None:
         self.entry = entry                              # by which the registry knows it
         self.name, self.digest, self.after = name, digest, after    # the game's present name, the digest of the peerId, the cursor
@@ -540,8 +538,6 @@ class GameRegistry(Protocol):
 class Entry:
     """What games and guests have in common. Versions are values of the registry's cursor; 0 stands for never."""
 
-    __slots__ = ("digest", "client", "addresses", "changed", "size", "seen_at")
-
     def __init__(self, digest: bytes, client: bytes, addresses: bytes, size: int) -> None:
         self.digest, self.client = digest, client       # of its owner
         self.addresses, self.changed = addresses, 0     # of its owner, and their version; a host's are for every guest
@@ -551,8 +547,6 @@ class Entry:
 
 class Game(Entry):
     """A game while its host is alive."""
-
-    __slots__ = ("name", "info", "listed", "ready", "guests", "news", "left", "told", "dismissed", "line")
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
         super().__init__(digest, client, NO_ADDRESSES, GAME_SIZE + size_of(name))
@@ -567,8 +561,6 @@ class Game(Entry):
 
 class Guest(Entry):
     """One guest's session with one game."""
-
-    __slots__ = ("game", "session_id", "session_key", "reply", "replied")
 
     def __init__(self, game: Game, digest: bytes, client: bytes, session_id: str, session_key: str) -> None:
         super().__init__(digest, client, b"", GUEST_SIZE)       # so that its first addresses are news, even if there are none
