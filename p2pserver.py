@@ -811,11 +811,9 @@ class Registry:
     def _wait(self, entry: Entry, news: News, after: Optional[int], wake: Wake, is_again: bool, is_busy: bool) -> News:
         """The news; if there are none, the poll or start waits in place of an earlier one, if it wishes to and there is room. One that is asked again,
         which has no addresses, makes way for a later one. is_busy: the earlier one did not make way for news."""
-        if entry in self._waiters:
-            if is_again:
-                return news
+        if entry in self._waiters and not is_again:
             self._wake(entry, is_over=True, is_busy=is_busy)
-        if wake is None or news.has_news or len(self._waiters) >= self._settings.max_waiting:
+        if wake is None or news.has_news or entry in self._waiters or len(self._waiters) >= self._settings.max_waiting:
             return news
         waiter = self._waiters[entry] = Waiter(entry, news.name, entry.digest, after, wake)
         return news._replace(waiter=waiter)
