@@ -1557,6 +1557,28 @@ def test_a_symmetric_router_is_told_of_soon_also_if_one_of_two_stun_servers_lose
         assert {"198.51.100.1:6000", "198.51.100.1:6001"} < set(it.candidates.addresses)
 
 
+def asleep(endpoint):
+    """Wait until an endpoint's thread waits for minutes, as it does where nothing is due."""
+    wait_until(lambda: endpoint._expected > time.monotonic() + 60)
+
+
+@pytest.fixture
+def long_sleep(monkeypatch):
+    """An endpoint's thread that has nothing to do is woken by what it is told alone."""
+    for module, name in ((p2pclient.endpoint, "LONGEST_PAUSE"), (whereabouts, "LOOK_INTERVAL"), (checks, "SILENT_TIME"), (checks, "CONSENT_TIME")):
+        monkeypatch.setattr(module, name, 600)
+
+
+def test_stun_servers_that_are_told_wake_the_thread_that_asks_them(endpoint, long_sleep):
+    it = endpoint()
+    asleep(it)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stun_server:
+        stun_server.bind(("127.0.0.1", 0))
+        stun_server.settimeout(WAIT)
+        it.use_stun([stun_server.getsockname()], instead_of=[])
+        assert stun.decode(stun_server.recv(2048)).kind == stun.REQUEST
+
+
 def pair(host, guest, session_id="session", key="key"):
     """Connect two endpoints as a server would have them do; the host's and the guest's connection."""
     host.expect(p2pclient.Guest(session_id, key, guest.candidates.addresses[:1]))
@@ -1891,6 +1913,16 @@ def test_a_good_bye_that_is_lost_is_said_again(endpoint, is_closed):
     with pytest.raises(p2pclient.PeerLost, match="has left"):
         hosts.recv(5)
     assert len(said) > 1
+
+
+def test_a_good_bye_wakes_the_thread_that_says_it_again(endpoint, long_sleep):
+    host, guest = endpoint(consent_interval=300), endpoint(consent_interval=300)
+    _, guests = pair(host, guest)
+    for each in (host, guest):
+        asleep(each)
+    lossy(guest, is_goodbye)
+    guests.close()
+    wait_until(lambda: not guest._farewells)
 
 
 def test_who_missed_the_good_bye_is_told_when_it_checks(endpoint):
