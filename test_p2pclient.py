@@ -1925,6 +1925,16 @@ def test_a_good_bye_wakes_the_thread_that_says_it_again(endpoint, long_sleep):
     wait_until(lambda: not guest._farewells)
 
 
+def test_a_host_with_many_guests_closes_as_soon_as_one_with_a_single_guest(endpoint, monkeypatch):
+    host = endpoint()
+    guests = [pair(host, endpoint(), f"session {i}")[1] for i in range(12)]
+    monkeypatch.setattr(p2pclient.endpoint, "LAST_FAREWELLS", 1)
+    in_seconds(8, host.close)
+    for each in guests:
+        with pytest.raises(p2pclient.PeerLost, match="has left"):
+            each.recv(5)
+
+
 def test_who_missed_the_good_bye_is_told_when_it_checks(endpoint):
     hosts, guests = pair(endpoint(consent_interval=0.2), endpoint())
     lost = []

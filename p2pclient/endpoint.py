@@ -29,7 +29,7 @@ from .whereabouts import KEEPALIVE as KEEPALIVE
 from .whereabouts import Whereabouts
 
 MAX_SESSIONS = 64           # with guests at once, whatever the server says
-LAST_FAREWELLS = 0.02       # seconds between the good-byes that are repeated when the endpoint is closed
+LAST_FAREWELLS = 0.04       # seconds in which all good-byes are repeated when the endpoint is closed
 CALL_INTERVAL = 3.0         # seconds between two calls of moved() while a peer is silent
 LONGEST_PAUSE = 0.5         # seconds after which the thread looks who is silent
 SUSPENSION = 1.0            # seconds more than that in which the thread did not run
@@ -164,7 +164,7 @@ class Endpoint:
                 self.end(connection)
             farewells = self._farewells.take()
         for sending in farewells:
-            time.sleep(LAST_FAREWELLS)
+            time.sleep(LAST_FAREWELLS / len(farewells))
             self._send([sending])
         with self._lock:
             self._closed = True
