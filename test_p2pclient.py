@@ -2902,6 +2902,28 @@ def test_a_guest_that_closes_its_connection_leaves_the_game(start_server, heard_
         assert server.registry.counts()["guests"] == 0
 
 
+def test_a_start_that_comes_to_the_server_after_its_guest_has_left_leaves_no_session(start_server, heard_good_byes, monkeypatch):
+    """It begins a session anew, and the server would hold it for 25 seconds."""
+    server, late = start_server(), []
+    client = p2pclient.RendezvousClient(url_of(server))
+    once = client._transport._try
+
+    def overtaken(method, path, *call):
+        if path == "/games/start":
+            late.append(path)
+            wait_until(lambda: server.answered["leave_game", 204])
+        return once(method, path, *call)
+
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
+        guest = p2pclient.join_game(client, "castle")
+        wait_until(lambda: server.registry.counts()["waiting"] == 2)
+        monkeypatch.setattr(client._transport, "_try", overtaken)
+        game.endpoint.forward("198.51.100.1:4000")      # which the guest hears, and then starts again
+        wait_until(lambda: late)
+        guest.close()
+        assert server.registry.counts()["guests"] == 0 and server.answered["leave_game", 204] == 2
+
+
 def test_a_guest_that_does_not_get_through_leaves_the_game(start_server, heard_good_byes, monkeypatch):
     monkeypatch.setattr(checks, "CHECK_TIME", 0.5)
     server = start_server()
