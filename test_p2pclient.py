@@ -2924,6 +2924,47 @@ def test_a_start_that_comes_to_the_server_after_its_guest_has_left_leaves_no_ses
         assert server.registry.counts()["guests"] == 0 and server.answered["leave_game", 204] == 2
 
 
+def test_a_guest_that_leaves_while_its_game_is_renamed_leaves_it_under_its_new_name(start_server, heard_good_byes, monkeypatch):
+    """The start that tells of the new name is answered while the guest leaves under the old one."""
+    server, renamed = start_server(), threading.Event()
+    client = p2pclient.RendezvousClient(url_of(server))
+    once = client._transport._try
+
+    def slow(method, path, *call):
+        reply = once(method, path, *call)
+        if path == "/games/start" and reply.body.text("name") == "fortress":
+            renamed.set()
+            wait_until(lambda: server.answered["leave_game", 404])
+        return reply
+
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
+        monkeypatch.setattr(client._transport, "_try", slow)
+        guest = p2pclient.join_game(client, "castle")
+        wait_until(lambda: server.registry.counts()["waiting"] == 2)
+        game.update(new_name="fortress")
+        assert renamed.wait(WAIT)
+        guest.close()
+        assert server.registry.counts()["guests"] == 0
+
+
+def test_a_connection_that_is_closed_twice_does_not_leave_the_game_which_its_guest_has_joined_again(start_server, heard_good_byes):
+    server = start_server()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle"):
+        first = p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle", peer_id="ben")
+        first.close()
+        with p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle", peer_id="ben"):
+            first.close()
+            assert server.registry.counts()["guests"] == 1
+
+
+def test_a_guest_that_gives_up_before_its_host_has_an_address_leaves_the_game(start_server, heard_good_byes):
+    server = start_server()
+    p2pclient.RendezvousClient(url_of(server)).register_game("castle", "ada")
+    with pytest.raises(p2pclient.ConnectFailed, match="published no address"):
+        p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle", timeout=1)
+    assert server.answered["leave_game", 204] == 1 and server.registry.counts()["guests"] == 0
+
+
 def test_a_guest_that_does_not_get_through_leaves_the_game(start_server, heard_good_byes, monkeypatch):
     monkeypatch.setattr(checks, "CHECK_TIME", 0.5)
     server = start_server()

@@ -187,9 +187,12 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
         presence.connection = connection = connect_or_explain(client, own, start, report)
         connection.owns_endpoint, connection.closing = endpoint is None, presence.close
         return connection
-    except BaseException:
+    except BaseException as error:      # Ctrl-C while the server holds the start, too
         if presence:
             presence.close()
+        elif not isinstance(error, RendezvousError):
+            with contextlib.suppress(RendezvousError):
+                client.leave_game(name, peer_id, within=CLOSE_TIME)
         if gathering:
             gathering.add_done_callback(close_gathered)
         raise

@@ -41,6 +41,9 @@ class Presence:
 
     def close(self) -> None:
         """Leave the game, as far as the server can be told within two seconds."""
+        if self._repeater.ended:        # the game is left, and the same peerId may have joined it again
+            self._repeater.join(0.4)
+            return
         self._endpoint.moved = lambda: None
         self._repeater.end()
         deadline = Deadline(CLOSE_TIME)
@@ -71,7 +74,8 @@ class Presence:
             else:
                 self._repeater.pause()
                 self._leave(CLOSE_TIME)
-        elif self._repeater.ended:      # this call has begun a session after we have left
+        elif self._repeater.ended:      # this call has begun a session after we have left, or we have left a game that was renamed by then
+            self._name = start.name
             self._leave(CLOSE_TIME)
         if not is_current():
             return 0.0
