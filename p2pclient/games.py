@@ -166,7 +166,7 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
               endpoint: Optional[Endpoint] = None, peer_id: Optional[str] = None, report: Callable[[str], None] = log.info,
               prediction: bool = True, probing: bool = False) -> Connection:
     """Connect with the host of a game. Seconds of timeout are for all that the server is needed for until the host has published addresses;
-    the checks then have 15.
+    the checks then have 15. Who gives up leaves the game, for which the server has 1.5 more.
 
     endpoint: one's own, which stays open when the connection is closed; peer_id: who comes back with the one of before has the same session;
     report: takes a line when the host or the server is slow to answer; prediction, probing: as in Endpoint, without one's own.
