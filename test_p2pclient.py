@@ -2958,10 +2958,10 @@ def test_a_connection_that_is_closed_twice_does_not_leave_the_game_which_its_gue
 
 
 def test_a_guest_that_gives_up_before_its_host_has_an_address_leaves_the_game(start_server, heard_good_byes):
-    server = start_server()
+    server = start_server(max_wait=0, poll_after=50)
     p2pclient.RendezvousClient(url_of(server)).register_game("castle", "ada")
     with pytest.raises(p2pclient.ConnectFailed, match="published no address"):
-        p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle", timeout=1)
+        p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle")
     assert server.answered["leave_game", 204] == 1 and server.registry.counts()["guests"] == 0
 
 
@@ -3154,6 +3154,16 @@ def test_a_host_that_publishes_nothing_is_named_as_the_reason(start_server, time
     p2pclient.RendezvousClient(url).register_game("castle", "ada")
     with pytest.raises(p2pclient.ConnectFailed, match="published no address"):
         p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", timeout=timeout)
+
+
+def test_a_start_for_whose_answer_there_is_no_time_is_not_made():
+    """That it is not answered would say that the server is away."""
+    def answer_once(client, request):
+        if b"/games/start" not in request or sum(b"/games/start" in each for each in server.requests) == 1:
+            client.sendall(http_answer({**START, "pollAfter": 4.8}))
+
+    with Script(answer_once) as server, pytest.raises(p2pclient.ConnectFailed, match="published no address"):
+        p2pclient.join_game(p2pclient.RendezvousClient(server.url), "castle", [], timeout=5)
 
 
 def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):

@@ -20,6 +20,7 @@ from .relay import Relay
 from .rendezvous import Poll, RendezvousClient, Start, new_peer_id
 from .repeater import Repeater, pause_between
 from .texts import line_of, log
+from .transport import MARGIN
 from .turn import TurnServer
 
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
@@ -235,7 +236,7 @@ def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint
     start = start_game(client, name, peer_id, endpoint, deadline, patience=0.0)
     while not start.addresses:
         pause = 0.0 if start.waited else start.poll_after
-        if pause >= deadline.left():
+        if pause + MARGIN >= deadline.left():
             raise ConnectFailed("the host has published no address", "It is registered, but does not poll: it may just have crashed.")
         time.sleep(pause)
         # A server that was restarted may not have the game yet: its host comes back within seconds.
