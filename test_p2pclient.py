@@ -1557,6 +1557,28 @@ def test_a_symmetric_router_is_told_of_soon_also_if_one_of_two_stun_servers_lose
         assert {"198.51.100.1:6000", "198.51.100.1:6001"} < set(it.candidates.addresses)
 
 
+def asleep(endpoint):
+    """Wait until an endpoint's thread waits for minutes, as it does where nothing is due."""
+    wait_until(lambda: endpoint._expected > time.monotonic() + 60)
+
+
+@pytest.fixture
+def long_sleep(monkeypatch):
+    """An endpoint's thread that has nothing to do is woken by what it is told alone."""
+    for module, name in ((p2pclient.endpoint, "LONGEST_PAUSE"), (whereabouts, "LOOK_INTERVAL"), (checks, "SILENT_TIME"), (checks, "CONSENT_TIME")):
+        monkeypatch.setattr(module, name, 600)
+
+
+def test_stun_servers_that_are_told_wake_the_thread_that_asks_them(endpoint, long_sleep):
+    it = endpoint()
+    asleep(it)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stun_server:
+        stun_server.bind(("127.0.0.1", 0))
+        stun_server.settimeout(WAIT)
+        it.use_stun([stun_server.getsockname()], instead_of=[])
+        assert stun.decode(stun_server.recv(2048)).kind == stun.REQUEST
+
+
 def pair(host, guest, session_id="session", key="key"):
     """Connect two endpoints as a server would have them do; the host's and the guest's connection."""
     host.expect(p2pclient.Guest(session_id, key, guest.candidates.addresses[:1]))
@@ -1891,6 +1913,26 @@ def test_a_good_bye_that_is_lost_is_said_again(endpoint, is_closed):
     with pytest.raises(p2pclient.PeerLost, match="has left"):
         hosts.recv(5)
     assert len(said) > 1
+
+
+def test_a_good_bye_wakes_the_thread_that_says_it_again(endpoint, long_sleep):
+    host, guest = endpoint(consent_interval=300), endpoint(consent_interval=300)
+    _, guests = pair(host, guest)
+    for each in (host, guest):
+        asleep(each)
+    lossy(guest, is_goodbye)
+    guests.close()
+    wait_until(lambda: not guest._farewells)
+
+
+def test_a_host_with_many_guests_closes_as_soon_as_one_with_a_single_guest(endpoint, monkeypatch):
+    host = endpoint()
+    guests = [pair(host, endpoint(), f"session {i}")[1] for i in range(12)]
+    monkeypatch.setattr(p2pclient.endpoint, "LAST_FAREWELLS", 1)
+    in_seconds(8, host.close)
+    for each in guests:
+        with pytest.raises(p2pclient.PeerLost, match="has left"):
+            each.recv(5)
 
 
 def test_who_missed_the_good_bye_is_told_when_it_checks(endpoint):
@@ -2860,6 +2902,69 @@ def test_a_guest_that_closes_its_connection_leaves_the_game(start_server, heard_
         assert server.registry.counts()["guests"] == 0
 
 
+def test_a_start_that_comes_to_the_server_after_its_guest_has_left_leaves_no_session(start_server, heard_good_byes, monkeypatch):
+    """It begins a session anew, and the server would hold it for 25 seconds."""
+    server, late = start_server(), []
+    client = p2pclient.RendezvousClient(url_of(server))
+    once = client._transport._try
+
+    def overtaken(method, path, *call):
+        if path == "/games/start":
+            late.append(path)
+            wait_until(lambda: server.answered["leave_game", 204])
+        return once(method, path, *call)
+
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
+        guest = p2pclient.join_game(client, "castle")
+        wait_until(lambda: server.registry.counts()["waiting"] == 2)
+        monkeypatch.setattr(client._transport, "_try", overtaken)
+        game.endpoint.forward("198.51.100.1:4000")      # which the guest hears, and then starts again
+        wait_until(lambda: late)
+        guest.close()
+        assert server.registry.counts()["guests"] == 0 and server.answered["leave_game", 204] == 2
+
+
+def test_a_guest_that_leaves_while_its_game_is_renamed_leaves_it_under_its_new_name(start_server, heard_good_byes, monkeypatch):
+    """The start that tells of the new name is answered while the guest leaves under the old one."""
+    server, renamed = start_server(), threading.Event()
+    client = p2pclient.RendezvousClient(url_of(server))
+    once = client._transport._try
+
+    def slow(method, path, *call):
+        reply = once(method, path, *call)
+        if path == "/games/start" and reply.body.text("name") == "fortress":
+            renamed.set()
+            wait_until(lambda: server.answered["leave_game", 404])
+        return reply
+
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
+        monkeypatch.setattr(client._transport, "_try", slow)
+        guest = p2pclient.join_game(client, "castle")
+        wait_until(lambda: server.registry.counts()["waiting"] == 2)
+        game.update(new_name="fortress")
+        assert renamed.wait(WAIT)
+        guest.close()
+        assert server.registry.counts()["guests"] == 0
+
+
+def test_a_connection_that_is_closed_twice_does_not_leave_the_game_which_its_guest_has_joined_again(start_server, heard_good_byes):
+    server = start_server()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle"):
+        first = p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle", peer_id="ben")
+        first.close()
+        with p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle", peer_id="ben"):
+            first.close()
+            assert server.registry.counts()["guests"] == 1
+
+
+def test_a_guest_that_gives_up_before_its_host_has_an_address_leaves_the_game(start_server, heard_good_byes):
+    server = start_server(max_wait=0, poll_after=50)
+    p2pclient.RendezvousClient(url_of(server)).register_game("castle", "ada")
+    with pytest.raises(p2pclient.ConnectFailed, match="published no address"):
+        p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle")
+    assert server.answered["leave_game", 204] == 1 and server.registry.counts()["guests"] == 0
+
+
 def test_a_guest_that_does_not_get_through_leaves_the_game(start_server, heard_good_byes, monkeypatch):
     monkeypatch.setattr(checks, "CHECK_TIME", 0.5)
     server = start_server()
@@ -3049,6 +3154,16 @@ def test_a_host_that_publishes_nothing_is_named_as_the_reason(start_server, time
     p2pclient.RendezvousClient(url).register_game("castle", "ada")
     with pytest.raises(p2pclient.ConnectFailed, match="published no address"):
         p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", timeout=timeout)
+
+
+def test_a_start_for_whose_answer_there_is_no_time_is_not_made():
+    """That it is not answered would say that the server is away."""
+    def answer_once(client, request):
+        if b"/games/start" not in request or sum(b"/games/start" in each for each in server.requests) == 1:
+            client.sendall(http_answer({**START, "pollAfter": 4.8}))
+
+    with Script(answer_once) as server, pytest.raises(p2pclient.ConnectFailed, match="published no address"):
+        p2pclient.join_game(p2pclient.RendezvousClient(server.url), "castle", [], timeout=5)
 
 
 def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):

@@ -29,7 +29,7 @@ from .whereabouts import KEEPALIVE as KEEPALIVE
 from .whereabouts import Whereabouts
 
 MAX_SESSIONS = 64           # with guests at once, whatever the server says
-LAST_FAREWELLS = 0.02       # seconds between the good-byes that are repeated when the endpoint is closed
+LAST_FAREWELLS = 0.04       # seconds in which all good-byes are repeated when the endpoint is closed
 CALL_INTERVAL = 3.0         # seconds between two calls of moved() while a peer is silent
 LONGEST_PAUSE = 0.5         # seconds after which the thread looks who is silent
 SUSPENSION = 1.0            # seconds more than that in which the thread did not run
@@ -97,6 +97,7 @@ class Endpoint:
         """Ask these STUN servers from now on, if those others were asked until now."""
         with self._lock:
             self._whereabouts.use_stun(servers, instead_of, time.monotonic())
+        self._wake()
 
     def forward(self, address: str, is_relay: bool = False) -> bool:
         """Publish an address that the router says it forwards to the socket, or a relay's, or with "" none any more. Whether it is published."""
@@ -143,12 +144,11 @@ class Endpoint:
     def end(self, connection: Connection) -> None:
         """End one connection. Its good-bye is repeated, as it may be lost."""
         with self._lock:
-            is_first = not connection.session.over
-            goodbye = connection.session.goodbye()
-            if is_first:
-                self._send(goodbye)
-                self._farewells.add(goodbye, time.monotonic())
+            goodbye = [] if connection.session.over else connection.session.goodbye()
+            self._send(goodbye)
+            self._farewells.add(goodbye, time.monotonic())
             self._retire(connection)
+        self._wake()
 
     def send(self, datagram: bytes, address: Address) -> None:
         """Send as it is. For Connection."""
@@ -164,7 +164,7 @@ class Endpoint:
                 self.end(connection)
             farewells = self._farewells.take()
         for sending in farewells:
-            time.sleep(LAST_FAREWELLS)
+            time.sleep(LAST_FAREWELLS / len(farewells))
             self._send([sending])
         with self._lock:
             self._closed = True

@@ -20,6 +20,7 @@ from .relay import Relay
 from .rendezvous import Poll, RendezvousClient, Start, new_peer_id
 from .repeater import Repeater, pause_between
 from .texts import line_of, log
+from .transport import MARGIN
 from .turn import TurnServer
 
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
@@ -166,7 +167,7 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
               endpoint: Optional[Endpoint] = None, peer_id: Optional[str] = None, report: Callable[[str], None] = log.info,
               prediction: bool = True, probing: bool = False) -> Connection:
     """Connect with the host of a game. Seconds of timeout are for all that the server is needed for until the host has published addresses;
-    the checks then have 15.
+    the checks then have 15. Who gives up leaves the game, for which the server has 1.5 more.
 
     endpoint: one's own, which stays open when the connection is closed; peer_id: who comes back with the one of before has the same session;
     report: takes a line when the host or the server is slow to answer; prediction, probing: as in Endpoint, without one's own.
@@ -187,9 +188,12 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
         presence.connection = connection = connect_or_explain(client, own, start, report)
         connection.owns_endpoint, connection.closing = endpoint is None, presence.close
         return connection
-    except BaseException:
+    except BaseException as error:      # Ctrl-C while the server holds the start, too
         if presence:
             presence.close()
+        elif not isinstance(error, RendezvousError):
+            with contextlib.suppress(RendezvousError):
+                client.leave_game(name, peer_id, within=CLOSE_TIME)
         if gathering:
             gathering.add_done_callback(close_gathered)
         raise
@@ -232,7 +236,7 @@ def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint
     start = start_game(client, name, peer_id, endpoint, deadline, patience=0.0)
     while not start.addresses:
         pause = 0.0 if start.waited else start.poll_after
-        if pause >= deadline.left():
+        if pause + MARGIN >= deadline.left():
             raise ConnectFailed("the host has published no address", "It is registered, but does not poll: it may just have crashed.")
         time.sleep(pause)
         # A server that was restarted may not have the game yet: its host comes back within seconds.

@@ -9,6 +9,7 @@ from typing import Callable, Optional
 
 from .answers import RendezvousError
 from .connection import Connection
+from .deadline import Deadline
 from .endpoint import Endpoint
 from .rendezvous import RendezvousClient, Start
 from .repeater import Repeater, pause_between
@@ -40,10 +41,15 @@ class Presence:
 
     def close(self) -> None:
         """Leave the game, as far as the server can be told within two seconds."""
+        if self._repeater.ended:        # the game is left, and the same peerId may have joined it again
+            self._repeater.join(0.4)
+            return
         self._endpoint.moved = lambda: None
         self._repeater.end()
-        self._leave()
-        self._repeater.join(0.4)
+        deadline = Deadline(CLOSE_TIME)
+        self._leave(deadline.left())
+        while not self._repeater.join(0.4) and deadline.left():     # a start that has come to the server since then has begun a session
+            self._leave(deadline.left())
 
     def _moved(self) -> None:
         """We have moved, or the host is silent: tell the server where we are, and hear where the host is."""
@@ -51,14 +57,14 @@ class Presence:
         self._client.reconnect()
         self._repeater.begin_anew()
 
-    def _leave(self) -> None:
+    def _leave(self, within: float) -> None:
         with contextlib.suppress(RendezvousError):      # 404: the host was faster
-            self._client.leave_game(self._name, self._peer_id, within=CLOSE_TIME)
+            self._client.leave_game(self._name, self._peer_id, within=within)
 
     def _ask(self, is_current: Callable[[], bool]) -> float:
         if self.connection and self.connection.session.over:
             self._repeater.end()
-            self._leave()
+            self._leave(CLOSE_TIME)
             return 0.0
         after, began = self._cursor, time.monotonic()
         start = self._client.start_game(self._name, self._peer_id, self._endpoint.candidates.published, WAIT, after)
@@ -67,9 +73,10 @@ class Presence:
                 self._session_id = start.session_id
             else:
                 self._repeater.pause()
-                self._leave()
-        elif self._repeater.ended:      # this call has begun a session after we have left
-            self._leave()
+                self._leave(CLOSE_TIME)
+        elif self._repeater.ended:      # this call has begun a session after we have left, or we have left a game that was renamed by then
+            self._name = start.name
+            self._leave(CLOSE_TIME)
         if not is_current():
             return 0.0
         self._name, has_news = start.name, start.cursor != after

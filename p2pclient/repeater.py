@@ -44,10 +44,11 @@ class Repeater:
         """Make no further call."""
         self._ended.set()
 
-    def join(self, seconds: float) -> None:
-        """Wait for the thread, which waits for the answer to its call."""
+    def join(self, seconds: float) -> bool:
+        """Wait for the thread, which waits for the answer to its call. Whether it has ended."""
         if self._thread.ident and self._thread is not threading.current_thread():
             self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _run(self, generation: int) -> None:
         def is_current() -> bool:
