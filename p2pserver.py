@@ -1542,15 +1542,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Begin with the next request, of which nothing is known yet."""
         self.reads = 0                                      # that it took
         self.client = self.peer                             # who asks, perhaps through a proxy
-        self.use_head(NO_HEAD)
-        self.body = b""
+        self.head, self.body = NO_HEAD, b""
         self.route: Optional[Route] = None                  # what serves it
         self.wait = 0                                       # seconds that it wishes to wait
         self.waiter: Optional[Waiter] = None                # while it waits for news
-
-    def use_head(self, head: Head) -> None:
-        self.head = head
-        self.command, self.path, self.headers = head.method, head.target, head.headers  # type: ignore[assignment]
 
     @property
     def is_late(self) -> bool:
@@ -1585,7 +1580,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.problem = problem
             line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
             if line and self.head is NO_HEAD:
-                self.use_head(Head(line[1], line[2], path_of(line[2])))
+                self.head = Head(line[1], line[2], path_of(line[2]))
 
     def parse_request(self) -> Steps:  # type: ignore[override]
         """Take a whole request from the buffer, as it comes. Problem. Gone."""
@@ -1599,9 +1594,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.deadline = time.monotonic() + self.server.settings.idle_timeout
             end = find_head(buffer, scanned)
             scanned = len(buffer)
-        self.use_head(read_head(bytes(buffer[:end])))
+        head = self.head = read_head(bytes(buffer[:end]))
         del buffer[:end + 4]
-        head = self.head
         self.client = client_behind(self.peer, head.headers, self.server.proxies)
         if self.is_proxy and self.client is not self.peer:
             self.server.count(self, self.client.key)    # until it is answered
@@ -1656,7 +1650,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while isinstance(outcome, Waiter):
             # Of its fields nothing is kept, of its head little.
             self.waiter = outcome
-            self.use_head(self.head._replace(target=self.head.target[:200], headers={"origin": self.headers.get("origin", "")[:200]}))
+            self.head = self.head._replace(target=self.head.target[:200], headers={"origin": self.head.headers.get("origin", "")[:200]})
             yield READ
             self.read_ahead()
             outcome = yield from self.outcome_of(self.ask_again)
@@ -1693,10 +1687,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.charge(self.client)
         if self.problem:
             raise self.problem
-        if self.command == "OPTIONS":
+        if head.method == "OPTIONS":
             return functools.partial(self.options, set().union(*ROUTES.values()) if head.target == "*" else resolve(head.path)[0])
         routes, name = resolve(head.path)
-        route = self.route = routes.get("GET" if self.command == "HEAD" else self.command)
+        route = self.route = routes.get("GET" if head.method == "HEAD" else head.method)
         if route is None:
             raise Problem("this method is not for this path", 405, headers={"Allow": allowed(routes)})
         digest, fields = self.read_fields(route) if route.fields else (b"", {})
@@ -1755,7 +1749,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
         headers = {"Allow": allowed(methods), **({"Accept-Patch": "application/json"} if "PATCH" in methods else {})}      # RFC 5789 section 3.1
         if self.server.settings.cors_origin and "access-control-request-method" in self.head.headers:
-            wished = self.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")[:1000]
+            wished = self.head.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")[:1000]
             headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400", "Access-Control-Allow-Headers": wished})
         return Answer(204, None, headers)
 
@@ -1765,7 +1759,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.head.closes or server.stopping or self.problem is not None
         head = self.head_of(answer, len(data))
         self.log_request(answer.status, len(data))
-        if self.command == "HEAD":
+        if self.head.method == "HEAD":
             data = b""
         tokens = len(data) // BYTES_PER_TOKEN + (FORBIDDEN_COST - 1 if answer.status in (403, 409) else 0)
         if tokens:      # to register somebody's game is to guess, too
@@ -1809,8 +1803,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields["Content-Type"] = answer.media_type
         if self.close_connection or self.head.version == "1.0":
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
-        if "," in server.settings.cors_origin and self.headers.get("origin") in server.settings.origins:
-            fields["Access-Control-Allow-Origin"] = self.headers["origin"]
+        if "," in server.settings.cors_origin and self.head.headers.get("origin") in server.settings.origins:
+            fields["Access-Control-Allow-Origin"] = self.head.headers["origin"]
         text = head_text(int(time.time()), answer.status, server.settings.cors_origin, tuple(fields.items()))
         return (text if answer.body is None else f"{text[:-2]}Content-Length: {length}\r\n\r\n").encode("latin-1")
 
@@ -1820,7 +1814,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.settings.access_log:
             path = self.head.target.partition("?")[0]
             log_fields("{client} {method} {path!r} {status} {bytes}", [
-                {"client": self.client.address or "unknown", "method": self.command, "path": path, "status": code, "bytes": size}])
+                {"client": self.client.address or "unknown", "method": self.head.method, "path": path, "status": code, "bytes": size}])
 
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------
