@@ -1042,20 +1042,6 @@ class StunServer(socketserver.UDPServer):
 
 # ---- endpoints and routes -------------------------------------------------------------------------------------------
 
-class Request(NamedTuple):
-    """A request past all checks, or one that waited and is asked again."""
-
-    registry: GameRegistry
-    name: str                                       # of the game
-    digest: bytes                                   # of the peerId
-    fields: Mapping[str, Any]                       # by name; of a request that is asked again the field "after" alone
-    headers: Mapping[str, str]                      # by name in lower case
-    client: Client
-    wait: int = 0                                   # seconds that it wishes to wait
-    wake: Optional[Callable[[], None]] = None       # None: it is to be answered now
-    is_busy: bool = False                           # while it waited, another of the same host or guest took its place
-
-
 class Answer(NamedTuple):
     """A status, a body (an object of JSON, bytes, or None), and header fields beside the usual ones."""
 
@@ -1069,15 +1055,15 @@ class Answer(NamedTuple):
         return to_json(self.body).encode() + b"\n" if isinstance(self.body, dict) else self.body or b""
 
 
-def answer_with_ttl(server: Server, request: Request, status: int, ttl: float, has_news: bool, body: Dict[str, Any], **stored: bytes) -> Answer:
+def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], **stored: bytes) -> Answer:
     """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds. body and stored: as in json_text().
 
     That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
-    has_no_place = request.wake is not None and not has_news    # or it would wait now
+    server, has_no_place = request.server, request.wake is not None and not has_news    # or it would wait now
     if has_no_place:
         server.tally(server.refused, "waiting")
-    is_busy = has_no_place or request.is_busy
+    is_busy = has_no_place or request.waiter is not None and request.waiter.is_busy
     body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
     return Answer(status, json_text(body, **stored) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
 
@@ -1100,75 +1086,77 @@ def turn_credentials(settings: Settings) -> Dict[str, Any]:
     return {"urls": settings.turn_url.split(","), "username": username, "credential": credential, "ttl_seconds": TURN_TTL}
 
 
-def register_game(server: Server, request: Request) -> Answer:
+def register_game(request: Handler) -> Answer:
     """offer a game, or go on offering it"""
+    settings = request.server.settings
     is_new = request.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
-    turn = {"turn": turn_credentials(server.settings)} if server.settings.turn_url else {}
-    body = {"name": request.name, "stun": server.stun_ports, **turn, "expiresIn": server.settings.game_ttl, "pollAfter": server.settings.poll_after}
+    turn = {"turn": turn_credentials(settings)} if settings.turn_url else {}
+    body = {"name": request.name, "stun": request.server.stun_ports, **turn, "expiresIn": settings.game_ttl, "pollAfter": settings.poll_after}
     return Answer(201, body, location(request.name)) if is_new else Answer(200, body)
 
 
-def poll_game(server: Server, request: Request) -> Outcome:
+def poll_game(request: Handler) -> Outcome:
     """publish the host's addresses and learn of guests"""
     name, digest, fields, wake = request.name, request.digest, request.fields, request.wake
     polled = request.registry.poll_game(name, digest, fields.get("addresses"), fields["after"], replies=fields.get("replies"),
                                         dismiss=fields.get("dismiss") or (), wake=wake, seen_at=request.client.address)
     guests = b",".join([json_text(session_body(guest), addresses=guest.addresses) for guest in polled.peers])
     body = {"name": polled.name, "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
-    return polled.waiter or answer_with_ttl(server, request, 200, server.settings.game_ttl, polled.has_news, body, guests=b"[%b]" % guests)
+    return polled.waiter or answer_with_ttl(request, 200, request.server.settings.game_ttl, polled.has_news, body, guests=b"[%b]" % guests)
 
 
-def start_game(server: Server, request: Request) -> Outcome:
+def start_game(request: Handler) -> Outcome:
     """join as a guest and learn the host's addresses"""
     name, digest, fields, client = request.name, request.digest, request.fields, request.client
     started = request.registry.start_game(name, digest, fields.get("addresses"), fields["after"], client=client.key, wake=request.wake,
                                           seen_at=client.address)
     [host] = started.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
-    body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": server.stun_ports}
-    return started.waiter or answer_with_ttl(server, request, status, server.settings.guest_ttl, started.has_news, body, addresses=host.addresses)
+    body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": request.server.stun_ports}
+    return started.waiter or answer_with_ttl(request, status, request.server.settings.guest_ttl, started.has_news, body, addresses=host.addresses)
 
 
-def leave_game(server: Server, request: Request) -> Answer:
+def leave_game(request: Handler) -> Answer:
     """leave as a guest, whose place is free then"""
     request.registry.leave_game(request.name, request.digest)
     return Answer(204)
 
 
-def list_games(server: Server, request: Request) -> Answer:
+def list_games(request: Handler) -> Answer:
     """the listed games, oldest first"""
     version, body = request.registry.list_games()
     return Answer(200, body, {"ETag": f'"{version:x}"', "Cache-Control": "no-cache"})    # to be kept, but not used without asking again
 
 
-def get_game(server: Server, request: Request) -> Answer:
+def get_game(request: Handler) -> Answer:
     """one game, listed or not"""
     return Answer(200, request.registry.get_game(request.name) + b"\n")
 
 
-def update_game(server: Server, request: Request) -> Answer:
+def update_game(request: Handler) -> Answer:
     """its host renames or describes it"""
     new_name = request.fields["name"]
     body = request.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
     return Answer(200, body + b"\n", location(new_name) if new_name not in (None, request.name) else {})
 
 
-def delete_game(server: Server, request: Request) -> Answer:
+def delete_game(request: Handler) -> Answer:
     """its host ends it"""
     request.registry.delete_game(request.name, request.digest)
     return Answer(204)
 
 
-def show_health(server: Server, request: Request) -> Answer:
+def show_health(request: Handler) -> Answer:
     """for load balancers and monitors"""
-    insist(not server.stopping, "the server is shutting down", status=503)
+    insist(not request.server.stopping, "the server is shutting down", status=503)
     counts = request.registry.counts()
     return Answer(200, {"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]})
 
 
-def show_metrics(server: Server, request: Request) -> Answer:
+def show_metrics(request: Handler) -> Answer:
     """counts for Prometheus"""
-    insist(request.client.is_local or request.client.address in server.watchers, "metrics are for this machine and for --metrics-from", Forbidden)
+    server, client = request.server, request.client
+    insist(client.is_local or client.address in server.watchers, "metrics are for this machine and for --metrics-from", Forbidden)
     gauges = {**request.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
               "uptime_seconds": round(time.monotonic() - server.began, 3)}
     text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
@@ -1181,22 +1169,24 @@ def show_metrics(server: Server, request: Request) -> Answer:
     return Answer(200, text.encode("ascii"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def show_start_page(server: Server, request: Request) -> Answer:
+def show_start_page(request: Handler) -> Answer:
     """this page"""
     rows = "".join([f"{method:8}{path:18}{route.endpoint.__doc__}\n" for path, routes in ROUTES.items() for method, route in routes.items()])
     text = f"p2pserver {__version__}: the rendezvous server by which two players behind home routers find each other\n\n{rows}"
     return Answer(200, text.encode("ascii"), media_type="text/plain; charset=utf-8")
 
 
-def check_preconditions(server: Server, request: Request, method: str, routes: Mapping[str, Route]) -> Optional[Answer]:
+def check_preconditions(request: Handler) -> Optional[Answer]:
     """The answer 304, or None: the request is to be performed. Problem 412: it must not be (RFC 9110 section 13.2.2).
 
     What they are compared with is what GET gives now; a Problem of its own goes first. Where there is no GET, nothing matches.
     """
-    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "")
+    method, headers = request.head.method, request.head.headers
+    match, none_match = headers.get("if-match"), headers.get("if-none-match", "")
     if match is None and not none_match:
         return None
-    current: Any = routes["GET"].endpoint(server, request) if "GET" in routes else Answer(404)
+    routes, _ = resolve(request.head.path)
+    current: Any = routes["GET"].endpoint(request) if "GET" in routes else Answer(404)
     tags = {"*", current.headers.get("ETag")} if current.body else set()
     is_wanted = match is None or tags & set(match.replace(",", " ").split())
     is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
@@ -1210,7 +1200,7 @@ Outcome = Union[Answer, Waiter]
 class Route(NamedTuple):
     """What answers a method on a path, and the fields that its body must or may have."""
 
-    endpoint: Callable[[Server, Request], Outcome]
+    endpoint: Callable[[Handler], Outcome]
     fields: Mapping[str, Check] = {}
 
 
@@ -1544,6 +1534,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = self.peer                             # who asks, perhaps through a proxy
         self.head, self.body = NO_HEAD, b""
         self.route: Optional[Route] = None                  # what serves it
+        self.registry = self.server.registry                # what it asks
+        self.fields: Mapping[str, Any] = {}                 # checked, by name; once it has waited, "after" alone
         self.wait = 0                                       # seconds that it wishes to wait
         self.waiter: Optional[Waiter] = None                # while it waits for news
 
@@ -1646,40 +1638,42 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self) -> Steps:
         """The answer to the request, or to what is wrong with it."""
-        outcome = yield from self.outcome_of(self.ask)
-        while isinstance(outcome, Waiter):
-            # Of its fields nothing is kept, of its head little.
-            self.waiter = outcome
-            self.head = self.head._replace(target=self.head.target[:200], headers={"origin": self.head.headers.get("origin", "")[:200]})
-            yield READ
-            self.read_ahead()
-            outcome = yield from self.outcome_of(self.ask_again)
+        outcome = self.outcome_of(self.begin)
+        while not isinstance(outcome, Answer):
+            if outcome:
+                # Of its fields nothing is kept, of its head little.
+                self.waiter, self.fields = outcome, {}
+                self.head = self.head._replace(target=self.head.target[:200], headers={"origin": self.head.headers.get("origin", "")[:200]})
+                yield READ
+                self.read_ahead()
+                self.registry = self.server.registry.forget_waiter(outcome)
+                self.name, self.fields = outcome.name, {"after": outcome.after}
+            else:       # the registry's answer wakes it
+                yield NOTHING
+            outcome = self.outcome_of(self.perform)
         if self.server.queue and not self.waiter:
             # This request may have woken a host, which is served first: else the guest's first datagram may reach it before it knows the guest.
             self.server.wake(self)
             yield READ
         return outcome
 
-    def outcome_of(self, ask: Callable[[], Callable[[], Outcome]]) -> Steps:
-        """What the call that ask() gives comes to, or the answer that stands for its failure."""
-        call = None
-        while True:
-            try:
-                call = call or ask()
-                return call()
-            except Problem as problem:
-                if problem.limit == "rate" and not self.is_proxy:       # a proxy's connection is for others as well
-                    self.problem = problem
-                return self.answer_to(problem)
-            except Later as later:
-                later.send(functools.partial(self.server.wake, self))
-            except Exception:
-                log.exception("a request failed")
-                return self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
-            yield NOTHING
+    def outcome_of(self, step: Callable[[], Outcome]) -> Optional[Outcome]:
+        """What a step comes to, or the answer that stands for its failure. None: the registry answers later, and then wakes the connection."""
+        try:
+            return step()
+        except Problem as problem:
+            if problem.limit == "rate" and not self.is_proxy:       # a proxy's connection is for others as well
+                self.problem = problem
+            return self.answer_to(problem)
+        except Later as later:
+            later.send(functools.partial(self.server.wake, self))
+            return None
+        except Exception:
+            log.exception("a request failed")
+            return self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
 
-    def ask(self) -> Callable[[], Outcome]:
-        """Find the route and check the fields: what asks its endpoint. Problem: what is wrong."""
+    def begin(self) -> Outcome:
+        """Find the route, check the fields, and perform the request for the first time. Problem: what is wrong."""
         server, head = self.server, self.head
         # A monitor is never refused. A proxy does not pay for what cannot be read, which may be anybody's.
         is_anybodys = self.problem and self.is_proxy and self.client is self.peer
@@ -1688,17 +1682,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.problem:
             raise self.problem
         if head.method == "OPTIONS":
-            return functools.partial(self.options, set().union(*ROUTES.values()) if head.target == "*" else resolve(head.path)[0])
+            return self.options(set().union(*ROUTES.values()) if head.target == "*" else resolve(head.path)[0])
         routes, name = resolve(head.path)
-        route = self.route = routes.get("GET" if head.method == "HEAD" else head.method)
-        if route is None:
+        self.route = routes.get("GET" if head.method == "HEAD" else head.method)
+        if self.route is None:
             raise Problem("this method is not for this path", 405, headers={"Allow": allowed(routes)})
-        digest, fields = self.read_fields(route) if route.fields else (b"", {})
-        self.wait = wished_wait(fields, head.headers, server.settings.max_wait)
+        self.digest, self.fields = self.read_fields(self.route) if self.route.fields else (b"", {})
+        self.name = name or self.fields.get("name", "")         # of the game
+        self.wait = wished_wait(self.fields, head.headers, server.settings.max_wait)
         self.deadline = time.monotonic() + self.wait
-        registry, name = server.registry.for_request(), name or fields.get("name", "")
-        request = Request(registry, name, digest, fields, head.headers, self.client, self.wait, self.waker())
-        return lambda: check_preconditions(server, request, head.method, routes) or route.endpoint(server, request)
+        self.registry = server.registry.for_request()
+        return self.perform()
+
+    def perform(self) -> Outcome:
+        assert self.route
+        return check_preconditions(self) or self.route.endpoint(self)
 
     def read_fields(self, route: Route) -> Tuple[bytes, Dict[str, Any]]:
         """The digest of the peerId, and the other fields. Clients send the same body again and again: what has been found in it is kept by its digest."""
@@ -1725,18 +1723,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Gone
             self.buffer += data or b""
 
-    def ask_again(self) -> Callable[[], Outcome]:
-        """What asks again for a poll or start that waits: there may be news, or its time may be over."""
-        server, waiter, route = self.server, self.waiter, self.route
-        assert waiter and route
-        registry = server.registry.forget_waiter(waiter)
-        wake = None if waiter.is_over or self.is_late else self.waker()
-        request = Request(registry, waiter.name, waiter.digest, {"after": waiter.after}, {}, self.client, self.wait, wake, waiter.is_busy)
-        return functools.partial(route.endpoint, server, request)
-
-    def waker(self) -> Optional[Callable[[], None]]:
-        """What to call when there is news for this connection; None if it does not wish to wait."""
-        return functools.partial(self.server.wake, self) if self.wait and not self.server.stopping else None
+    @property
+    def wake(self) -> Wake:
+        """What to call when there is news for this connection. None: it is to be answered now."""
+        is_over = not self.wait or self.server.stopping or self.waiter and (self.waiter.is_over or self.is_late)
+        return None if is_over else functools.partial(self.server.wake, self)
 
     def answer_to(self, problem: Problem) -> Answer:
         """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
