@@ -1609,16 +1609,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self) -> Steps:
         """Wait for more of a request. Problem: it does not come to its end. Gone: no further one comes."""
-        data = None
-        while data is None:
-            with contextlib.suppress(BlockingIOError):      # to wait while it is handled would keep it, and its frames
-                data = self.read()
-                if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
-                    self.server.charge(self.peer)       # many small pieces are work
-            if data is None and self.is_late:
-                data = b""
-            elif data is None:
-                yield READ
+        data = self.read() if self.is_idle else None        # most clients ask at once
+        while data is None and not self.is_late:
+            yield READ
+            data = self.read()
+            if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
+                self.server.charge(self.peer)       # many small pieces are work
         if self.is_idle:
             self.deadline = time.monotonic() + REQUEST_TIME
             if not data:
@@ -1629,8 +1625,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         insist(not self.server.tls or not self.connection.is_plain, "this port speaks TLS: use https://")
 
     def read(self) -> Optional[bytes]:
-        """What has come; nothing at the end of the stream. None: TLS alone, which is work, too. BlockingIOError: nothing has come."""
-        data: Optional[bytes] = self.connection.recv(READ_SIZE)
+        """What has come; nothing at the end of the stream. None: nothing has come, or TLS alone, which is work, too."""
+        try:
+            data: Optional[bytes] = self.connection.recv(READ_SIZE)
+        except BlockingIOError:
+            return None
         self.reads += 1
         return data
 
@@ -1717,11 +1716,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_ahead(self) -> None:
         """Read what comes while a poll or start waits: the next request. Gone."""
-        with contextlib.suppress(BlockingIOError):
-            data = self.read()
-            if data == b"" or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
-                raise Gone
-            self.buffer += data or b""
+        data = self.read()
+        if data == b"" or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
+            raise Gone
+        self.buffer += data or b""
 
     @property
     def wake(self) -> Wake:
@@ -1779,11 +1777,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def linger(self) -> Steps:
         """Read on for a moment. To close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)."""
         self.connection.shutdown(socket.SHUT_WR)
-        while not self.is_late:
+        while self.read() != b"" and not self.is_late:
             yield READ
-            with contextlib.suppress(BlockingIOError):
-                if not self.connection.recv(READ_SIZE):
-                    return
 
     def head_of(self, answer: Answer, length: int) -> bytes:
         """The head of an answer whose body has that many bytes."""
