@@ -1550,15 +1550,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve(self) -> Steps:
         """The life of the connection. Gone. OSError."""
-        self.close_connection = False
-        while not self.close_connection:
+        while True:
             if not self.problem:
                 yield from self.receive_request()
             yield from self.send_answer((yield from self.answer()))     # nothing of it stays here while the connection is idle
+            if self.close_connection:
+                break
             if self.buffer:         # the next request came with this one, and others have their turn
                 self.server.wake(self)
-            if not self.close_connection:
-                yield READ
+            yield READ
         if self.problem:
             yield from self.linger()
 
