@@ -1471,13 +1471,13 @@ class TlsSocket:
 
 @functools.lru_cache(maxsize=256)
 def head_text(now: int, status: int, cors_origin: str, fields: Tuple[Tuple[str, str], ...]) -> str:
-    """The head of an answer without its Content-Length: with what all have, and fields. now: seconds since 1970."""
+    """The head of an answer but for what tells of its body: with what all have, and fields. now: seconds since 1970."""
     usual = {"Server": Handler.server_version, "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
     if cors_origin:     # of a list of origins only the one that asks is told, in its own answer
         usual.update({"Vary": "Origin"} if "," in cors_origin else {"Access-Control-Allow-Origin": cors_origin})
         usual["Access-Control-Expose-Headers"] = "ETag, Location, Preference-Applied, Retry-After"
     lines = [f"{name}: {value}\r\n" for name, value in {**usual, "Cache-Control": "no-store", **dict(fields)}.items()]
-    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n"
+    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{''.join(lines)}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1785,14 +1785,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, fields = self.server, dict(answer.headers)
         if answer.status in (429, 503):
             fields.setdefault("Retry-After", str(RESTARTED_AFTER if server.stopping else RETRY_AFTER))
-        if answer.body is not None:
-            fields["Content-Type"] = answer.media_type
         if self.close_connection or self.head.version == "1.0":
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
         if "," in server.settings.cors_origin and self.head.headers.get("origin") in server.settings.origins:
             fields["Access-Control-Allow-Origin"] = self.head.headers["origin"]
         text = head_text(int(time.time()), answer.status, server.settings.cors_origin, tuple(fields.items()))
-        return (text if answer.body is None else f"{text[:-2]}Content-Length: {length}\r\n\r\n").encode("latin-1")
+        content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {length}\r\n"
+        return f"{text}{content}\r\n".encode("latin-1")
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
