@@ -1403,8 +1403,7 @@ class TlsSocket:
     def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
         self._plain = plain
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._is_open = False       # the handshake is done
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)      # whose read() does the handshake
         self.is_plain = False       # the client does not speak TLS, or no more: bytes pass as they are
         self._silent = 0            # bytes of TLS since the last plaintext
         self._unsent = b""          # bytes of TLS
@@ -1413,7 +1412,7 @@ class TlsSocket:
     def recv(self, size: int) -> Optional[bytes]:
         """Plaintext, None where what came holds none, nothing at the end of the stream. BlockingIOError. OSError: no TLS, or too much without data."""
         data, plaintext = self._plain.recv(size), b""
-        self.is_plain = self.is_plain or not self._is_open and not self._silent and data[:1].isalpha()      # no message of TLS begins so
+        self.is_plain = self.is_plain or not self._silent and not self._tls.version() and data[:1].isalpha()      # no message of TLS begins so
         if self.is_plain:
             return data
         self._silent += len(data)
@@ -1421,9 +1420,6 @@ class TlsSocket:
             raise OSError("the client sends TLS without any data")
         self._incoming.write(data)
         try:
-            if not self._is_open:
-                self._tls.do_handshake()
-                self._is_open = True
             for piece in iter(functools.partial(self._tls.read, READ_SIZE), b""):
                 plaintext += piece
             self._plain.shutdown(socket.SHUT_RD)        # close_notify has come: from now on the socket, too, is at its end
