@@ -1725,10 +1725,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_to(self, problem: Problem) -> Answer:
         """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
+        server, headers = self.server, dict(problem.headers)
         if problem.limit:
-            self.server.tally(self.server.refused, problem.limit)
+            server.tally(server.refused, problem.limit)
+        if problem.status in (403, 409):        # to register somebody's game is to guess, too
+            server.limiter.charge(self.client.key, FORBIDDEN_COST - 1)
+        if problem.status in (429, 503):
+            headers.setdefault("Retry-After", str(RESTARTED_AFTER if server.stopping else RETRY_AFTER))
         body = {"type": "about:blank", "title": http.HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
-        return Answer(problem.status, {**body, "errors": problem.errors} if problem.errors else body, problem.headers, "application/problem+json")
+        return Answer(problem.status, {**body, "errors": problem.errors} if problem.errors else body, headers, "application/problem+json")
 
     def options(self, methods: Iterable[str]) -> Answer:
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
@@ -1746,9 +1751,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.log_request(answer.status, len(data))
         if self.head.method == "HEAD":
             data = b""
-        tokens = len(data) // BYTES_PER_TOKEN + (FORBIDDEN_COST - 1 if answer.status in (403, 409) else 0)
-        if tokens:      # to register somebody's game is to guess, too
-            server.limiter.charge(self.client.key, tokens)
+        if len(data) >= BYTES_PER_TOKEN:
+            server.limiter.charge(self.client.key, len(data) // BYTES_PER_TOKEN)
         if self.is_proxy:
             server.count(self, None)
         self.forget_request()
@@ -1779,8 +1783,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def head_of(self, answer: Answer, length: int) -> bytes:
         """The head of an answer whose body has that many bytes."""
         server, fields = self.server, dict(answer.headers)
-        if answer.status in (429, 503):
-            fields.setdefault("Retry-After", str(RESTARTED_AFTER if server.stopping else RETRY_AFTER))
         if self.close_connection or self.head.version == "1.0":
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
         if "," in server.settings.cors_origin and self.head.headers.get("origin") in server.settings.origins:
