@@ -1043,16 +1043,12 @@ class StunServer(socketserver.UDPServer):
 # ---- endpoints and routes -------------------------------------------------------------------------------------------
 
 class Answer(NamedTuple):
-    """A status, a body (an object of JSON, bytes, or None), and header fields beside the usual ones."""
+    """A status, a body, and header fields beside the usual ones. A body ends with a newline, so that the prompt of a shell has a line of its own."""
 
     status: int
-    body: Any = None
+    body: Optional[bytes] = None
     headers: Mapping[str, str] = {}
     media_type: str = "application/json"
-
-    def data(self) -> bytes:
-        """The body as it is sent. JSON ends with a newline, so that the prompt of a shell has a line of its own."""
-        return to_json(self.body).encode() + b"\n" if isinstance(self.body, dict) else self.body or b""
 
 
 def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], **stored: bytes) -> Answer:
@@ -1092,7 +1088,7 @@ def register_game(request: Handler) -> Answer:
     is_new = request.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
     turn = {"turn": turn_credentials(settings)} if settings.turn_url else {}
     body = {"name": request.name, "stun": request.server.stun_ports, **turn, "expiresIn": settings.game_ttl, "pollAfter": settings.poll_after}
-    return Answer(201, body, location(request.name)) if is_new else Answer(200, body)
+    return Answer(201 if is_new else 200, json_text(body) + b"\n", location(request.name) if is_new else {})
 
 
 def poll_game(request: Handler) -> Outcome:
@@ -1150,7 +1146,7 @@ def show_health(request: Handler) -> Answer:
     """for load balancers and monitors"""
     insist(not request.server.stopping, "the server is shutting down", status=503)
     counts = request.registry.counts()
-    return Answer(200, {"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]})
+    return Answer(200, json_text({"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]}) + b"\n")
 
 
 def show_metrics(request: Handler) -> Answer:
@@ -1733,7 +1729,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if problem.status in (429, 503):
             headers.setdefault("Retry-After", str(RESTARTED_AFTER if server.stopping else RETRY_AFTER))
         body = {"type": "about:blank", "title": http.HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
-        return Answer(problem.status, {**body, "errors": problem.errors} if problem.errors else body, headers, "application/problem+json")
+        text = json_text({**body, "errors": problem.errors} if problem.errors else body)
+        return Answer(problem.status, text + b"\n", headers, "application/problem+json")
 
     def options(self, methods: Iterable[str]) -> Answer:
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
@@ -1745,9 +1742,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_answer(self, answer: Answer) -> Steps:
         """Send an answer. The request is forgotten then, and the time for what comes next begins. Gone: the client does not read it."""
-        server, data = self.server, answer.data()
+        server, data = self.server, answer.body or b""
         self.close_connection = self.head.closes or server.stopping or self.problem is not None
-        head = self.head_of(answer, len(data))
+        head = self.head_of(answer)
         self.log_request(answer.status, len(data))
         if self.head.method == "HEAD":
             data = b""
@@ -1780,15 +1777,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while self.read() != b"" and not self.is_late:
             yield READ
 
-    def head_of(self, answer: Answer, length: int) -> bytes:
-        """The head of an answer whose body has that many bytes."""
+    def head_of(self, answer: Answer) -> bytes:
         server, fields = self.server, dict(answer.headers)
         if self.close_connection or self.head.version == "1.0":
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
         if "," in server.settings.cors_origin and self.head.headers.get("origin") in server.settings.origins:
             fields["Access-Control-Allow-Origin"] = self.head.headers["origin"]
         text = head_text(int(time.time()), answer.status, server.settings.cors_origin, tuple(fields.items()))
-        content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {length}\r\n"
+        content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {len(answer.body)}\r\n"
         return f"{text}{content}\r\n".encode("latin-1")
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
