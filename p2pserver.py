@@ -1085,7 +1085,7 @@ def turn_credentials(settings: Settings) -> Dict[str, Any]:
 def register_game(request: Handler) -> Answer:
     """offer a game, or go on offering it"""
     settings = request.server.settings
-    is_new = request.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
+    is_new = request.registry.register_game(request.name, request.digest, request.client.key, **request.fields)
     turn = {"turn": turn_credentials(settings)} if settings.turn_url else {}
     body = {"name": request.name, "stun": request.server.stun_ports, **turn, "expiresIn": settings.game_ttl, "pollAfter": settings.poll_after}
     return Answer(201 if is_new else 200, json_text(body) + b"\n", location(request.name) if is_new else {})
@@ -1093,23 +1093,20 @@ def register_game(request: Handler) -> Answer:
 
 def poll_game(request: Handler) -> Outcome:
     """publish the host's addresses and learn of guests"""
-    name, digest, fields, wake = request.name, request.digest, request.fields, request.wake
-    polled = request.registry.poll_game(name, digest, fields.get("addresses"), fields["after"], replies=fields.get("replies"),
-                                        dismiss=fields.get("dismiss") or (), wake=wake, seen_at=request.client.address)
-    guests = b",".join([json_text(session_body(guest), addresses=guest.addresses) for guest in polled.peers])
-    body = {"name": polled.name, "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
-    return polled.waiter or answer_with_ttl(request, 200, request.server.settings.game_ttl, polled.has_news, body, guests=b"[%b]" % guests)
+    news = request.registry.poll_game(request.name, request.digest, **request.fields, wake=request.wake, seen_at=request.client.address)
+    guests = b",".join([json_text(session_body(guest), addresses=guest.addresses) for guest in news.peers])
+    body = {"name": news.name, "cursor": news.cursor, "left": news.left, "gone": news.gone}
+    return news.waiter or answer_with_ttl(request, 200, request.server.settings.game_ttl, news.has_news, body, guests=b"[%b]" % guests)
 
 
 def start_game(request: Handler) -> Outcome:
     """join as a guest and learn the host's addresses"""
-    name, digest, fields, client = request.name, request.digest, request.fields, request.client
-    started = request.registry.start_game(name, digest, fields.get("addresses"), fields["after"], client=client.key, wake=request.wake,
-                                          seen_at=client.address)
-    [host] = started.peers
+    client = request.client
+    news = request.registry.start_game(request.name, request.digest, **request.fields, client=client.key, seen_at=client.address, wake=request.wake)
+    [host] = news.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
-    body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": request.server.stun_ports}
-    return started.waiter or answer_with_ttl(request, status, request.server.settings.guest_ttl, started.has_news, body, addresses=host.addresses)
+    body = {"name": news.name, **session_body(host), "cursor": news.cursor, "stun": request.server.stun_ports}
+    return news.waiter or answer_with_ttl(request, status, request.server.settings.guest_ttl, news.has_news, body, addresses=host.addresses)
 
 
 def leave_game(request: Handler) -> Answer:
@@ -1131,8 +1128,9 @@ def get_game(request: Handler) -> Answer:
 
 def update_game(request: Handler) -> Answer:
     """its host renames or describes it"""
-    new_name = request.fields["name"]
-    body = request.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
+    shown = {**request.fields}
+    new_name = shown.pop("name", None)
+    body = request.registry.update_game(request.name, request.digest, new_name, **shown)
     return Answer(200, body + b"\n", location(new_name) if new_name not in (None, request.name) else {})
 
 
@@ -1240,9 +1238,8 @@ def resolve(path: str) -> Tuple[Dict[str, Route], str]:
     raise NotFound("there is nothing here, and no game can have such a name; GET / lists what there is")
 
 
-def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait: int) -> int:
+def wished_wait(wait: Optional[float], headers: Mapping[str, str], max_wait: int) -> int:
     """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
-    wait: Optional[float] = fields.get("wait", 0)       # other requests than poll and start have no such field
     if wait is None and "prefer" in headers:
         wishes = [value.replace("\\", "").strip('"') for name, value in PREFERENCE.findall(headers["prefer"]) if name.lower() == "wait"]
         wait = float(wishes[0]) if wishes and wishes[0].isdecimal() else 0
@@ -1527,7 +1524,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head, self.body = NO_HEAD, b""
         self.route: Optional[Route] = None                  # what serves it
         self.registry = self.server.registry                # what it asks
-        self.fields: Mapping[str, Any] = {}                 # checked, by name; once it has waited, "after" alone
+        self.fields: Dict[str, Any] = {}                    # what the registry is given of its body; once it has waited, "after" alone
         self.wait = 0                                       # seconds that it wishes to wait
         self.waiter: Optional[Waiter] = None                # while it waits for news
 
@@ -1678,9 +1675,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.route = routes.get("GET" if head.method == "HEAD" else head.method)
         if self.route is None:
             raise Problem("this method is not for this path", 405, headers={"Allow": allowed(routes)})
-        self.digest, self.fields = self.read_fields(self.route) if self.route.fields else (b"", {})
-        self.name = name or self.fields.get("name", "")         # of the game
-        self.wait = wished_wait(self.fields, head.headers, server.settings.max_wait)
+        self.digest, fields = self.read_fields(self.route) if self.route.fields else (b"", {})
+        self.fields = {name: value for name, value in fields.items() if value is not None}
+        self.name = name or self.fields.pop("name", "")         # of the game
+        self.wait = wished_wait(self.fields.pop("wait", None), head.headers, server.settings.max_wait)
         self.deadline = time.monotonic() + self.wait
         self.registry = server.registry.for_request()
         return self.perform()
