@@ -1583,7 +1583,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         limit = self.server.settings.max_body * (POLL_FACTOR if head.path == POLL_PATH else 1)
         insist(head.length <= limit, f"the body has more than {limit} bytes", status=413)
         length, is_chunked = head.length, head.is_chunked
-        if head.version > "1.0" and "expect" in head.headers and length + is_chunked > len(buffer):
+        if length + is_chunked > len(buffer) and head.version > "1.0" and "expect" in head.headers:
             yield from self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         while True:
             if is_chunked:
@@ -1676,7 +1676,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.route is None:
             raise Problem("this method is not for this path", 405, headers={"Allow": allowed(routes)})
         self.digest, fields = self.read_fields(self.route) if self.route.fields else (b"", {})
-        self.fields = {name: value for name, value in fields.items() if value is not None}
+        self.fields = {**fields}
         self.name = name or self.fields.pop("name", "")         # of the game
         self.wait = wished_wait(self.fields.pop("wait", None), head.headers, server.settings.max_wait)
         self.deadline = time.monotonic() + self.wait
@@ -1688,16 +1688,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return check_preconditions(self) or self.route.endpoint(self)
 
     def read_fields(self, route: Route) -> Tuple[bytes, Dict[str, Any]]:
-        """The digest of the peerId, and the other fields. Clients send the same body again and again: what has been found in it is kept by its digest."""
+        """The digest of the peerId, and the other fields that are given.
+
+        Clients send the same body again and again: what was found in it is kept by its digest.
+        """
         server, headers, body = self.server, self.head.headers, self.body
         self.body = b""     # which holds the peerId
-        scope, peer_digest = Scope(self.client.is_local, server.settings.max_guests), server.registry.peer_digest
+        is_local, peer_digest = self.client.is_local, server.registry.peer_digest
         declared = f"{headers.get('content-type')!r} {headers.get('content-encoding')!r}"
-        key = (route.endpoint, scope, peer_digest(declared + body.decode("latin-1")))
+        key = (route.endpoint, is_local, peer_digest(declared + body.decode("latin-1")))
         found = server.known_bodies.get(key) if body else None
         if found is None:
-            fields = validate(read_body(self.head, body), route.fields, scope)
-            found = peer_digest(fields.pop("peerId")), fields
+            fields = validate(read_body(self.head, body), route.fields, Scope(is_local, server.settings.max_guests))
+            found = peer_digest(fields.pop("peerId")), {name: value for name, value in fields.items() if value is not None}
             if 0 < len(body) <= MAX_KNOWN_BODY:
                 server.known_bodies[key] = found
             if len(server.known_bodies) > MAX_KNOWN_BODIES:
