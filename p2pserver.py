@@ -1056,7 +1056,7 @@ def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, b
 
     That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
-    server, has_no_place = request.server, request.wake is not None and not has_news    # or it would wait now
+    server, has_no_place = request.server, not has_news and request.wake is not None    # or it would wait now
     if has_no_place:
         server.tally(server.refused, "waiting")
     is_busy = has_no_place or request.waiter is not None and request.waiter.is_busy
@@ -1461,7 +1461,7 @@ class TlsSocket:
 @functools.lru_cache(maxsize=256)
 def head_text(now: int, status: int, cors_origin: str, fields: Tuple[Tuple[str, str], ...]) -> str:
     """The head of an answer but for what tells of its body: with what all have, and fields. now: seconds since 1970."""
-    usual = {"Server": Handler.server_version, "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
+    usual = {"Server": f"p2pserver/{__version__}", "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
     if cors_origin:     # of a list of origins only the one that asks is told, in its own answer
         usual.update({"Vary": "Origin"} if "," in cors_origin else {"Access-Control-Allow-Origin": cors_origin})
         usual["Access-Control-Expose-Headers"] = "ETag, Location, Preference-Applied, Retry-After"
@@ -1474,7 +1474,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     socket is ready, it is woken, or its deadline passes. One thread at a time does.
     """
 
-    protocol_version, server_version, sys_version = "HTTP/1.1", f"p2pserver/{__version__}", ""
     server: Server
 
     def setup(self) -> None:
@@ -1556,14 +1555,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def receive_request(self) -> Steps:
         """Receive a whole request, or find why there can be none. Gone: no further one comes."""
         try:
-            yield from self.parse_request()
+            yield from self.read_request()
         except Problem as problem:
             self.problem = problem
             line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
             if line and self.head is NO_HEAD:
                 self.head = Head(line[1], line[2], path_of(line[2]))
 
-    def parse_request(self) -> Steps:  # type: ignore[override]
+    def read_request(self) -> Steps:
         """Take a whole request from the buffer, as it comes. Problem. Gone."""
         buffer, scanned, end = self.buffer, 0, -1
         while end < 0:
@@ -1779,6 +1778,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield READ
 
     def head_of(self, answer: Answer) -> bytes:
+        """What is sent before the body of an answer."""
         server, fields = self.server, dict(answer.headers)
         if self.close_connection or self.head.version == "1.0":
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
