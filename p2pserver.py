@@ -1394,7 +1394,7 @@ class TlsSocket:
     """What a connection uses of a socket, under TLS. Its bytes go through memory, so one recv() works on no more of them than it brings."""
 
     def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
-        self._plain = plain
+        self._plain, self.close = plain, plain.close
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)      # whose read() does the handshake
         self.is_plain = False       # the client does not speak TLS, or no more: bytes pass as they are
@@ -1421,7 +1421,7 @@ class TlsSocket:
                 return None
         finally:
             with contextlib.suppress(BlockingIOError):      # what is not sent now goes before the next answer
-                self._flush()
+                self._push()
         self._silent = 0
         return plaintext
 
@@ -1436,24 +1436,19 @@ class TlsSocket:
         return sent
 
     def _push(self) -> None:
+        """Send what TLS has to send, as far as the system takes it. BlockingIOError: it takes nothing."""
         self._unsent += self._outgoing.read()
-        self._unsent = self._unsent[self._plain.send(self._unsent):]
-
-    def _flush(self) -> None:
-        while self._unsent or self._outgoing.pending:
-            self._push()
+        if self._unsent:
+            self._unsent = self._unsent[self._plain.send(self._unsent):]
 
     def shutdown(self, how: int) -> None:
         """Send close_notify (RFC 8446 section 6.1), and no more. What still comes is not decrypted."""
         with contextlib.suppress(OSError, ValueError):
             self._tls.unwrap()
         with contextlib.suppress(OSError):
-            self._flush()
+            self._push()
         self.is_plain = True
         self._plain.shutdown(how)
-
-    def close(self) -> None:
-        self._plain.close()
 
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
