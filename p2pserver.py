@@ -1202,13 +1202,12 @@ OWNER = {"name": check_name, "peerId": check_peer_id}
 SHOWN = {"info": optional(check_info), "listed": optional(check_flag)}       # what the list shows of a game, and Game's attributes
 # What a poll and a start have.
 MEETING = {**OWNER, "addresses": check_addresses, **dict.fromkeys(("after", "wait"), optional(check_whole_number))}
-OF_HOST = {"replies": optional(check_replies), "dismiss": optional(check_dismiss)}
 UPDATE = Route(update_game, {"peerId": check_peer_id, "name": optional(check_name), **SHOWN})
 GAME_PATH, POLL_PATH, HEALTH_PATH = "/games/<name>", "/games/poll", "/healthz"
 
 ROUTES: Dict[str, Dict[str, Route]] = {     # by path and method
     "/games/register": {"POST": Route(register_game, {**OWNER, **SHOWN})},
-    POLL_PATH: {"POST": Route(poll_game, {**MEETING, **OF_HOST})},
+    POLL_PATH: {"POST": Route(poll_game, {**MEETING, "replies": optional(check_replies), "dismiss": optional(check_dismiss)})},
     "/games/start": {"POST": Route(start_game, MEETING)},
     "/games/leave": {"POST": Route(leave_game, OWNER)},
     "/games": {"GET": Route(list_games)},
@@ -1669,8 +1668,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.route = routes.get("GET" if head.method == "HEAD" else head.method)
         if self.route is None:
             raise Problem("this method is not for this path", 405, headers={"Allow": allowed(routes)})
-        self.digest, fields = self.read_fields(self.route) if self.route.fields else (b"", {})
-        self.fields = {**fields}
+        self.digest, self.fields = self.read_fields(self.route) if self.route.fields else (b"", {})
         self.name = name or self.fields.pop("name", "")         # of the game
         self.wait = wished_wait(self.fields.pop("wait", None), head.headers, server.settings.max_wait)
         self.deadline = time.monotonic() + self.wait
@@ -1699,7 +1697,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 server.known_bodies[key] = found
             if len(server.known_bodies) > MAX_KNOWN_BODIES:
                 server.known_bodies.popitem(last=False)
-        return found
+        return found[0], {**found[1]}       # from which more is taken
 
     def read_ahead(self) -> None:
         """Read what comes while a poll or start waits: the next request. Gone."""
