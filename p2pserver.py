@@ -1022,42 +1022,24 @@ class StunServer(socketserver.UDPServer):
 
 # ---- endpoints and routes -------------------------------------------------------------------------------------------
 
-class Request(NamedTuple):
-    """A request past all checks, or one that waited and is asked again."""
-
-    registry: GameRegistry
-    name: str                                       # of the game
-    digest: bytes                                   # of the peerId
-    fields: Mapping[str, Any]                       # by name; of a request that is asked again the field "after" alone
-    headers: Mapping[str, str]                      # by name in lower case
-    client: Client
-    wait: int = 0                                   # seconds that it wishes to wait
-    wake: Optional[Callable[[], None]] = None       # None: it is to be answered now
-    is_busy: bool = False                           # while it waited, another of the same host or guest took its place
-
-
 class Answer(NamedTuple):
-    """A status, a body (an object of JSON, bytes, or None), and header fields beside the usual ones."""
+    """A status, a body, and header fields beside the usual ones. A body ends with a newline, so that the prompt of a shell has a line of its own."""
 
     status: int
-    body: Any = None
+    body: Optional[bytes] = None
     headers: Mapping[str, str] = {}
     media_type: str = "application/json"
 
-    def data(self) -> bytes:
-        """The body as it is sent. JSON ends with a newline, so that the prompt of a shell has a line of its own."""
-        return to_json(self.body).encode() + b"\n" if isinstance(self.body, dict) else self.body or b""
 
-
-def answer_with_ttl(server: Server, request: Request, status: int, ttl: float, has_news: bool, body: Dict[str, Any], **stored: bytes) -> Answer:
+def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], **stored: bytes) -> Answer:
     """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds. body and stored: as in json_text().
 
     That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
-    has_no_place = request.wake is not None and not has_news    # or it would wait now
+    server, has_no_place = request.server, not has_news and request.wake is not None    # or it would wait now
     if has_no_place:
         server.tally(server.refused, "waiting")
-    is_busy = has_no_place or request.is_busy
+    is_busy = has_no_place or request.waiter is not None and request.waiter.is_busy
     body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
     return Answer(status, json_text(body, **stored) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
 
@@ -1080,75 +1062,75 @@ def turn_credentials(settings: Settings) -> Dict[str, Any]:
     return {"urls": settings.turn_url.split(","), "username": username, "credential": credential, "ttl_seconds": TURN_TTL}
 
 
-def register_game(server: Server, request: Request) -> Answer:
+def register_game(request: Handler) -> Answer:
     """offer a game, or go on offering it"""
-    is_new = request.registry.register_game(request.name, request.digest, request.client.key, **{name: request.fields[name] for name in SHOWN})
-    turn = {"turn": turn_credentials(server.settings)} if server.settings.turn_url else {}
-    body = {"name": request.name, "stun": server.stun_ports, **turn, "expiresIn": server.settings.game_ttl, "pollAfter": server.settings.poll_after}
-    return Answer(201, body, location(request.name)) if is_new else Answer(200, body)
+    settings = request.server.settings
+    is_new = request.registry.register_game(request.name, request.digest, request.client.key, **request.fields)
+    turn = {"turn": turn_credentials(settings)} if settings.turn_url else {}
+    body = {"name": request.name, "stun": request.server.stun_ports, **turn, "expiresIn": settings.game_ttl, "pollAfter": settings.poll_after}
+    return Answer(201 if is_new else 200, json_text(body) + b"\n", location(request.name) if is_new else {})
 
 
-def poll_game(server: Server, request: Request) -> Outcome:
+def poll_game(request: Handler) -> Outcome:
     """publish the host's addresses and learn of guests"""
-    name, digest, fields, wake = request.name, request.digest, request.fields, request.wake
-    polled = request.registry.poll_game(name, digest, fields.get("addresses"), fields["after"], replies=fields.get("replies"),
-                                        dismiss=fields.get("dismiss") or (), wake=wake, seen_at=request.client.address)
-    guests = b",".join([json_text(session_body(guest), addresses=guest.addresses) for guest in polled.peers])
-    body = {"name": polled.name, "cursor": polled.cursor, "left": polled.left, "gone": polled.gone}
-    return polled.waiter or answer_with_ttl(server, request, 200, server.settings.game_ttl, polled.has_news, body, guests=b"[%b]" % guests)
+    news = request.registry.poll_game(request.name, request.digest, **request.fields, wake=request.wake, seen_at=request.client.address)
+    guests = b",".join([json_text(session_body(guest), addresses=guest.addresses) for guest in news.peers])
+    body = {"name": news.name, "cursor": news.cursor, "left": news.left, "gone": news.gone}
+    return news.waiter or answer_with_ttl(request, 200, request.server.settings.game_ttl, news.has_news, body, guests=b"[%b]" % guests)
 
 
-def start_game(server: Server, request: Request) -> Outcome:
+def start_game(request: Handler) -> Outcome:
     """join as a guest and learn the host's addresses"""
-    name, digest, fields, client = request.name, request.digest, request.fields, request.client
-    started = request.registry.start_game(name, digest, fields.get("addresses"), fields["after"], client=client.key, wake=request.wake,
-                                          seen_at=client.address)
-    [host] = started.peers
+    client = request.client
+    news = request.registry.start_game(request.name, request.digest, **request.fields, client=client.key, seen_at=client.address, wake=request.wake)
+    [host] = news.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
-    body = {"name": started.name, **session_body(host), "cursor": started.cursor, "stun": server.stun_ports}
-    return started.waiter or answer_with_ttl(server, request, status, server.settings.guest_ttl, started.has_news, body, addresses=host.addresses)
+    body = {"name": news.name, **session_body(host), "cursor": news.cursor, "stun": request.server.stun_ports}
+    return news.waiter or answer_with_ttl(request, status, request.server.settings.guest_ttl, news.has_news, body, addresses=host.addresses)
 
 
-def leave_game(server: Server, request: Request) -> Answer:
+def leave_game(request: Handler) -> Answer:
     """leave as a guest, whose place is free then"""
     request.registry.leave_game(request.name, request.digest)
     return Answer(204)
 
 
-def list_games(server: Server, request: Request) -> Answer:
+def list_games(request: Handler) -> Answer:
     """the listed games, oldest first"""
     version, body = request.registry.list_games()
     return Answer(200, body, {"ETag": f'"{version:x}"', "Cache-Control": "no-cache"})    # to be kept, but not used without asking again
 
 
-def get_game(server: Server, request: Request) -> Answer:
+def get_game(request: Handler) -> Answer:
     """one game, listed or not"""
     return Answer(200, request.registry.get_game(request.name) + b"\n")
 
 
-def update_game(server: Server, request: Request) -> Answer:
+def update_game(request: Handler) -> Answer:
     """its host renames or describes it"""
-    new_name = request.fields["name"]
-    body = request.registry.update_game(request.name, request.digest, new_name, **{name: request.fields[name] for name in SHOWN})
+    shown = {**request.fields}
+    new_name = shown.pop("name", None)
+    body = request.registry.update_game(request.name, request.digest, new_name, **shown)
     return Answer(200, body + b"\n", location(new_name) if new_name not in (None, request.name) else {})
 
 
-def delete_game(server: Server, request: Request) -> Answer:
+def delete_game(request: Handler) -> Answer:
     """its host ends it"""
     request.registry.delete_game(request.name, request.digest)
     return Answer(204)
 
 
-def show_health(server: Server, request: Request) -> Answer:
+def show_health(request: Handler) -> Answer:
     """for load balancers and monitors"""
-    insist(not server.stopping, "the server is shutting down", status=503)
+    insist(not request.server.stopping, "the server is shutting down", status=503)
     counts = request.registry.counts()
-    return Answer(200, {"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]})
+    return Answer(200, json_text({"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]}) + b"\n")
 
 
-def show_metrics(server: Server, request: Request) -> Answer:
+def show_metrics(request: Handler) -> Answer:
     """counts for Prometheus"""
-    insist(request.client.is_local or request.client.address in server.watchers, "metrics are for this machine and for --metrics-from", Forbidden)
+    server, client = request.server, request.client
+    insist(client.is_local or client.address in server.watchers, "metrics are for this machine and for --metrics-from", Forbidden)
     gauges = {**request.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
               "uptime_seconds": round(time.monotonic() - server.began, 3)}
     text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
@@ -1161,22 +1143,24 @@ def show_metrics(server: Server, request: Request) -> Answer:
     return Answer(200, text.encode("ascii"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def show_start_page(server: Server, request: Request) -> Answer:
+def show_start_page(request: Handler) -> Answer:
     """this page"""
     rows = "".join([f"{method:8}{path:18}{route.endpoint.__doc__}\n" for path, routes in ROUTES.items() for method, route in routes.items()])
     text = f"p2pserver {__version__}: the rendezvous server by which two players behind home routers find each other\n\n{rows}"
     return Answer(200, text.encode("ascii"), media_type="text/plain; charset=utf-8")
 
 
-def check_preconditions(server: Server, request: Request, method: str, routes: Mapping[str, Route]) -> Optional[Answer]:
+def check_preconditions(request: Handler) -> Optional[Answer]:
     """The answer 304, or None: the request is to be performed. Problem 412: it must not be (RFC 9110 section 13.2.2).
 
     What they are compared with is what GET gives now; a Problem of its own goes first. Where there is no GET, nothing matches.
     """
-    match, none_match = request.headers.get("if-match"), request.headers.get("if-none-match", "")
+    method, headers = request.head.method, request.head.headers
+    match, none_match = headers.get("if-match"), headers.get("if-none-match", "")
     if match is None and not none_match:
         return None
-    current: Any = routes["GET"].endpoint(server, request) if "GET" in routes else Answer(404)
+    routes, _ = resolve(request.head.path)
+    current: Any = routes["GET"].endpoint(request) if "GET" in routes else Answer(404)
     tags = {"*", current.headers.get("ETag")} if current.body else set()
     is_wanted = match is None or tags & set(match.replace(",", " ").split())
     is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
@@ -1190,7 +1174,7 @@ Outcome = Union[Answer, Waiter]
 class Route(NamedTuple):
     """What answers a method on a path, and the fields that its body must or may have."""
 
-    endpoint: Callable[[Server, Request], Outcome]
+    endpoint: Callable[[Handler], Outcome]
     fields: Mapping[str, Check] = {}
 
 
@@ -1198,13 +1182,12 @@ OWNER = {"name": check_name, "peerId": check_peer_id}
 SHOWN = {"info": optional(check_info), "listed": optional(check_flag)}       # what the list shows of a game, and Game's attributes
 # What a poll and a start have.
 MEETING = {**OWNER, "addresses": check_addresses, **dict.fromkeys(("after", "wait"), optional(check_whole_number))}
-OF_HOST = {"replies": optional(check_replies), "dismiss": optional(check_dismiss)}
 UPDATE = Route(update_game, {"peerId": check_peer_id, "name": optional(check_name), **SHOWN})
 GAME_PATH, POLL_PATH, HEALTH_PATH = "/games/<name>", "/games/poll", "/healthz"
 
 ROUTES: Dict[str, Dict[str, Route]] = {     # by path and method
     "/games/register": {"POST": Route(register_game, {**OWNER, **SHOWN})},
-    POLL_PATH: {"POST": Route(poll_game, {**MEETING, **OF_HOST})},
+    POLL_PATH: {"POST": Route(poll_game, {**MEETING, "replies": optional(check_replies), "dismiss": optional(check_dismiss)})},
     "/games/start": {"POST": Route(start_game, MEETING)},
     "/games/leave": {"POST": Route(leave_game, OWNER)},
     "/games": {"GET": Route(list_games)},
@@ -1234,9 +1217,8 @@ def resolve(path: str) -> Tuple[Dict[str, Route], str]:
     raise NotFound("there is nothing here, and no game can have such a name; GET / lists what there is")
 
 
-def wished_wait(fields: Mapping[str, Any], headers: Mapping[str, str], max_wait: int) -> int:
+def wished_wait(wait: Optional[float], headers: Mapping[str, str], max_wait: int) -> int:
     """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
-    wait: Optional[float] = fields.get("wait", 0)       # other requests than poll and start have no such field
     if wait is None and "prefer" in headers:
         wishes = [value.replace("\\", "").strip('"') for name, value in PREFERENCE.findall(headers["prefer"]) if name.lower() == "wait"]
         wait = float(wishes[0]) if wishes and wishes[0].isdecimal() else 0
@@ -1391,10 +1373,9 @@ class TlsSocket:
     """What a connection uses of a socket, under TLS. Its bytes go through memory, so one recv() works on no more of them than it brings."""
 
     def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
-        self._plain = plain
+        self._plain, self.close = plain, plain.close
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._is_open = False       # the handshake is done
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)      # whose read() does the handshake
         self.is_plain = False       # the client does not speak TLS, or no more: bytes pass as they are
         self._silent = 0            # bytes of TLS since the last plaintext
         self._unsent = b""          # bytes of TLS
@@ -1403,7 +1384,7 @@ class TlsSocket:
     def recv(self, size: int) -> Optional[bytes]:
         """Plaintext, None where what came holds none, nothing at the end of the stream. BlockingIOError. OSError: no TLS, or too much without data."""
         data, plaintext = self._plain.recv(size), b""
-        self.is_plain = self.is_plain or not self._is_open and not self._silent and data[:1].isalpha()      # no message of TLS begins so
+        self.is_plain = self.is_plain or not self._silent and not self._tls.version() and data[:1].isalpha()      # no message of TLS begins so
         if self.is_plain:
             return data
         self._silent += len(data)
@@ -1411,9 +1392,6 @@ class TlsSocket:
             raise OSError("the client sends TLS without any data")
         self._incoming.write(data)
         try:
-            if not self._is_open:
-                self._tls.do_handshake()
-                self._is_open = True
             for piece in iter(functools.partial(self._tls.read, READ_SIZE), b""):
                 plaintext += piece
             self._plain.shutdown(socket.SHUT_RD)        # close_notify has come: from now on the socket, too, is at its end
@@ -1422,7 +1400,7 @@ class TlsSocket:
                 return None
         finally:
             with contextlib.suppress(BlockingIOError):      # what is not sent now goes before the next answer
-                self._flush()
+                self._push()
         self._silent = 0
         return plaintext
 
@@ -1437,37 +1415,32 @@ class TlsSocket:
         return sent
 
     def _push(self) -> None:
+        """Send what TLS has to send, as far as the system takes it. BlockingIOError: it takes nothing."""
         self._unsent += self._outgoing.read()
-        self._unsent = self._unsent[self._plain.send(self._unsent):]
-
-    def _flush(self) -> None:
-        while self._unsent or self._outgoing.pending:
-            self._push()
+        if self._unsent:
+            self._unsent = self._unsent[self._plain.send(self._unsent):]
 
     def shutdown(self, how: int) -> None:
         """Send close_notify (RFC 8446 section 6.1), and no more. What still comes is not decrypted."""
         with contextlib.suppress(OSError, ValueError):
             self._tls.unwrap()
         with contextlib.suppress(OSError):
-            self._flush()
+            self._push()
         self.is_plain = True
         self._plain.shutdown(how)
-
-    def close(self) -> None:
-        self._plain.close()
 
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=256)
 def head_text(now: int, status: int, cors_origin: str, fields: Tuple[Tuple[str, str], ...]) -> str:
-    """The head of an answer without its Content-Length: with what all have, and fields. now: seconds since 1970."""
-    usual = {"Server": Handler.server_version, "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
+    """The head of an answer but for what tells of its body: with what all have, and fields. now: seconds since 1970."""
+    usual = {"Server": f"p2pserver/{__version__}", "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
     if cors_origin:     # of a list of origins only the one that asks is told, in its own answer
         usual.update({"Vary": "Origin"} if "," in cors_origin else {"Access-Control-Allow-Origin": cors_origin})
         usual["Access-Control-Expose-Headers"] = "ETag, Location, Preference-Applied, Retry-After"
     lines = [f"{name}: {value}\r\n" for name, value in {**usual, "Cache-Control": "no-store", **dict(fields)}.items()]
-    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n"
+    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{''.join(lines)}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1475,7 +1448,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     socket is ready, it is woken, or its deadline passes. One thread at a time does.
     """
 
-    protocol_version, server_version, sys_version = "HTTP/1.1", f"p2pserver/{__version__}", ""
     server: Server
 
     def setup(self) -> None:
@@ -1522,15 +1494,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Begin with the next request, of which nothing is known yet."""
         self.reads = 0                                      # that it took
         self.client = self.peer                             # who asks, perhaps through a proxy
-        self.use_head(NO_HEAD)
-        self.body = b""
+        self.head, self.body = NO_HEAD, b""
         self.route: Optional[Route] = None                  # what serves it
+        self.registry = self.server.registry                # what it asks
+        self.fields: Dict[str, Any] = {}                    # what the registry is given of its body; once it has waited, "after" alone
         self.wait = 0                                       # seconds that it wishes to wait
         self.waiter: Optional[Waiter] = None                # while it waits for news
-
-    def use_head(self, head: Head) -> None:
-        self.head = head
-        self.command, self.path, self.headers = head.method, head.target, head.headers  # type: ignore[assignment]
 
     @property
     def is_late(self) -> bool:
@@ -1543,15 +1512,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve(self) -> Steps:
         """The life of the connection. Gone. OSError."""
-        self.close_connection = False
-        while not self.close_connection:
+        while True:
             if not self.problem:
                 yield from self.receive_request()
             yield from self.send_answer((yield from self.answer()))     # nothing of it stays here while the connection is idle
+            if self.close_connection:
+                break
             if self.buffer:         # the next request came with this one, and others have their turn
                 self.server.wake(self)
-            if not self.close_connection:
-                yield READ
+            yield READ
         if self.problem:
             yield from self.linger()
 
@@ -1560,14 +1529,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def receive_request(self) -> Steps:
         """Receive a whole request, or find why there can be none. Gone: no further one comes."""
         try:
-            yield from self.parse_request()
+            yield from self.read_request()
         except Problem as problem:
             self.problem = problem
             line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
             if line and self.head is NO_HEAD:
-                self.use_head(Head(line[1], line[2], path_of(line[2])))
+                self.head = Head(line[1], line[2], path_of(line[2]))
 
-    def parse_request(self) -> Steps:  # type: ignore[override]
+    def read_request(self) -> Steps:
         """Take a whole request from the buffer, as it comes. Problem. Gone."""
         buffer, scanned, end = self.buffer, 0, -1
         while end < 0:
@@ -1579,16 +1548,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.deadline = time.monotonic() + self.server.settings.idle_timeout
             end = find_head(buffer, scanned)
             scanned = len(buffer)
-        self.use_head(read_head(bytes(buffer[:end])))
+        head = self.head = read_head(bytes(buffer[:end]))
         del buffer[:end + 4]
-        head = self.head
         self.client = client_behind(self.peer, head.headers, self.server.proxies)
         if self.is_proxy and self.client is not self.peer:
             self.server.count(self, self.client.key)    # until it is answered
         limit = self.server.settings.max_body * (POLL_FACTOR if head.path == POLL_PATH else 1)
         insist(head.length <= limit, f"the body has more than {limit} bytes", status=413)
         length, is_chunked = head.length, head.is_chunked
-        if head.version > "1.0" and "expect" in head.headers and length + is_chunked > len(buffer):
+        if length + is_chunked > len(buffer) and head.version > "1.0" and "expect" in head.headers:
             yield from self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         while True:
             if is_chunked:
@@ -1603,16 +1571,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self) -> Steps:
         """Wait for more of a request. Problem: it does not come to its end. Gone: no further one comes."""
-        data = None
-        while data is None:
-            with contextlib.suppress(BlockingIOError):      # to wait while it is handled would keep it, and its frames
-                data = self.read()
-                if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
-                    self.server.charge(self.peer)       # many small pieces are work
-            if data is None and self.is_late:
-                data = b""
-            elif data is None:
-                yield READ
+        data = self.read() if self.is_idle else None        # most clients ask at once
+        while data is None and not self.is_late:
+            yield READ
+            data = self.read()
+            if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
+                self.server.charge(self.peer)       # many small pieces are work
         if self.is_idle:
             self.deadline = time.monotonic() + REQUEST_TIME
             if not data:
@@ -1623,8 +1587,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         insist(not self.server.tls or not self.connection.is_plain, "this port speaks TLS: use https://")
 
     def read(self) -> Optional[bytes]:
-        """What has come; nothing at the end of the stream. None: TLS alone, which is work, too. BlockingIOError: nothing has come."""
-        data: Optional[bytes] = self.connection.recv(READ_SIZE)
+        """What has come; nothing at the end of the stream. None: nothing has come, or TLS alone, which is work, too."""
+        try:
+            data: Optional[bytes] = self.connection.recv(READ_SIZE)
+        except BlockingIOError:
+            return None
         self.reads += 1
         return data
 
@@ -1632,40 +1599,42 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self) -> Steps:
         """The answer to the request, or to what is wrong with it."""
-        outcome = yield from self.outcome_of(self.ask)
-        while isinstance(outcome, Waiter):
-            # Of its fields nothing is kept, of its head little.
-            self.waiter = outcome
-            self.use_head(self.head._replace(target=self.head.target[:200], headers={"origin": self.headers.get("origin", "")[:200]}))
-            yield READ
-            self.read_ahead()
-            outcome = yield from self.outcome_of(self.ask_again)
+        outcome = self.outcome_of(self.begin)
+        while not isinstance(outcome, Answer):
+            if outcome:
+                # Of its fields nothing is kept, of its head little.
+                self.waiter, self.fields = outcome, {}
+                self.head = self.head._replace(target=self.head.target[:200], headers={"origin": self.head.headers.get("origin", "")[:200]})
+                yield READ
+                self.read_ahead()
+                self.registry = self.server.registry.forget_waiter(outcome)
+                self.name, self.fields = outcome.name, {"after": outcome.after}
+            else:       # the registry's answer wakes it
+                yield NOTHING
+            outcome = self.outcome_of(self.perform)
         if self.server.queue and not self.waiter:
             # This request may have woken a host, which is served first: else the guest's first datagram may reach it before it knows the guest.
             self.server.wake(self)
             yield READ
         return outcome
 
-    def outcome_of(self, ask: Callable[[], Callable[[], Outcome]]) -> Steps:
-        """What the call that ask() gives comes to, or the answer that stands for its failure."""
-        call = None
-        while True:
-            try:
-                call = call or ask()
-                return call()
-            except Problem as problem:
-                if problem.limit == "rate" and not self.is_proxy:       # a proxy's connection is for others as well
-                    self.problem = problem
-                return self.answer_to(problem)
-            except Later as later:
-                later.send(functools.partial(self.server.wake, self))
-            except Exception:
-                log.exception("a request failed")
-                return self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
-            yield NOTHING
+    def outcome_of(self, step: Callable[[], Outcome]) -> Optional[Outcome]:
+        """What a step comes to, or the answer that stands for its failure. None: the registry answers later, and then wakes the connection."""
+        try:
+            return step()
+        except Problem as problem:
+            if problem.limit == "rate" and not self.is_proxy:       # a proxy's connection is for others as well
+                self.problem = problem
+            return self.answer_to(problem)
+        except Later as later:
+            later.send(functools.partial(self.server.wake, self))
+            return None
+        except Exception:
+            log.exception("a request failed")
+            return self.answer_to(Problem("the server failed to answer this request; its log says why", 500))
 
-    def ask(self) -> Callable[[], Outcome]:
-        """Find the route and check the fields: what asks its endpoint. Problem: what is wrong."""
+    def begin(self) -> Outcome:
+        """Find the route, check the fields, and perform the request for the first time. Problem: what is wrong."""
         server, head = self.server, self.head
         # A monitor is never refused. A proxy does not pay for what cannot be read, which may be anybody's.
         is_anybodys = self.problem and self.is_proxy and self.client is self.peer
@@ -1673,83 +1642,87 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.charge(self.client)
         if self.problem:
             raise self.problem
-        if self.command == "OPTIONS":
-            return functools.partial(self.options, set().union(*ROUTES.values()) if head.target == "*" else resolve(head.path)[0])
+        if head.method == "OPTIONS":
+            return self.options(set().union(*ROUTES.values()) if head.target == "*" else resolve(head.path)[0])
         routes, name = resolve(head.path)
-        route = self.route = routes.get("GET" if self.command == "HEAD" else self.command)
-        if route is None:
+        self.route = routes.get("GET" if head.method == "HEAD" else head.method)
+        if self.route is None:
             raise Problem("this method is not for this path", 405, headers={"Allow": allowed(routes)})
-        digest, fields = self.read_fields(route) if route.fields else (b"", {})
-        self.wait = wished_wait(fields, head.headers, server.settings.max_wait)
+        self.digest, self.fields = self.read_fields(self.route) if self.route.fields else (b"", {})
+        self.name = name or self.fields.pop("name", "")         # of the game
+        self.wait = wished_wait(self.fields.pop("wait", None), head.headers, server.settings.max_wait)
         self.deadline = time.monotonic() + self.wait
-        registry, name = server.registry.for_request(), name or fields.get("name", "")
-        request = Request(registry, name, digest, fields, head.headers, self.client, self.wait, self.waker())
-        return lambda: check_preconditions(server, request, head.method, routes) or route.endpoint(server, request)
+        self.registry = server.registry.for_request()
+        return self.perform()
+
+    def perform(self) -> Outcome:
+        assert self.route
+        return check_preconditions(self) or self.route.endpoint(self)
 
     def read_fields(self, route: Route) -> Tuple[bytes, Dict[str, Any]]:
-        """The digest of the peerId, and the other fields. Clients send the same body again and again: what has been found in it is kept by its digest."""
+        """The digest of the peerId, and the other fields that are given.
+
+        Clients send the same body again and again: what was found in it is kept by its digest.
+        """
         server, headers, body = self.server, self.head.headers, self.body
         self.body = b""     # which holds the peerId
-        scope, peer_digest = Scope(self.client.is_local, server.settings.max_guests), server.registry.peer_digest
+        is_local, peer_digest = self.client.is_local, server.registry.peer_digest
         declared = f"{headers.get('content-type')!r} {headers.get('content-encoding')!r}"
-        key = (route.endpoint, scope, peer_digest(declared + body.decode("latin-1")))
+        key = (route.endpoint, is_local, peer_digest(declared + body.decode("latin-1")))
         found = server.known_bodies.get(key) if body else None
         if found is None:
-            fields = validate(read_body(self.head, body), route.fields, scope)
-            found = peer_digest(fields.pop("peerId")), fields
+            fields = validate(read_body(self.head, body), route.fields, Scope(is_local, server.settings.max_guests))
+            found = peer_digest(fields.pop("peerId")), {name: value for name, value in fields.items() if value is not None}
             if 0 < len(body) <= MAX_KNOWN_BODY:
                 server.known_bodies[key] = found
             if len(server.known_bodies) > MAX_KNOWN_BODIES:
                 server.known_bodies.popitem(last=False)
-        return found
+        return found[0], {**found[1]}       # from which more is taken
 
     def read_ahead(self) -> None:
         """Read what comes while a poll or start waits: the next request. Gone."""
-        with contextlib.suppress(BlockingIOError):
-            data = self.read()
-            if data == b"" or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
-                raise Gone
-            self.buffer += data or b""
+        data = self.read()
+        if data == b"" or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
+            raise Gone
+        self.buffer += data or b""
 
-    def ask_again(self) -> Callable[[], Outcome]:
-        """What asks again for a poll or start that waits: there may be news, or its time may be over."""
-        server, waiter, route = self.server, self.waiter, self.route
-        assert waiter and route
-        registry = server.registry.forget_waiter(waiter)
-        wake = None if waiter.is_over or self.is_late else self.waker()
-        request = Request(registry, waiter.name, waiter.digest, {"after": waiter.after}, {}, self.client, self.wait, wake, waiter.is_busy)
-        return functools.partial(route.endpoint, server, request)
-
-    def waker(self) -> Optional[Callable[[], None]]:
-        """What to call when there is news for this connection; None if it does not wish to wait."""
-        return functools.partial(self.server.wake, self) if self.wait and not self.server.stopping else None
+    @property
+    def wake(self) -> Wake:
+        """What to call when there is news for this connection. None: it is to be answered now."""
+        is_over = not self.wait or self.server.stopping or self.waiter and (self.waiter.is_over or self.is_late)
+        return None if is_over else functools.partial(self.server.wake, self)
 
     def answer_to(self, problem: Problem) -> Answer:
         """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
+        server, headers = self.server, dict(problem.headers)
         if problem.limit:
-            self.server.tally(self.server.refused, problem.limit)
+            server.tally(server.refused, problem.limit)
+        if problem.status in (403, 409):        # to register somebody's game is to guess, too
+            server.limiter.charge(self.client.key, FORBIDDEN_COST - 1)
+        if problem.status in (429, 503):
+            headers.setdefault("Retry-After", str(RESTARTED_AFTER if server.stopping else RETRY_AFTER))
         body = {"type": "about:blank", "title": http.HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
-        return Answer(problem.status, {**body, "errors": problem.errors} if problem.errors else body, problem.headers, "application/problem+json")
+        text = json_text({**body, "errors": problem.errors} if problem.errors else body)
+        return Answer(problem.status, text + b"\n", headers, "application/problem+json")
 
     def options(self, methods: Iterable[str]) -> Answer:
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
         headers = {"Allow": allowed(methods), **({"Accept-Patch": "application/json"} if "PATCH" in methods else {})}      # RFC 5789 section 3.1
         if self.server.settings.cors_origin and "access-control-request-method" in self.head.headers:
-            wished = self.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")[:1000]
+            wished = self.head.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")[:1000]
             headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400", "Access-Control-Allow-Headers": wished})
         return Answer(204, None, headers)
 
     def send_answer(self, answer: Answer) -> Steps:
         """Send an answer. The request is forgotten then, and the time for what comes next begins. Gone: the client does not read it."""
-        server, data = self.server, answer.data()
+        server, data = self.server, answer.body or b""
         self.close_connection = self.head.closes or server.stopping or self.problem is not None
-        head = self.head_of(answer, len(data))
+        head = self.head_of(answer)
         self.log_request(answer.status, len(data))
-        if self.command == "HEAD":
+        if self.head.method == "HEAD":
             data = b""
-        tokens = len(data) // BYTES_PER_TOKEN + (FORBIDDEN_COST - 1 if answer.status in (403, 409) else 0)
-        if tokens:      # to register somebody's game is to guess, too
-            server.limiter.charge(self.client.key, tokens)
+        if len(data) >= BYTES_PER_TOKEN:
+            server.limiter.charge(self.client.key, len(data) // BYTES_PER_TOKEN)
         if self.is_proxy:
             server.count(self, None)
         self.forget_request()
@@ -1774,25 +1747,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def linger(self) -> Steps:
         """Read on for a moment. To close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)."""
         self.connection.shutdown(socket.SHUT_WR)
-        while not self.is_late:
+        while self.read() != b"" and not self.is_late:
             yield READ
-            with contextlib.suppress(BlockingIOError):
-                if not self.connection.recv(READ_SIZE):
-                    return
 
-    def head_of(self, answer: Answer, length: int) -> bytes:
-        """The head of an answer whose body has that many bytes."""
+    def head_of(self, answer: Answer) -> bytes:
+        """What is sent before the body of an answer."""
         server, fields = self.server, dict(answer.headers)
-        if answer.status in (429, 503):
-            fields.setdefault("Retry-After", str(RESTARTED_AFTER if server.stopping else RETRY_AFTER))
-        if answer.body is not None:
-            fields["Content-Type"] = answer.media_type
         if self.close_connection or self.head.version == "1.0":
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
-        if "," in server.settings.cors_origin and self.headers.get("origin") in server.settings.origins:
-            fields["Access-Control-Allow-Origin"] = self.headers["origin"]
+        if "," in server.settings.cors_origin and self.head.headers.get("origin") in server.settings.origins:
+            fields["Access-Control-Allow-Origin"] = self.head.headers["origin"]
         text = head_text(int(time.time()), answer.status, server.settings.cors_origin, tuple(fields.items()))
-        return (text if answer.body is None else f"{text[:-2]}Content-Length: {length}\r\n\r\n").encode("latin-1")
+        content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {len(answer.body)}\r\n"
+        return f"{text}{content}\r\n".encode("latin-1")
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
@@ -1800,7 +1767,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.settings.access_log:
             path = self.head.target.partition("?")[0]
             log_fields("{client} {method} {path!r} {status} {bytes}", [
-                {"client": self.client.address or "unknown", "method": self.command, "path": path, "status": code, "bytes": size}])
+                {"client": self.client.address or "unknown", "method": self.head.method, "path": path, "status": code, "bytes": size}])
 
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------

@@ -3441,7 +3441,7 @@ def test_a_connection_may_be_idle_for_idle_timeout_also_after_an_answer_that_was
                                    "wait= " * 6000], ids=brief)
 def test_a_long_preference_is_harmless(value):
     for _ in range(20):     # which would take minutes if the pattern went back and forth
-        assert p2pserver.wished_wait({"wait": None}, {"prefer": value}, 25) == 0
+        assert p2pserver.wished_wait(None, {"prefer": value}, 25) == 0
 
 
 @pytest.mark.parametrize("head", [b"X-Forwarded-For: " + b"," * 32000, b"Connection: " + b"," * 32000,
