@@ -1155,7 +1155,7 @@ def check_preconditions(request: Handler) -> Optional[Answer]:
 
     What they are compared with is what GET gives now; a Problem of its own goes first. Where there is no GET, nothing matches.
     """
-    method, headers = request.head.method, request.head.headers
+    method, headers = request.command, request.headers
     match, none_match = headers.get("if-match"), headers.get("if-none-match", "")
     if match is None and not none_match:
         return None
@@ -1435,7 +1435,7 @@ class TlsSocket:
 @functools.lru_cache(maxsize=256)
 def head_text(now: int, status: int, cors_origin: str, fields: Tuple[Tuple[str, str], ...]) -> str:
     """The head of an answer but for what tells of its body: with what all have, and fields. now: seconds since 1970."""
-    usual = {"Server": f"p2pserver/{__version__}", "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
+    usual = {"Server": Handler.server_version, "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
     if cors_origin:     # of a list of origins only the one that asks is told, in its own answer
         usual.update({"Vary": "Origin"} if "," in cors_origin else {"Access-Control-Allow-Origin": cors_origin})
         usual["Access-Control-Expose-Headers"] = "ETag, Location, Preference-Applied, Retry-After"
@@ -1448,6 +1448,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     socket is ready, it is woken, or its deadline passes. One thread at a time does.
     """
 
+    protocol_version, server_version, sys_version = "HTTP/1.1", f"p2pserver/{__version__}", ""
+    # Parts of the head by the names of the base class.
+    command: Any = property(lambda self: self.head.method)
+    path: Any = property(lambda self: self.head.target)
+    headers: Any = property(lambda self: self.head.headers)
     server: Server
 
     def setup(self) -> None:
@@ -1529,14 +1534,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def receive_request(self) -> Steps:
         """Receive a whole request, or find why there can be none. Gone: no further one comes."""
         try:
-            yield from self.read_request()
+            yield from self.parse_request()
         except Problem as problem:
             self.problem = problem
             line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
             if line and self.head is NO_HEAD:
                 self.head = Head(line[1], line[2], path_of(line[2]))
 
-    def read_request(self) -> Steps:
+    def parse_request(self) -> Steps:  # type: ignore[override]
         """Take a whole request from the buffer, as it comes. Problem. Gone."""
         buffer, scanned, end = self.buffer, 0, -1
         while end < 0:
@@ -1604,7 +1609,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if outcome:
                 # Of its fields nothing is kept, of its head little.
                 self.waiter, self.fields = outcome, {}
-                self.head = self.head._replace(target=self.head.target[:200], headers={"origin": self.head.headers.get("origin", "")[:200]})
+                self.head = self.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]})
                 yield READ
                 self.read_ahead()
                 self.registry = self.server.registry.forget_waiter(outcome)
@@ -1664,7 +1669,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         Clients send the same body again and again: what was found in it is kept by its digest.
         """
-        server, headers, body = self.server, self.head.headers, self.body
+        server, headers, body = self.server, self.headers, self.body
         self.body = b""     # which holds the peerId
         is_local, peer_digest = self.client.is_local, server.registry.peer_digest
         declared = f"{headers.get('content-type')!r} {headers.get('content-encoding')!r}"
@@ -1708,8 +1713,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def options(self, methods: Iterable[str]) -> Answer:
         """What a path takes. To a web page's preflight also that it may (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
         headers = {"Allow": allowed(methods), **({"Accept-Patch": "application/json"} if "PATCH" in methods else {})}      # RFC 5789 section 3.1
-        if self.server.settings.cors_origin and "access-control-request-method" in self.head.headers:
-            wished = self.head.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")[:1000]
+        if self.server.settings.cors_origin and "access-control-request-method" in self.headers:
+            wished = self.headers.get("access-control-request-headers", "Authorization, Content-Type, If-None-Match, Prefer")[:1000]
             headers.update({"Access-Control-Allow-Methods": headers["Allow"], "Access-Control-Max-Age": "86400", "Access-Control-Allow-Headers": wished})
         return Answer(204, None, headers)
 
@@ -1719,7 +1724,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.head.closes or server.stopping or self.problem is not None
         head = self.head_of(answer)
         self.log_request(answer.status, len(data))
-        if self.head.method == "HEAD":
+        if self.command == "HEAD":
             data = b""
         if len(data) >= BYTES_PER_TOKEN:
             server.limiter.charge(self.client.key, len(data) // BYTES_PER_TOKEN)
@@ -1755,8 +1760,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, fields = self.server, dict(answer.headers)
         if self.close_connection or self.head.version == "1.0":
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
-        if "," in server.settings.cors_origin and self.head.headers.get("origin") in server.settings.origins:
-            fields["Access-Control-Allow-Origin"] = self.head.headers["origin"]
+        if "," in server.settings.cors_origin and self.headers.get("origin") in server.settings.origins:
+            fields["Access-Control-Allow-Origin"] = self.headers["origin"]
         text = head_text(int(time.time()), answer.status, server.settings.cors_origin, tuple(fields.items()))
         content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {len(answer.body)}\r\n"
         return f"{text}{content}\r\n".encode("latin-1")
@@ -1765,9 +1770,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
         self.server.tally(self.server.answered, (self.route.endpoint.__name__ if self.route else "none", code))
         if self.server.settings.access_log:
-            path = self.head.target.partition("?")[0]
+            path = self.path.partition("?")[0]
             log_fields("{client} {method} {path!r} {status} {bytes}", [
-                {"client": self.client.address or "unknown", "method": self.head.method, "path": path, "status": code, "bytes": size}])
+                {"client": self.client.address or "unknown", "method": self.command, "path": path, "status": code, "bytes": size}])
 
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------
