@@ -1856,7 +1856,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
         self.connections: Set[Handler] = set()
         self.queue: collections.deque[Handler] = collections.deque()     # that have been parked or woken, to be looked at
-        self.has_backlog = False            # clients that are not accepted yet
         self.next_look, self.next_report = 0.0, self.began + REPORT_EVERY
         self._running: List[threading.Thread] = []
         socketserver.BaseServer.__init__(self, (settings.host, settings.port), Handler)     # TCPServer's would listen on one address alone
@@ -1866,6 +1865,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.selector = selectors.DefaultSelector()
         self._waker, self._wakened = socket.socketpair()        # a byte through these ends the selector's wait
         self._waker.setblocking(False)
+        self.socket = self._waker       # what serve_forever() watches: nothing ever comes there, and it does service_actions() again and again
         self._bind()
         self.stun_ports = self._bind_second_stun()      # the UDP ports for STUN; each address has the same ones
         # What the selector finds ready is passed to the function that it is registered with.
@@ -1881,11 +1881,11 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             for family, address in dict.fromkeys([(row[0], row[4]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]):
                 protocol, port = "TCP", self.server_port or settings.port
-                self.socket = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
-                                                   backlog=self.request_queue_size)
-                self.socket.setblocking(False)
-                self.listeners.append(self.socket)
-                self.server_port = self.socket.getsockname()[1]
+                listener = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
+                                                backlog=self.request_queue_size)
+                listener.setblocking(False)
+                self.listeners.append(listener)
+                self.server_port = listener.getsockname()[1]
                 protocol, port = "UDP", settings.stun_port or self.server_port
                 if not settings.no_stun:
                     self.stuns.append(StunServer(family, (address[0], port, *address[2:]), limiter))
@@ -1931,7 +1931,7 @@ class Server(http.server.ThreadingHTTPServer):
         stun = f"STUN on UDP port{'s' if len(self.stun_ports) > 1 else ''} {ports}" if self.stuns else "no STUN"
         hosts = [listener.getsockname()[0] for listener in self.listeners] if self.settings.host else ["localhost"]
         urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}/" for host in hosts]
-        versions = "addresses, IPv6 and IPv4" if self.socket.family == socket.AF_INET6 else "IPv4 addresses"
+        versions = "addresses, IPv6 and IPv4" if self.listeners[0].family == socket.AF_INET6 else "IPv4 addresses"
         return " and ".join([*urls, stun]) + ("" if self.settings.host else f" (all {versions})")
 
     def start(self) -> None:
@@ -1964,7 +1964,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.log_refusals()
 
     def service_actions(self) -> None:
-        """Called by serve_forever() after each look for a new client, for which it does not wait: serve for a tenth of a second, then do what is due."""
+        """Called by serve_forever() again and again: serve for a tenth of a second, then do what is due."""
         ends_at = time.monotonic() + 0.1
         try:
             while time.monotonic() < ends_at:
@@ -2007,19 +2007,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     def accept_clients(self, listener: socket.socket) -> None:
         """Accept new clients, but not too many before those that there are have their turn."""
-        self.socket, self.has_backlog = listener, True      # the base class accepts from this one
-        for _ in range(ACCEPTED_AT_ONCE):
-            if self.has_backlog:
-                self._handle_request_noblock()  # type: ignore[attr-defined]
-
-    def get_request(self) -> Tuple[socket.socket, Any]:
         try:
-            return super().get_request()
-        except OSError as error:
-            self.has_backlog = False
+            for _ in range(ACCEPTED_AT_ONCE):
+                request, client_address = listener.accept()
+                if self.verify_request(request, client_address):
+                    self.finish_request(request, client_address)        # this makes a Handler of it
+                else:
+                    self.shutdown_request(request)
+        except OSError as error:        # there are no more
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
-            raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether to serve a client. One that has no token left, nor one for being told so, is closed without a word; so is one far beyond the limit."""
@@ -2029,10 +2026,6 @@ class Server(http.server.ThreadingHTTPServer):
         if is_over or is_full:
             self.tally(self.refused, "rate" if is_over else "connections")
         return not (is_over or is_full)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Make a handler of a new connection, in this thread."""
-        self.finish_request(request, client_address)
 
     def count(self, connection: Handler, key: Optional[bytes]) -> None:
         """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client, and this one more until it ends."""
@@ -2076,7 +2069,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.watch(connection)
         self.threads.acquire()
         try:
-            super().process_request(connection, connection.client_address)  # type: ignore[arg-type]
+            self.process_request(connection, connection.client_address)  # type: ignore[arg-type]
         except RuntimeError:       # the system gives no thread
             self.threads.release()
             self.tally(self.refused, "threads")
