@@ -1513,8 +1513,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.deadline = time.monotonic() + (REQUEST_TIME if self.server.tls else self.server.settings.idle_timeout)
         self.steps = self.serve()
         # These are the server's, see there.
-        self.events = self.watched = NOTHING                # for what it waits; what the selector tells of
-        self.is_parked = self.is_woken = False
+        self.events: Optional[int] = None                   # for what it waits, where it is parked
+        self.watched, self.is_woken = NOTHING, False        # what the selector tells of; there is news, which has not been looked at
 
     def handle(self) -> None:
         """Serve it for the first time: most clients ask at once. Under TLS it is parked: nothing of it is done in the thread that accepts."""
@@ -1533,7 +1533,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.tally(server.refused, self.problem.limit)
             server.close(self)
         else:
-            server.park(self, READ)
+            self.events = READ
+            server.watch(self)
 
     def finish(self) -> None:
         """Nothing: the connection goes on, or the server closes it."""
@@ -1952,7 +1953,7 @@ class Server(http.server.ThreadingHTTPServer):
         ends_at = time.monotonic() + grace
         while self.connections and time.monotonic() < ends_at + 0.1:
             for connection in list(self.connections):       # what neither arrives nor is sent has no time any more
-                connection.deadline = min(connection.deadline, ends_at if connection.events == WRITE or connection.buffer else 0.0)
+                connection.deadline = min(connection.deadline, 0.0 if connection.events == READ and not connection.buffer else ends_at)
             self.serve_late()
             self.serve_ready(0.05)
         for _ in range(self.settings.max_threads):      # each ends its burst
@@ -2047,14 +2048,14 @@ class Server(http.server.ThreadingHTTPServer):
             key.data(key.fileobj)
         for _ in range(len(self.queue)):        # what these add waits for the next turn
             connection = self.queue.popleft()
-            if connection.is_parked:            # else it is woken early, and looked at when it is parked
+            if connection.events is not None:   # else it is woken early, and looked at when it is parked
                 (self.go_on if connection.is_woken else self.watch)(connection)
 
     def serve_late(self) -> None:
         """Serve connections whose deadline has passed. One that waits for the store has none: its answer, or its failure, always comes."""
         now = time.monotonic()
         self.next_look = now + len(self.connections) / LOOKS_PER_SECOND
-        for connection in [each for each in list(self.connections) if each.deadline <= now and each.is_parked and each.events]:
+        for connection in [each for each in list(self.connections) if each.deadline <= now and each.events]:
             self.go_on(connection)
 
     def go_on(self, connection: Handler) -> None:
@@ -2062,7 +2063,7 @@ class Server(http.server.ThreadingHTTPServer):
 
         It waits while there are max_threads of them, none of which waits for its client.
         """
-        connection.is_parked = connection.is_woken = False
+        connection.events, connection.is_woken = None, False
         if not self.tls:
             self.advance(connection)
             return
@@ -2083,7 +2084,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def watch(self, connection: Handler) -> None:
         """Have the selector tell when there is something for a connection, if it is parked."""
-        events = connection.events if connection.is_parked else NOTHING
+        events = connection.events or NOTHING
         if events != connection.watched:
             if connection.watched:
                 self.selector.unregister(connection)
@@ -2105,20 +2106,18 @@ class Server(http.server.ThreadingHTTPServer):
             counter[key] += 1
 
     def advance(self, connection: Handler) -> None:
-        """Serve a connection until it is parked or closed."""
+        """Serve a connection until it is parked or closed. That its client has gone is no fault of ours."""
         try:
-            self.park(connection, next(connection.steps))
+            connection.events = next(connection.steps)
+            (self.look_at if self.tls else self.watch)(connection)
             return
         except (StopIteration, Gone):
             pass
+        except OSError as error:
+            log.debug("a connection was lost: %s", error)
         except Exception:
-            self.handle_error(connection, connection.client_address)
+            log.exception("a connection failed")
         self.close(connection)
-
-    def park(self, connection: Handler, events: int) -> None:
-        """Have a connection wait."""
-        connection.events, connection.is_parked = events, True
-        (self.look_at if self.tls else self.watch)(connection)
 
     def wake(self, connection: Handler) -> None:
         """Have a connection served that waits for news, or will in a moment."""
@@ -2139,14 +2138,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.connections.discard(connection)
         self.watch(connection)
         self.shutdown_request(connection.connection)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """One connection ends, and the server goes on. That its client has gone is no fault of ours."""
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            log.debug("a connection was lost: %s", error)
-        else:
-            log.exception("a connection failed")
 
 
 def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
