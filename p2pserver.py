@@ -1004,13 +1004,12 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
 class StunServer(socketserver.UDPServer):
     """Answers on one UDP socket, always from the address that was asked (RFC 8489 section 6.3.1).
 
-    address: as bind() takes it; limiter: how many answers one source gets.
+    address: as bind() takes it; limiter: how many answers one source gets; tally: called with what became of each datagram.
     OSError from the constructor: the port is in use, or not permitted.
     """
 
-    def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
-        self.address_family, self._limiter = family, limiter
-        self.results: collections.Counter[str] = collections.Counter()      # datagrams so far, by what they got
+    def __init__(self, family: int, address: Any, limiter: RateLimiter, tally: Callable[[str, str], None]) -> None:
+        self.address_family, self._limiter, self._tally = family, limiter, tally
         super().__init__(address, socketserver.BaseRequestHandler)
 
     def server_bind(self) -> None:
@@ -1030,7 +1029,7 @@ class StunServer(socketserver.UDPServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         # The limiter first: to parse costs more than to refuse.
         answer = None if self._limiter.acquire(client_of(client_address[0]).key) else stun_answer(request[0], client_address)
-        self.results["answer" if answer else "silence"] += 1
+        self._tally(STUN, "answer" if answer else "silence")
         if answer and sys.platform == "linux":
             self.socket.sendmsg([answer], request[1], 0, client_address)
         elif answer:
@@ -1076,7 +1075,7 @@ def answer_with_ttl(server: Server, request: Request, status: int, ttl: float, h
     """
     has_no_place = request.wake is not None and not has_news    # or it would wait now
     if has_no_place:
-        server.tally(server.refused, "waiting")
+        server.tally(REFUSED, "waiting")
     is_busy = has_no_place or request.is_busy
     body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
     return Answer(status, json_text(body, **stored) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
@@ -1166,18 +1165,19 @@ def show_health(server: Server, request: Request) -> Answer:
     return Answer(200, {"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]})
 
 
+# What Server.tally() counts, with its labels.
+REQUESTS, REFUSED, STUN = 'requests_total{operation="%s",status="%s"}', 'refused_total{limit="%s"}', 'stun_total{result="%s"}'
+
+
 def show_metrics(server: Server, request: Request) -> Answer:
     """counts for Prometheus"""
     insist(request.client.is_local or request.client.address in server.watchers, "metrics are for this machine and for --metrics-from", Forbidden)
     gauges = {**request.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
               "uptime_seconds": round(time.monotonic() - server.began, 3)}
     text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
-    for name, labels, counts in (
-        ("requests_total", '{operation="%s",status="%s"}', server.answered),
-        ("refused_total", '{limit="%s"}', server.refused),
-        ("stun_total", '{result="%s"}', sum([stun.results for stun in server.stuns], collections.Counter())),
-    ):
-        text += f"# TYPE p2pserver_{name} counter\n" + "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(counts.items())])
+    for counter in (REQUESTS, REFUSED, STUN):
+        samples = [f"p2pserver_{counter % labels} {value}\n" for (name, labels), value in sorted(server.counters.items()) if name == counter]
+        text += f"# TYPE p2pserver_{counter.partition('{')[0]} counter\n" + "".join(samples)
     return Answer(200, text.encode("ascii"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -1530,7 +1530,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not server.tls:
             server.advance(self)
         elif self.problem:      # a handshake would come first
-            server.tally(server.refused, self.problem.limit)
+            server.tally(REFUSED, self.problem.limit)
             server.close(self)
         else:
             self.events = READ
@@ -1748,7 +1748,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer_to(self, problem: Problem) -> Answer:
         """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
         if problem.limit:
-            self.server.tally(self.server.refused, problem.limit)
+            self.server.tally(REFUSED, problem.limit)
         body = {"type": "about:blank", "title": http.HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
         return Answer(problem.status, {**body, "errors": problem.errors} if problem.errors else body, problem.headers, "application/problem+json")
 
@@ -1817,7 +1817,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
-        self.server.tally(self.server.answered, (self.route.endpoint.__name__ if self.route else "none", code))
+        self.server.tally(REQUESTS, self.route.endpoint.__name__ if self.route else "none", code)
         if self.server.settings.access_log:
             path = self.head.target.partition("?")[0]
             log_fields("{client} {method} {path!r} {status} {bytes}", [
@@ -1851,9 +1851,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.
         self._lock = threading.Lock()
-        self.answered: collections.Counter[Tuple[str, Union[int, str]]] = collections.Counter()     # by operation and status
-        self.refused: collections.Counter[str] = collections.Counter()      # by the limit that was reached
-        self._logged: collections.Counter[str] = collections.Counter()      # how many of these the log has told
+        self.counters: collections.Counter[Tuple[str, Any]] = collections.Counter()     # by one of REQUESTS, REFUSED and STUN, and the values of its labels
+        self._logged = self.counters.copy()     # as they were when the log told of refusals
         self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
         self.connections: Set[Handler] = set()
         self.queue: collections.deque[Handler] = collections.deque()     # that have been parked or woken, to be looked at
@@ -1889,7 +1888,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.server_port = listener.getsockname()[1]
                 protocol, port = "UDP", settings.stun_port or self.server_port
                 if not settings.no_stun:
-                    self.stuns.append(StunServer(family, (address[0], port, *address[2:]), limiter))
+                    self.stuns.append(StunServer(family, (address[0], port, *address[2:]), limiter, self.tally))
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL and self.listeners:
                 return      # this machine has no IPv6, say: such addresses come last (RFC 6724 section 6, rule 1)
@@ -1909,7 +1908,7 @@ class Server(http.server.ThreadingHTTPServer):
         seconds, limiter = [], RateLimiter(self.settings.stun_rate, STUN_BURST)
         try:
             for first in self.stuns:
-                seconds.append(StunServer(first.address_family, (first.server_address[0], port, *first.server_address[2:]), limiter))
+                seconds.append(StunServer(first.address_family, (first.server_address[0], port, *first.server_address[2:]), limiter, self.tally))
                 port = seconds[0].server_address[1]
         except (OSError, OverflowError) as error:
             log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
@@ -2000,9 +1999,10 @@ class Server(http.server.ThreadingHTTPServer):
     def log_refusals(self) -> None:
         """Log how often each limit has been reached since the last time."""
         self.next_report = time.monotonic() + REPORT_EVERY
-        refused = self.refused.copy()
-        log_fields("limit {limit}: {count} refused", [{"limit": limit, "count": count} for limit, count in sorted((refused - self._logged).items())])
-        self._logged = refused
+        counters = self.counters.copy()
+        lately = sorted((counters - self._logged).items())
+        log_fields("limit {limit}: {count} refused", [{"limit": labels[0], "count": count} for (name, labels), count in lately if name == REFUSED])
+        self._logged = counters
 
     # A new connection.
 
@@ -2025,7 +2025,7 @@ class Server(http.server.ThreadingHTTPServer):
         is_over = self.limiter.pause(client.key) and self.refusals.pause(client.key) and client.address not in self.proxies
         is_full = len(self.connections) >= self.settings.max_connections + MAX_REFUSALS
         if is_over or is_full:
-            self.tally(self.refused, "rate" if is_over else "connections")
+            self.tally(REFUSED, "rate" if is_over else "connections")
         return not (is_over or is_full)
 
     def count(self, connection: Handler, key: Optional[bytes]) -> None:
@@ -2073,7 +2073,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.process_request(connection, connection.client_address)  # type: ignore[arg-type]
         except RuntimeError:       # the system gives no thread
             self.threads.release()
-            self.tally(self.refused, "threads")
+            self.tally(REFUSED, "threads")
             self.close(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -2101,9 +2101,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.refusals.acquire(client.key)
             raise TooMany("too many requests come from your address", limit="rate", headers={"Retry-After": str(math.ceil(pause))})
 
-    def tally(self, counter: collections.Counter[Any], key: Any) -> None:
+    def tally(self, counter: str, *labels: Any) -> None:
+        """Count one more: counter is REQUESTS, REFUSED or STUN, whose labels have these values."""
         with self._lock:
-            counter[key] += 1
+            self.counters[counter, labels] += 1
 
     def advance(self, connection: Handler) -> None:
         """Serve a connection until it is parked or closed. That its client has gone is no fault of ours."""
