@@ -1867,7 +1867,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._waker.setblocking(False)
         self.socket = self._waker       # what serve_forever() watches: nothing ever comes there, and it does service_actions() again and again
         self._bind()
-        self.stun_ports = self._bind_second_stun()      # the UDP ports for STUN; each address has the same ones
+        self._bind_second_stun()
+        self.stun_ports = list(dict.fromkeys([stun.server_address[1] for stun in self.stuns]))      # each address has the same ones
         # What the selector finds ready is passed to the function that it is registered with.
         self.selector.register(self._wakened, READ, lambda wakened: wakened.recv(65536))
         for listener in self.listeners:
@@ -1895,28 +1896,25 @@ class Server(http.server.ThreadingHTTPServer):
             self.server_close()
             raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
 
-    def _bind_second_stun(self) -> List[int]:
+    def _bind_second_stun(self) -> None:
         """Answer STUN on a second port as well, so that a client sees whether its router maps by destination; not where the port cannot be used.
 
-        It has a limiter of its own, as who asks asks both. Returned are the ports for STUN.
+        It has a limiter of its own, as who asks asks both.
         """
-        if not self.stuns:
-            return []
-        first_port = self.stuns[0].server_address[1]
-        is_any = not (self.settings.port or self.settings.stun_port)    # the system picks the first port, and this one
-        port = self.settings.second_stun_port or (0 if is_any else first_port + 1)
+        first_port = self.settings.stun_port or self.settings.port      # 0: the system picks it, and this one
+        port = self.settings.second_stun_port or (first_port + 1 if first_port else 0)
         seconds, limiter = [], RateLimiter(self.settings.stun_rate, STUN_BURST)
         try:
             for first in self.stuns:
-                seconds.append(StunServer(first.address_family, (first.server_address[0], port, *first.server_address[2:]), limiter, self.tally))
+                address = (first.server_address[0], port, *first.server_address[2:])
+                seconds.append(StunServer(first.address_family, address, limiter, self.tally))
                 port = seconds[0].server_address[1]
         except (OSError, OverflowError) as error:
             log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
             for each in seconds:
                 each.server_close()
-            return [first_port]
+            return
         self.stuns += seconds
-        return [first_port, port]
 
     def server_close(self) -> None:
         self.selector.close()
