@@ -1851,7 +1851,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.
         self._lock = threading.Lock()
-        self.counters: collections.Counter[Tuple[str, Any]] = collections.Counter()     # by one of REQUESTS, REFUSED and STUN, and the values of its labels
+        self.counters: collections.Counter[Tuple[str, Any]] = collections.Counter()     # by name and values of the labels, see tally()
         self._logged = self.counters.copy()     # as they were when the log told of refusals
         self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
         self.connections: Set[Handler] = set()
@@ -1862,17 +1862,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_port = 0
         self.listeners: List[socket.socket] = []        # one for each address of the host
         self.stuns: List[StunServer] = []               # likewise
-        self.selector = selectors.DefaultSelector()
+        self.selector = selectors.DefaultSelector()     # what it finds ready is passed to the function that it is registered with
         self._waker, self._wakened = socket.socketpair()        # a byte through these ends the selector's wait
         self._waker.setblocking(False)
+        self.selector.register(self._wakened, READ, lambda wakened: wakened.recv(65536))
         self.socket = self._waker       # what serve_forever() watches: nothing ever comes there, and it does service_actions() again and again
         self._bind()
         self._bind_second_stun()
         self.stun_ports = list(dict.fromkeys([stun.server_address[1] for stun in self.stuns]))      # each address has the same ones
-        # What the selector finds ready is passed to the function that it is registered with.
-        self.selector.register(self._wakened, READ, lambda wakened: wakened.recv(65536))
-        for listener in self.listeners:
-            self.selector.register(listener, READ, self.accept_clients)
 
     def _bind(self) -> None:
         """Listen on each address of the host, everywhere on one port for TCP and one for UDP."""
@@ -1886,6 +1883,7 @@ class Server(http.server.ThreadingHTTPServer):
                                                 backlog=self.request_queue_size)
                 listener.setblocking(False)
                 self.listeners.append(listener)
+                self.selector.register(listener, READ, self.accept_clients)
                 self.server_port = listener.getsockname()[1]
                 protocol, port = "UDP", settings.stun_port or self.server_port
                 if not settings.no_stun:
@@ -2018,7 +2016,7 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether to serve a client. One that has no token left, nor one for being told so, is closed without a word; so is one far beyond the limit."""
+        """Whether to serve a client. One without a token, and without one for being told so, is closed without a word; so is one far beyond the limit."""
         client = client_of(client_address[0])
         is_over = self.limiter.pause(client.key) and self.refusals.pause(client.key) and client.address not in self.proxies
         is_full = len(self.connections) >= self.settings.max_connections + MAX_REFUSALS
@@ -2037,8 +2035,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if self._connections_of[key] > self.settings.max_connections_per_client:
                     raise TooMany("there are too many connections from your address", limit="connections_per_client")
 
-    # Connections that wait. One is served by a thread, or parked, and then the selector watches it for its events. Who parks one under TLS, or wakes
-    # one, puts it into the queue, because the selector is for the serving thread alone. One that is woken is served once it is parked, at once or later.
+    # Connections that wait. One is served by a thread, or parked, and then the selector watches it for its events. Who parks one under TLS, or
+    # wakes one, puts it into the queue, because the selector is for the serving thread alone. One that is woken is served once it is parked.
 
     def serve_ready(self, seconds: float) -> None:
         """Wait for something at most so long, and serve what there is something for."""
