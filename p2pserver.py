@@ -1501,7 +1501,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.request.setblocking(False)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.connection: Any = TlsSocket(self.request, self.server.tls) if self.server.tls else self.request
+        self.connection: Any = self.request                 # under TLS a TlsSocket, once it is admitted
         self.fileno = self.request.fileno
         self.peer = client_of(self.client_address[0])                   # the other end
         self.is_proxy = self.peer.address in self.server.proxies        # the other end is a trusted proxy
@@ -1517,24 +1517,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.watched, self.is_woken = NOTHING, False        # what the selector tells of; there is news, which has not been looked at
 
     def handle(self) -> None:
-        """Serve it for the first time: most clients ask at once. Under TLS it is parked: nothing of it is done in the thread that accepts."""
-        server = self.server
-        server.connections.add(self)
-        try:
-            insist(len(server.connections) <= server.settings.max_connections, "there are too many connections", Full, limit="connections")
-            if server.tls and not self.is_proxy:        # a handshake costs a token, as a request does
-                server.charge(self.peer)
-            server.count(self, None if self.is_proxy else self.peer.key)
-        except Full as problem:
-            self.problem = problem
-        if not server.tls:
-            server.advance(self)
-        elif self.problem:      # a handshake would come first
-            server.tally(REFUSED, self.problem.limit)
-            server.close(self)
-        else:
-            self.events = READ
-            server.watch(self)
+        self.server.admit(self)
 
     def finish(self) -> None:
         """Nothing: the connection goes on, or the server closes it."""
@@ -2006,23 +1989,36 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept new clients, but not too many before those that there are have their turn."""
         try:
             for _ in range(ACCEPTED_AT_ONCE):
-                request, client_address = listener.accept()
-                if self.verify_request(request, client_address):
-                    self.finish_request(request, client_address)        # this makes a Handler of it
-                else:
-                    self.shutdown_request(request)
+                self.finish_request(*listener.accept())     # this makes a Handler
         except OSError as error:        # there are no more
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether to serve a client. One without a token, and without one for being told so, is closed without a word; so is one far beyond the limit."""
-        client = client_of(client_address[0])
-        is_over = self.limiter.pause(client.key) and self.refusals.pause(client.key) and client.address not in self.proxies
-        is_full = len(self.connections) >= self.settings.max_connections + MAX_REFUSALS
-        if is_over or is_full:
-            self.tally(REFUSED, "rate" if is_over else "connections")
-        return not (is_over or is_full)
+    def admit(self, connection: Handler) -> None:
+        """Serve a connection for the first time: most clients ask at once. Under TLS it is parked: nothing of it is done in the thread that accepts.
+
+        One over a limit is refused. It is closed without a word under TLS, as a handshake would come first, and where many have been told so.
+        """
+        client, is_proxy = connection.peer, connection.is_proxy
+        self.connections.add(connection)
+        excess = len(self.connections) - self.settings.max_connections
+        is_over = self.limiter.pause(client.key) and self.refusals.pause(client.key) and not is_proxy
+        try:
+            insist(excess <= 0, "there are too many connections", Full, limit="connections")
+            if is_over or self.tls and not is_proxy:        # a handshake costs a token, as a request does
+                self.charge(client)
+            self.count(connection, None if is_proxy else client.key)
+        except Full as problem:
+            connection.problem = problem
+        if connection.problem and (self.tls or is_over or excess > MAX_REFUSALS):
+            self.tally(REFUSED, connection.problem.limit)
+            self.close(connection)
+        elif self.tls:
+            connection.connection = TlsSocket(connection.request, self.tls)
+            connection.events = READ
+            self.watch(connection)
+        else:
+            self.advance(connection)
 
     def count(self, connection: Handler, key: Optional[bytes]) -> None:
         """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client, and this one more until it ends."""
