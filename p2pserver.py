@@ -1501,7 +1501,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.request.setblocking(False)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.connection: Any = self.request                 # under TLS a TlsSocket, once it is admitted
+        self.connection: Any = self.request                 # under TLS soon a TlsSocket
         self.fileno = self.request.fileno
         self.peer = client_of(self.client_address[0])                   # the other end
         self.is_proxy = self.peer.address in self.server.proxies        # the other end is a trusted proxy
@@ -1547,6 +1547,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve(self) -> Steps:
         """The life of the connection. Gone. OSError."""
+        if self.server.tls:
+            self.connection = TlsSocket(self.request, self.server.tls)
+            yield READ          # nothing of it is done in the thread that accepts
         self.close_connection = False
         while not self.close_connection:
             if not self.problem:
@@ -1995,7 +1998,7 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
 
     def admit(self, connection: Handler) -> None:
-        """Serve a connection for the first time: most clients ask at once. Under TLS it is parked: nothing of it is done in the thread that accepts.
+        """Serve a connection for the first time: most clients ask at once.
 
         One over a limit is refused. It is closed without a word under TLS, as a handshake would come first, and where many have been told so.
         """
@@ -2013,10 +2016,6 @@ class Server(http.server.ThreadingHTTPServer):
         if connection.problem and (self.tls or is_over or excess > MAX_REFUSALS):
             self.tally(REFUSED, connection.problem.limit)
             self.close(connection)
-        elif self.tls:
-            connection.connection = TlsSocket(connection.request, self.tls)
-            connection.events = READ
-            self.watch(connection)
         else:
             self.advance(connection)
 
