@@ -984,13 +984,12 @@ def stun_answer(request: bytes, source: Tuple[str, int]) -> Optional[bytes]:
 class StunServer(socketserver.UDPServer):
     """Answers on one UDP socket, always from the address that was asked (RFC 8489 section 6.3.1).
 
-    address: as bind() takes it; limiter: how many answers one source gets.
+    address: as bind() takes it; limiter: how many answers one source gets; tally: called with what became of each datagram.
     OSError from the constructor: the port is in use, or not permitted.
     """
 
-    def __init__(self, family: int, address: Any, limiter: RateLimiter) -> None:
-        self.address_family, self._limiter = family, limiter
-        self.results: collections.Counter[str] = collections.Counter()      # datagrams so far, by what they got
+    def __init__(self, family: int, address: Any, limiter: RateLimiter, tally: Callable[[str, str], None]) -> None:
+        self.address_family, self._limiter, self._tally = family, limiter, tally
         super().__init__(address, socketserver.BaseRequestHandler)
 
     def server_bind(self) -> None:
@@ -1010,7 +1009,7 @@ class StunServer(socketserver.UDPServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         # The limiter first: to parse costs more than to refuse.
         answer = None if self._limiter.acquire(client_of(client_address[0]).key) else stun_answer(request[0], client_address)
-        self.results["answer" if answer else "silence"] += 1
+        self._tally(STUN, "answer" if answer else "silence")
         if answer and sys.platform == "linux":
             self.socket.sendmsg([answer], request[1], 0, client_address)
         elif answer:
@@ -1038,7 +1037,7 @@ def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, b
     """
     server, has_no_place = request.server, not has_news and request.wake is not None    # or it would wait now
     if has_no_place:
-        server.tally(server.refused, "waiting")
+        server.tally(REFUSED, "waiting")
     is_busy = has_no_place or request.waiter is not None and request.waiter.is_busy
     body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
     return Answer(status, json_text(body, **stored) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
@@ -1127,6 +1126,10 @@ def show_health(request: Handler) -> Answer:
     return Answer(200, json_text({"status": "ok", "version": __version__, "games": counts["games"], "guests": counts["guests"]}) + b"\n")
 
 
+# What Server.tally() counts, with its labels.
+REQUESTS, REFUSED, STUN = 'requests_total{operation="%s",status="%s"}', 'refused_total{limit="%s"}', 'stun_total{result="%s"}'
+
+
 def show_metrics(request: Handler) -> Answer:
     """counts for Prometheus"""
     server, client = request.server, request.client
@@ -1134,12 +1137,9 @@ def show_metrics(request: Handler) -> Answer:
     gauges = {**request.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
               "uptime_seconds": round(time.monotonic() - server.began, 3)}
     text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
-    for name, labels, counts in (
-        ("requests_total", '{operation="%s",status="%s"}', server.answered),
-        ("refused_total", '{limit="%s"}', server.refused),
-        ("stun_total", '{result="%s"}', sum([stun.results for stun in server.stuns], collections.Counter())),
-    ):
-        text += f"# TYPE p2pserver_{name} counter\n" + "".join([f"p2pserver_{name}{labels % key} {value}\n" for key, value in sorted(counts.items())])
+    for counter in (REQUESTS, REFUSED, STUN):
+        samples = [f"p2pserver_{counter % labels} {value}\n" for (name, labels), value in sorted(server.counters.items()) if name == counter]
+        text += f"# TYPE p2pserver_{counter.partition('{')[0]} counter\n" + "".join(samples)
     return Answer(200, text.encode("ascii"), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -1458,7 +1458,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.request.setblocking(False)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.connection: Any = TlsSocket(self.request, self.server.tls) if self.server.tls else self.request
+        self.connection: Any = self.request                 # under TLS soon a TlsSocket
         self.fileno = self.request.fileno
         self.peer = client_of(self.client_address[0])                   # the other end
         self.is_proxy = self.peer.address in self.server.proxies        # the other end is a trusted proxy
@@ -1470,27 +1470,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.deadline = time.monotonic() + (REQUEST_TIME if self.server.tls else self.server.settings.idle_timeout)
         self.steps = self.serve()
         # These are the server's, see there.
-        self.events = self.watched = NOTHING                # for what it waits; what the selector tells of
-        self.is_parked = self.is_woken = False
+        self.events: Optional[int] = None                   # for what it waits, where it is parked
+        self.watched, self.is_woken = NOTHING, False        # what the selector tells of; there is news, which has not been looked at
 
     def handle(self) -> None:
-        """Serve it for the first time: most clients ask at once. Under TLS it is parked: nothing of it is done in the thread that accepts."""
-        server = self.server
-        server.connections.add(self)
-        try:
-            insist(len(server.connections) <= server.settings.max_connections, "there are too many connections", Full, limit="connections")
-            if server.tls and not self.is_proxy:        # a handshake costs a token, as a request does
-                server.charge(self.peer)
-            server.count(self, None if self.is_proxy else self.peer.key)
-        except Full as problem:
-            self.problem = problem
-        if not server.tls:
-            server.advance(self)
-        elif self.problem:      # a handshake would come first
-            server.tally(server.refused, self.problem.limit)
-            server.close(self)
-        else:
-            server.park(self, READ)
+        self.server.admit(self)
 
     def finish(self) -> None:
         """Nothing: the connection goes on, or the server closes it."""
@@ -1517,6 +1501,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve(self) -> Steps:
         """The life of the connection. Gone. OSError."""
+        if self.server.tls:
+            self.connection = TlsSocket(self.request, self.server.tls)
+            yield READ          # nothing of it is done in the thread that accepts
         while True:
             if not self.problem:
                 yield from self.receive_request()
@@ -1701,7 +1688,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """RFC 9457. The type about:blank says that the status tells the kind, whose phrase then is the title (section 4.2.1)."""
         server, headers = self.server, dict(problem.headers)
         if problem.limit:
-            server.tally(server.refused, problem.limit)
+            server.tally(REFUSED, problem.limit)
         if problem.status in (403, 409):        # to register somebody's game is to guess, too
             server.limiter.charge(self.client.key, FORBIDDEN_COST - 1)
         if problem.status in (429, 503):
@@ -1768,7 +1755,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
-        self.server.tally(self.server.answered, (self.route.endpoint.__name__ if self.route else "none", code))
+        self.server.tally(REQUESTS, self.route.endpoint.__name__ if self.route else "none", code)
         if self.server.settings.access_log:
             path = self.path.partition("?")[0]
             log_fields("{client} {method} {path!r} {status} {bytes}", [
@@ -1802,28 +1789,25 @@ class Server(http.server.ThreadingHTTPServer):
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.
         self._lock = threading.Lock()
-        self.answered: collections.Counter[Tuple[str, Union[int, str]]] = collections.Counter()     # by operation and status
-        self.refused: collections.Counter[str] = collections.Counter()      # by the limit that was reached
-        self._logged: collections.Counter[str] = collections.Counter()      # how many of these the log has told
+        self.counters: collections.Counter[Tuple[str, Any]] = collections.Counter()     # by name and values of the labels, see tally()
+        self._logged = self.counters.copy()     # as they were when the log told of refusals
         self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
         self.connections: Set[Handler] = set()
         self.queue: collections.deque[Handler] = collections.deque()     # that have been parked or woken, to be looked at
-        self.has_backlog = False            # clients that are not accepted yet
         self.next_look, self.next_report = 0.0, self.began + REPORT_EVERY
         self._running: List[threading.Thread] = []
         socketserver.BaseServer.__init__(self, (settings.host, settings.port), Handler)     # TCPServer's would listen on one address alone
         self.server_port = 0
         self.listeners: List[socket.socket] = []        # one for each address of the host
         self.stuns: List[StunServer] = []               # likewise
-        self.selector = selectors.DefaultSelector()
+        self.selector = selectors.DefaultSelector()     # what it finds ready is passed to the function that it is registered with
         self._waker, self._wakened = socket.socketpair()        # a byte through these ends the selector's wait
         self._waker.setblocking(False)
-        self._bind()
-        self.stun_ports = self._bind_second_stun()      # the UDP ports for STUN; each address has the same ones
-        # What the selector finds ready is passed to the function that it is registered with.
         self.selector.register(self._wakened, READ, lambda wakened: wakened.recv(65536))
-        for listener in self.listeners:
-            self.selector.register(listener, READ, self.accept_clients)
+        self.socket = self._waker       # what serve_forever() watches: nothing ever comes there, and it does service_actions() again and again
+        self._bind()
+        self._bind_second_stun()
+        self.stun_ports = list(dict.fromkeys([stun.server_address[1] for stun in self.stuns]))      # each address has the same ones
 
     def _bind(self) -> None:
         """Listen on each address of the host, everywhere on one port for TCP and one for UDP."""
@@ -1833,42 +1817,40 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             for family, address in dict.fromkeys([(row[0], row[4]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]):
                 protocol, port = "TCP", self.server_port or settings.port
-                self.socket = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
-                                                   backlog=self.request_queue_size)
-                self.socket.setblocking(False)
-                self.listeners.append(self.socket)
-                self.server_port = self.socket.getsockname()[1]
+                listener = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
+                                                backlog=self.request_queue_size)
+                listener.setblocking(False)
+                self.listeners.append(listener)
+                self.selector.register(listener, READ, self.accept_clients)
+                self.server_port = listener.getsockname()[1]
                 protocol, port = "UDP", settings.stun_port or self.server_port
                 if not settings.no_stun:
-                    self.stuns.append(StunServer(family, (address[0], port, *address[2:]), limiter))
+                    self.stuns.append(StunServer(family, (address[0], port, *address[2:]), limiter, self.tally))
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL and self.listeners:
                 return      # this machine has no IPv6, say: such addresses come last (RFC 6724 section 6, rule 1)
             self.server_close()
             raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
 
-    def _bind_second_stun(self) -> List[int]:
+    def _bind_second_stun(self) -> None:
         """Answer STUN on a second port as well, so that a client sees whether its router maps by destination; not where the port cannot be used.
 
-        It has a limiter of its own, as who asks asks both. Returned are the ports for STUN.
+        It has a limiter of its own, as who asks asks both.
         """
-        if not self.stuns:
-            return []
-        first_port = self.stuns[0].server_address[1]
-        is_any = not (self.settings.port or self.settings.stun_port)    # the system picks the first port, and this one
-        port = self.settings.second_stun_port or (0 if is_any else first_port + 1)
+        first_port = self.settings.stun_port or self.settings.port      # 0: the system picks it, and this one
+        port = self.settings.second_stun_port or (first_port + 1 if first_port else 0)
         seconds, limiter = [], RateLimiter(self.settings.stun_rate, STUN_BURST)
         try:
             for first in self.stuns:
-                seconds.append(StunServer(first.address_family, (first.server_address[0], port, *first.server_address[2:]), limiter))
+                address = (first.server_address[0], port, *first.server_address[2:])
+                seconds.append(StunServer(first.address_family, address, limiter, self.tally))
                 port = seconds[0].server_address[1]
         except (OSError, OverflowError) as error:
             log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
             for each in seconds:
                 each.server_close()
-            return [first_port]
+            return
         self.stuns += seconds
-        return [first_port, port]
 
     def server_close(self) -> None:
         self.selector.close()
@@ -1883,7 +1865,7 @@ class Server(http.server.ThreadingHTTPServer):
         stun = f"STUN on UDP port{'s' if len(self.stun_ports) > 1 else ''} {ports}" if self.stuns else "no STUN"
         hosts = [listener.getsockname()[0] for listener in self.listeners] if self.settings.host else ["localhost"]
         urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.server_port}/" for host in hosts]
-        versions = "addresses, IPv6 and IPv4" if self.socket.family == socket.AF_INET6 else "IPv4 addresses"
+        versions = "addresses, IPv6 and IPv4" if self.listeners[0].family == socket.AF_INET6 else "IPv4 addresses"
         return " and ".join([*urls, stun]) + ("" if self.settings.host else f" (all {versions})")
 
     def start(self) -> None:
@@ -1904,7 +1886,7 @@ class Server(http.server.ThreadingHTTPServer):
         ends_at = time.monotonic() + grace
         while self.connections and time.monotonic() < ends_at + 0.1:
             for connection in list(self.connections):       # what neither arrives nor is sent has no time any more
-                connection.deadline = min(connection.deadline, ends_at if connection.events == WRITE or connection.buffer else 0.0)
+                connection.deadline = min(connection.deadline, 0.0 if connection.events == READ and not connection.buffer else ends_at)
             self.serve_late()
             self.serve_ready(0.05)
         for _ in range(self.settings.max_threads):      # each ends its burst
@@ -1916,7 +1898,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.log_refusals()
 
     def service_actions(self) -> None:
-        """Called by serve_forever() after each look for a new client, for which it does not wait: serve for a tenth of a second, then do what is due."""
+        """Called by serve_forever() again and again: serve for a tenth of a second, then do what is due."""
         ends_at = time.monotonic() + 0.1
         try:
             while time.monotonic() < ends_at:
@@ -1951,40 +1933,43 @@ class Server(http.server.ThreadingHTTPServer):
     def log_refusals(self) -> None:
         """Log how often each limit has been reached since the last time."""
         self.next_report = time.monotonic() + REPORT_EVERY
-        refused = self.refused.copy()
-        log_fields("limit {limit}: {count} refused", [{"limit": limit, "count": count} for limit, count in sorted((refused - self._logged).items())])
-        self._logged = refused
+        counters = self.counters.copy()
+        lately = sorted((counters - self._logged).items())
+        log_fields("limit {limit}: {count} refused", [{"limit": labels[0], "count": count} for (name, labels), count in lately if name == REFUSED])
+        self._logged = counters
 
     # A new connection.
 
     def accept_clients(self, listener: socket.socket) -> None:
         """Accept new clients, but not too many before those that there are have their turn."""
-        self.socket, self.has_backlog = listener, True      # the base class accepts from this one
-        for _ in range(ACCEPTED_AT_ONCE):
-            if self.has_backlog:
-                self._handle_request_noblock()  # type: ignore[attr-defined]
-
-    def get_request(self) -> Tuple[socket.socket, Any]:
         try:
-            return super().get_request()
-        except OSError as error:
-            self.has_backlog = False
+            for _ in range(ACCEPTED_AT_ONCE):
+                self.finish_request(*listener.accept())     # this makes a Handler
+        except OSError as error:        # there are no more
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
-            raise
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether to serve a client. One that has no token left, nor one for being told so, is closed without a word; so is one far beyond the limit."""
-        client = client_of(client_address[0])
-        is_over = self.limiter.pause(client.key) and self.refusals.pause(client.key) and client.address not in self.proxies
-        is_full = len(self.connections) >= self.settings.max_connections + MAX_REFUSALS
-        if is_over or is_full:
-            self.tally(self.refused, "rate" if is_over else "connections")
-        return not (is_over or is_full)
+    def admit(self, connection: Handler) -> None:
+        """Serve a connection for the first time: most clients ask at once.
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Make a handler of a new connection, in this thread."""
-        self.finish_request(request, client_address)
+        One over a limit is refused. It is closed without a word under TLS, as a handshake would come first, and where many have been told so.
+        """
+        client, is_proxy = connection.peer, connection.is_proxy
+        self.connections.add(connection)
+        excess = len(self.connections) - self.settings.max_connections
+        is_over = self.limiter.pause(client.key) and self.refusals.pause(client.key) and not is_proxy
+        try:
+            insist(excess <= 0, "there are too many connections", Full, limit="connections")
+            if is_over or self.tls and not is_proxy:        # a handshake costs a token, as a request does
+                self.charge(client)
+            self.count(connection, None if is_proxy else client.key)
+        except Full as problem:
+            connection.problem = problem
+        if connection.problem and (self.tls or is_over or excess > MAX_REFUSALS):
+            self.tally(REFUSED, connection.problem.limit)
+            self.close(connection)
+        else:
+            self.advance(connection)
 
     def count(self, connection: Handler, key: Optional[bytes]) -> None:
         """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client, and this one more until it ends."""
@@ -1997,8 +1982,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if self._connections_of[key] > self.settings.max_connections_per_client:
                     raise TooMany("there are too many connections from your address", limit="connections_per_client")
 
-    # Connections that wait. One is served by a thread, or parked, and then the selector watches it for its events. Who parks one under TLS, or wakes
-    # one, puts it into the queue, because the selector is for the serving thread alone. One that is woken is served once it is parked, at once or later.
+    # Connections that wait. One is served by a thread, or parked, and then the selector watches it for its events. Who parks one under TLS, or
+    # wakes one, puts it into the queue, because the selector is for the serving thread alone. One that is woken is served once it is parked.
 
     def serve_ready(self, seconds: float) -> None:
         """Wait for something at most so long, and serve what there is something for."""
@@ -2006,14 +1991,14 @@ class Server(http.server.ThreadingHTTPServer):
             key.data(key.fileobj)
         for _ in range(len(self.queue)):        # what these add waits for the next turn
             connection = self.queue.popleft()
-            if connection.is_parked:            # else it is woken early, and looked at when it is parked
+            if connection.events is not None:   # else it is woken early, and looked at when it is parked
                 (self.go_on if connection.is_woken else self.watch)(connection)
 
     def serve_late(self) -> None:
         """Serve connections whose deadline has passed. One that waits for the store has none: its answer, or its failure, always comes."""
         now = time.monotonic()
         self.next_look = now + len(self.connections) / LOOKS_PER_SECOND
-        for connection in [each for each in list(self.connections) if each.deadline <= now and each.is_parked and each.events]:
+        for connection in [each for each in list(self.connections) if each.deadline <= now and each.events]:
             self.go_on(connection)
 
     def go_on(self, connection: Handler) -> None:
@@ -2021,17 +2006,17 @@ class Server(http.server.ThreadingHTTPServer):
 
         It waits while there are max_threads of them, none of which waits for its client.
         """
-        connection.is_parked = connection.is_woken = False
+        connection.events, connection.is_woken = None, False
         if not self.tls:
             self.advance(connection)
             return
         self.watch(connection)
         self.threads.acquire()
         try:
-            super().process_request(connection, connection.client_address)  # type: ignore[arg-type]
+            self.process_request(connection, connection.client_address)  # type: ignore[arg-type]
         except RuntimeError:       # the system gives no thread
             self.threads.release()
-            self.tally(self.refused, "threads")
+            self.tally(REFUSED, "threads")
             self.close(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -2042,7 +2027,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def watch(self, connection: Handler) -> None:
         """Have the selector tell when there is something for a connection, if it is parked."""
-        events = connection.events if connection.is_parked else NOTHING
+        events = connection.events or NOTHING
         if events != connection.watched:
             if connection.watched:
                 self.selector.unregister(connection)
@@ -2059,25 +2044,22 @@ class Server(http.server.ThreadingHTTPServer):
             self.refusals.acquire(client.key)
             raise TooMany("too many requests come from your address", limit="rate", headers={"Retry-After": str(math.ceil(pause))})
 
-    def tally(self, counter: collections.Counter[Any], key: Any) -> None:
+    def tally(self, counter: str, *labels: Any) -> None:
+        """Count one more: counter is REQUESTS, REFUSED or STUN, whose labels have these values."""
         with self._lock:
-            counter[key] += 1
+            self.counters[counter, labels] += 1
 
     def advance(self, connection: Handler) -> None:
         """Serve a connection until it is parked or closed."""
         try:
-            self.park(connection, next(connection.steps))
+            connection.events = next(connection.steps)
+            (self.look_at if self.tls else self.watch)(connection)
             return
         except (StopIteration, Gone):
             pass
         except Exception:
             self.handle_error(connection, connection.client_address)
         self.close(connection)
-
-    def park(self, connection: Handler, events: int) -> None:
-        """Have a connection wait."""
-        connection.events, connection.is_parked = events, True
-        (self.look_at if self.tls else self.watch)(connection)
 
     def wake(self, connection: Handler) -> None:
         """Have a connection served that waits for news, or will in a moment."""

@@ -2739,7 +2739,7 @@ def test_a_guest_that_waits_is_not_lost_when_the_server_is_restarted(start_serve
         wait_until(lambda: first.registry.counts()["waiting"])
         first.stop()
         second = start_server(port=port)
-        wait_until(lambda: second.answered["start_game", 404])
+        wait_until(lambda: second.counters[p2pserver.REQUESTS, ("start_game", 404)])
         with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(second)), "castle") as game, joining.result(WAIT):
             assert game.accept(5)
 
@@ -3025,7 +3025,7 @@ def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_no
         hosts = game.accept(5)
         first.stop()
         second = start_server(port=port, guest_ttl=6)
-        wait_until(lambda: second.answered["leave_game", 204], 60)
+        wait_until(lambda: second.counters[p2pserver.REQUESTS, ("leave_game", 204)], 60)
         guest.send(b"hello")
         assert hosts.recv(5) == b"hello" and second.registry.counts() == {**second.registry.counts(), "games": 1, "guests": 0}
 
