@@ -2911,7 +2911,7 @@ def test_a_start_that_comes_to_the_server_after_its_guest_has_left_leaves_no_ses
     def overtaken(method, path, *call):
         if path == "/games/start":
             late.append(path)
-            wait_until(lambda: server.answered["leave_game", 204])
+            wait_until(lambda: server.counters[p2pserver.REQUESTS, ("leave_game", 204)])
         return once(method, path, *call)
 
     with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
@@ -2921,7 +2921,7 @@ def test_a_start_that_comes_to_the_server_after_its_guest_has_left_leaves_no_ses
         game.endpoint.forward("198.51.100.1:4000")      # which the guest hears, and then starts again
         wait_until(lambda: late)
         guest.close()
-        assert server.registry.counts()["guests"] == 0 and server.answered["leave_game", 204] == 2
+        assert server.registry.counts()["guests"] == 0 and server.counters[p2pserver.REQUESTS, ("leave_game", 204)] == 2
 
 
 def test_a_guest_that_leaves_while_its_game_is_renamed_leaves_it_under_its_new_name(start_server, heard_good_byes, monkeypatch):
@@ -2934,7 +2934,7 @@ def test_a_guest_that_leaves_while_its_game_is_renamed_leaves_it_under_its_new_n
         reply = once(method, path, *call)
         if path == "/games/start" and reply.body.text("name") == "fortress":
             renamed.set()
-            wait_until(lambda: server.answered["leave_game", 404])
+            wait_until(lambda: server.counters[p2pserver.REQUESTS, ("leave_game", 404)])
         return reply
 
     with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
@@ -2962,7 +2962,7 @@ def test_a_guest_that_gives_up_before_its_host_has_an_address_leaves_the_game(st
     p2pclient.RendezvousClient(url_of(server)).register_game("castle", "ada")
     with pytest.raises(p2pclient.ConnectFailed, match="published no address"):
         p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle")
-    assert server.answered["leave_game", 204] == 1 and server.registry.counts()["guests"] == 0
+    assert server.counters[p2pserver.REQUESTS, ("leave_game", 204)] == 1 and server.registry.counts()["guests"] == 0
 
 
 def test_a_guest_that_does_not_get_through_leaves_the_game(start_server, heard_good_byes, monkeypatch):
