@@ -193,7 +193,7 @@ class Settings(argparse.Namespace):
     def __init__(self, **values: Any) -> None:
         super().__init__(**{option.name: option.checked(values.pop(option.name, option.default)) for option in OPTIONS})
         insist(not values, f"there is no option {', '.join(values)}")
-        Networks(f"{self.trusted_proxies},{self.metrics_from}")
+        self.proxies, self.watchers = Networks(self.trusted_proxies), Networks(self.metrics_from)
         self.origins = re.split(" *, *", self.cors_origin)
         insist(self.cors_origin in ("", "*") or all(ORIGIN.fullmatch(origin) for origin in self.origins),
                f"--cors-origin must be * or what browsers send, as https://game.example without a slash at the end, not {self.cors_origin!r}")
@@ -1133,7 +1133,7 @@ REQUESTS, REFUSED, STUN = 'requests_total{operation="%s",status="%s"}', 'refused
 def show_metrics(request: Handler) -> Answer:
     """counts for Prometheus"""
     server, client = request.server, request.client
-    insist(client.is_local or client.address in server.watchers, "metrics are for this machine and for --metrics-from", Forbidden)
+    insist(client.is_local or client.address in server.settings.watchers, "metrics are for this machine and for --metrics-from", Forbidden)
     gauges = {**request.registry.counts(), "connections": len(server.connections), "threads": threading.active_count(),
               "uptime_seconds": round(time.monotonic() - server.began, 3)}
     text = "".join([f"# TYPE p2pserver_{name} gauge\np2pserver_{name} {value}\n" for name, value in gauges.items()])
@@ -1461,7 +1461,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection: Any = self.request                 # under TLS soon a TlsSocket
         self.fileno = self.request.fileno
         self.peer = client_of(self.client_address[0])                   # the other end
-        self.is_proxy = self.peer.address in self.server.proxies        # the other end is a trusted proxy
+        self.is_proxy = self.peer.address in self.server.settings.proxies   # the other end is a trusted proxy
         self.counted: Optional[bytes] = None                # the client key that it counts for
         self.buffer = bytearray()                           # received, not parsed yet
         self.forget_request()
@@ -1542,7 +1542,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             scanned = len(buffer)
         head = self.head = read_head(bytes(buffer[:end]))
         del buffer[:end + 4]
-        self.client = client_behind(self.peer, head.headers, self.server.proxies)
+        self.client = client_behind(self.peer, head.headers, self.server.settings.proxies)
         if self.is_proxy and self.client is not self.peer:
             self.server.count(self, self.client.key)    # until it is answered
         limit = self.server.settings.max_body * (POLL_FACTOR if head.path == POLL_PATH else 1)
@@ -1781,7 +1781,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.registry: GameRegistry = registry or Registry(settings, cursor=time.time_ns() // 100_000)
         self.stopping = False
         self.tls = load_certificate(settings)
-        self.proxies, self.watchers = Networks(settings.trusted_proxies), Networks(settings.metrics_from)
         self.limiter = RateLimiter(settings.rate, settings.burst)
         self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how often a client without tokens is told so
         self.began = time.monotonic()
