@@ -522,8 +522,9 @@ class GameRegistry(Protocol):
     def get_game(self, name: str) -> bytes:
         """One game, listed or not, as JSON text. NotFound."""
 
-    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
-        """Rename or describe a game, which keeps its guests; the game as JSON text. NotFound. Forbidden. Conflict: the new name is taken. Full."""
+    def update_game(self, name: str, /, digest: bytes, **changes: Any) -> bytes:
+        """Rename or describe a game, which keeps its guests: changes are its new name, info and listed; the game as JSON text. NotFound. Forbidden.
+        Conflict: the new name is taken. Full."""
 
     def delete_game(self, name: str, digest: bytes) -> None:
         """End a game. NotFound. Forbidden."""
@@ -728,11 +729,11 @@ class Registry:
         with self._lock:
             return self._line(self._find(name))
 
-    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
+    def update_game(self, name: str, /, digest: bytes, **changes: Any) -> bytes:
         with self._lock:
-            game = self._find(name, digest)
+            game, new_name = self._find(name, digest), changes.get("name")
             insist(self._games.get(new_name or name, game) is game, f"the name {new_name!r} is taken", Conflict)
-            self._change((game, "name", new_name), *[(game, key, value) for key, value in shown.items()])
+            self._change(*[(game, key, value) for key, value in changes.items()])
             if game.name != name:
                 self._games = {each.name: each for each in self._games.values()}     # in the same order
                 self._wake(game, *game.guests.values(), is_over=True)
@@ -1107,10 +1108,9 @@ def get_game(request: Handler) -> Answer:
 
 def update_game(request: Handler) -> Answer:
     """its host renames or describes it"""
-    shown = {**request.fields}
-    new_name = shown.pop("name", None)
-    body = request.registry.update_game(request.name, request.digest, new_name, **shown)
-    return Answer(200, body + b"\n", location(new_name) if new_name not in (None, request.name) else {})
+    body = request.registry.update_game(request.name, request.digest, **request.fields)
+    new_name = request.fields.get("name", request.name)
+    return Answer(200, body + b"\n", location(new_name) if new_name != request.name else {})
 
 
 def delete_game(request: Handler) -> Answer:

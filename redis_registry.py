@@ -312,8 +312,9 @@ class RedisRegistry:
     def get_game(self, name: str) -> bytes:
         return str.encode(self._ask("get_game", name=name).result())
 
-    def update_game(self, name: str, digest: bytes, new_name: Optional[str] = None, **shown: Any) -> bytes:
-        return str.encode(self._ask("update_game", name=name, digest=digest, new_name=new_name or name, **shown).result())
+    def update_game(self, name: str, /, digest: bytes, **changes: Any) -> bytes:
+        new_name = changes.pop("name", None) or name
+        return str.encode(self._ask("update_game", name=name, digest=digest, new_name=new_name, **changes).result())
 
     def delete_game(self, name: str, digest: bytes) -> None:
         self._ask("delete_game", name=name, digest=digest).result()

@@ -901,7 +901,7 @@ def test_a_guest_is_told_from_where_its_host_called_last_if_the_host_publishes_t
 def test_the_list_is_oldest_first_also_after_a_rename(registry):
     for game in ("b", "c", "a"):
         registry.register_game(game, BY_HOST)
-    registry.update_game("b", BY_HOST, "z")
+    registry.update_game("b", BY_HOST, name="z")
     assert [game["name"] for game in listed(registry)] == ["z", "c", "a"]
 
 
@@ -927,7 +927,7 @@ def test_a_rename_keeps_guests_addresses_and_sessions_and_frees_the_old_name(reg
     registry.register_game("g", BY_HOST, info=b'{"map":"ice"}')
     polled(registry)
     before = started(registry)
-    assert json.loads(registry.update_game("g", BY_HOST, "h")) == view("h", {"map": "ice"}, 1, True)
+    assert json.loads(registry.update_game("g", BY_HOST, name="h")) == view("h", {"map": "ice"}, 1, True)
     assert started(registry, "h") == before and len(polled(registry, "h").guests) == 1
     assert registry.register_game("g", BY_OTHER) is True
 
@@ -937,7 +937,7 @@ def test_a_rename_to_a_taken_name_changes_nothing(registry):
     registry.register_game("h", BY_HOST)
     before = registry.list_games()
     with pytest.raises(Conflict):
-        registry.update_game("g", BY_HOST, "h", info=b'{"map":"ice"}', listed=False)
+        registry.update_game("g", BY_HOST, name="h", info=b'{"map":"ice"}', listed=False)
     assert registry.list_games() == before
 
 
@@ -945,7 +945,7 @@ def test_a_rename_to_a_taken_name_changes_nothing(registry):
     "poll": (polled,),
     "start": (started,),
     "get": (lambda registry: registry.get_game("g"),),
-    "update": (lambda registry: registry.update_game("g", BY_HOST, "h"),),
+    "update": (lambda registry: registry.update_game("g", BY_HOST, name="h"),),
     "delete": (lambda registry: registry.delete_game("g", BY_HOST),),
 }))
 def test_a_game_that_is_not_there_or_no_more_is_not_found_by(call, registry, clock):
@@ -1041,8 +1041,8 @@ def test_what_happens_to_games_is_one_event_each(registry, clock):
     for addresses in (NO_ADDRESSES, b'["here"]', b'["here"]', b'["moved"]'):
         polled(registry, addresses=addresses)
         started(registry, addresses=addresses)
-    registry.update_game("g", BY_HOST, "h")
-    registry.update_game("h", BY_HOST, "h", info=b'{"map":"ice"}')
+    registry.update_game("g", BY_HOST, name="h")
+    registry.update_game("h", BY_HOST, name="h", info=b'{"map":"ice"}')
     registry.delete_game("h", BY_HOST)
     registry.register_game("i", BY_HOST)
     clock.tick(60)
@@ -1068,7 +1068,7 @@ def test_owners_are_compared_in_a_time_that_does_not_depend_on_the_secret(regist
     assert registry.register_game("castle", Unequalled(registry.peer_digest(HOST))) is False
     for error, call in ((Conflict, lambda: registry.register_game("castle", stranger)),
                         (Forbidden, lambda: registry.poll_game("castle", stranger)),
-                        (Forbidden, lambda: registry.update_game("castle", stranger, "fortress")),
+                        (Forbidden, lambda: registry.update_game("castle", stranger, name="fortress")),
                         (Forbidden, lambda: registry.delete_game("castle", stranger)),
                         (Conflict, lambda: registry.start_game("castle", Unequalled(registry.peer_digest(HOST)), NO_ADDRESSES))):
         with pytest.raises(error):
@@ -1226,7 +1226,7 @@ def test_the_end_of_a_game_wakes_its_host_and_its_guest_who_then_learn_of_it(reg
 def test_a_rename_wakes_the_host_who_then_learns_the_new_name(registry, wakes):
     registry.register_game("castle", BY_HOST)
     waiter = registry.poll_game("castle", BY_HOST, ONE, wake=wakes[0]).waiter
-    registry.update_game("castle", BY_HOST, "fortress")
+    registry.update_game("castle", BY_HOST, name="fortress")
     assert wakes[0].calls == 1 and poll_again(registry, waiter).name == "fortress"
 
 
@@ -1313,7 +1313,7 @@ def test_a_start_that_replaces_another_to_send_addresses_is_no_overload(registry
 
 
 @pytest.mark.parametrize("end", rows({
-    "end": (lambda registry: registry.delete_game("castle", BY_HOST),), "rename": (lambda registry: registry.update_game("castle", BY_HOST, "fortress"),),
+    "end": (lambda registry: registry.delete_game("castle", BY_HOST),), "rename": (lambda registry: registry.update_game("castle", BY_HOST, name="fortress"),),
 }))
 def test_a_start_that_waits_is_woken_by_its_games(registry, wakes, end):
     registry.register_game("castle", BY_HOST)
@@ -1360,7 +1360,7 @@ def test_one_that_was_replaced_does_not_replace_in_turn_when_it_is_asked_again(r
     assert [wake.calls for wake in wakes] == [1, 0, 0] and registry.counts()["waiting"] == 1
 
 
-@pytest.mark.parametrize("ends", [lambda registry, waiter: None, lambda registry, waiter: registry.update_game("castle", BY_HOST, "castle"),
+@pytest.mark.parametrize("ends", [lambda registry, waiter: None, lambda registry, waiter: registry.update_game("castle", BY_HOST, name="castle"),
                                   lambda registry, waiter: registry.start_game("castle", BY_GUEST, TWO)], ids=["at the deadline", "asked", "woken"])
 def test_a_poll_may_wait_for_longer_than_the_ttl_of_its_game(registry, clock, wakes, ends):
     registry.register_game("castle", BY_HOST)
@@ -1379,7 +1379,7 @@ def test_a_poll_may_wait_for_longer_than_the_ttl_of_its_game(registry, clock, wa
     lambda registry: registry.register_game("castle", BY_HOST, info=b'{"a":1}'),
     lambda registry: registry.start_game("castle", BY_GUEST, TWO),
     lambda registry: registry.poll_game("castle", BY_HOST, ONE),
-    lambda registry: registry.update_game("castle", BY_HOST, "fortress"),
+    lambda registry: registry.update_game("castle", BY_HOST, name="fortress"),
     lambda registry: registry.update_game("castle", BY_HOST, info=b'{"a":1}'),
     lambda registry: registry.update_game("castle", BY_HOST, listed=False),
     lambda registry: registry.delete_game("castle", BY_HOST),
@@ -1488,7 +1488,7 @@ def at_random(chance, number):
                                 "seen_at": chance.choice(["", "192.0.2.1"])})] * 3,
         ("leave_game", game, {"digest": guest}),
         ("get_game", game, {}),
-        ("update_game", game, {"digest": host, "new_name": chance.choice([None, f"g\u00fc {chance.randrange(6)}"]), "info": info, "listed": listed}),
+        ("update_game", game, {"digest": host, "name": chance.choice([None, f"g\u00fc {chance.randrange(6)}"]), "info": info, "listed": listed}),
         ("delete_game", game, {"digest": host}) if chance.random() < 0.3 else ("get_game", game, {}),
     ])
 
@@ -3963,7 +3963,7 @@ def test_a_change_for_which_there_is_no_memory_is_not_made_by_halves(make_regist
     fill_up(registry)
     before = listed(registry)
     with pytest.raises(Full):
-        registry.update_game("castle", BY_HOST, new_name="a much longer name", info=b'{"map":"castle"}', listed=False)
+        registry.update_game("castle", BY_HOST, name="a much longer name", info=b'{"map":"castle"}', listed=False)
     with pytest.raises(Full):
         registry.register_game("tower", BY_HOST)
     with pytest.raises(Full):
@@ -3998,9 +3998,9 @@ def test_a_poll_for_which_there_is_no_memory_has_told_its_host_nothing(make_regi
 def test_bytes_are_counted_for_a_name_however_the_game_came_by_it(registry):
     registry.register_game("castle", BY_HOST)
     before = registry.counts()["stored_bytes"]
-    registry.update_game("castle", BY_HOST, new_name="a castle in the clouds")
+    registry.update_game("castle", BY_HOST, name="a castle in the clouds")
     assert registry.counts()["stored_bytes"] > before
-    registry.update_game("a castle in the clouds", BY_HOST, new_name="castle")
+    registry.update_game("a castle in the clouds", BY_HOST, name="castle")
     assert registry.counts()["stored_bytes"] == before
     registry.delete_game("castle", BY_HOST)
     registry.register_game("a castle in the clouds", BY_HOST)
@@ -4073,7 +4073,7 @@ def test_what_is_stored_is_counted_and_nothing_remains_when_all_is_gone(seed, cl
             elif kind < 4:
                 sessions.append(registry.start_game(game, guest, addresses(), client=client, seen_at=f"2001:db8::{kind}").peers[0].session_id)
             elif kind == 4:
-                registry.update_game(game, game.encode(), new_name=chance.choice([None, game + " renamed"]), info=chance.choice([None, b"{}"]))
+                registry.update_game(game, game.encode(), name=chance.choice([None, game + " renamed"]), info=chance.choice([None, b"{}"]))
             elif chance.random() < 0.6:
                 registry.leave_game(game, guest)
             elif chance.random() < 0.5:
