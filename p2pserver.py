@@ -1485,7 +1485,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = self.peer                             # who asks, perhaps through a proxy
         self.head, self.body = NO_HEAD, b""
         self.route: Optional[Route] = None                  # what serves it
-        self.registry = self.server.registry                # what it asks
+        self.registry = self.server.registry.for_request()  # what it asks
         self.fields: Dict[str, Any] = {}                    # what the registry is given of its body; once it has waited, "after" alone
         self.wait = 0                                       # seconds that it wishes to wait
         self.waiter: Optional[Waiter] = None                # while it waits for news
@@ -1644,7 +1644,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.name = name or self.fields.pop("name", "")         # of the game
         self.wait = wished_wait(self.fields.pop("wait", None), head.headers, server.settings.max_wait)
         self.deadline = time.monotonic() + self.wait
-        self.registry = server.registry.for_request()
         return self.perform()
 
     def perform(self) -> Outcome:
