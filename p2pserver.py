@@ -1155,16 +1155,16 @@ def check_preconditions(request: Handler) -> Optional[Answer]:
 
     What they are compared with is what GET gives now; a Problem of its own goes first. Where there is no GET, nothing matches.
     """
-    method, headers = request.command, request.headers
-    match, none_match = headers.get("if-match"), headers.get("if-none-match", "")
+    head = request.head
+    match, none_match = head.headers.get("if-match"), head.headers.get("if-none-match", "")
     if match is None and not none_match:
         return None
-    routes, _ = resolve(request.head.path)
+    routes, _ = resolve(head.path)
     current: Any = routes["GET"].endpoint(request) if "GET" in routes else Answer(404)
     tags = {"*", current.headers.get("ETag")} if current.body else set()
     is_wanted = match is None or tags & set(match.replace(",", " ").split())
     is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
-    insist(is_wanted and (method in ("GET", "HEAD") or not is_known), "If-Match or If-None-Match does not hold", status=412)
+    insist(is_wanted and (head.method in ("GET", "HEAD") or not is_known), "If-Match or If-None-Match does not hold", status=412)
     return Answer(304, None, current.headers) if is_known else None
 
 
@@ -1655,7 +1655,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         Clients send the same body again and again: what was found in it is kept by its digest.
         """
-        server, headers, body = self.server, self.headers, self.body
+        server, headers, body = self.server, self.head.headers, self.body
         self.body = b""     # which holds the peerId
         is_local, peer_digest = self.client.is_local, server.registry.peer_digest
         declared = f"{headers.get('content-type')!r} {headers.get('content-encoding')!r}"
@@ -1710,7 +1710,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.head.closes or server.stopping or self.problem is not None
         head = self.head_of(answer)
         self.log_request(answer.status, len(data))
-        if self.command == "HEAD":
+        if self.head.method == "HEAD":
             data = b""
         if len(data) >= BYTES_PER_TOKEN:
             server.limiter.charge(self.client.key, len(data) // BYTES_PER_TOKEN)
