@@ -1150,24 +1150,6 @@ def show_start_page(request: Handler) -> Answer:
     return Answer(200, text.encode("ascii"), media_type="text/plain; charset=utf-8")
 
 
-def check_preconditions(request: Handler) -> Optional[Answer]:
-    """The answer 304, or None: the request is to be performed. Problem 412: it must not be (RFC 9110 section 13.2.2).
-
-    What they are compared with is what GET gives now; a Problem of its own goes first. Where there is no GET, nothing matches.
-    """
-    head = request.head
-    match, none_match = head.headers.get("if-match"), head.headers.get("if-none-match", "")
-    if match is None and not none_match:
-        return None
-    routes, _ = resolve(head.path)
-    current: Any = routes["GET"].endpoint(request) if "GET" in routes else Answer(404)
-    tags = {"*", current.headers.get("ETag")} if current.body else set()
-    is_wanted = match is None or tags & set(match.replace(",", " ").split())
-    is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
-    insist(is_wanted and (head.method in ("GET", "HEAD") or not is_known), "If-Match or If-None-Match does not hold", status=412)
-    return Answer(304, None, current.headers) if is_known else None
-
-
 Outcome = Union[Answer, Waiter]
 
 
@@ -1647,8 +1629,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.perform()
 
     def perform(self) -> Outcome:
+        """What the endpoint comes to, or the answer 304. Problem 412: a precondition does not hold (RFC 9110 section 13.2.2).
+
+        What it is compared with is what GET gives now; a Problem of its own goes first. Where there is no GET, nothing matches.
+        """
         assert self.route
-        return check_preconditions(self) or self.route.endpoint(self)
+        head = self.head
+        match, none_match = head.headers.get("if-match"), head.headers.get("if-none-match", "")
+        if match is None and not none_match:
+            return self.route.endpoint(self)
+        routes, _ = resolve(head.path)
+        current: Any = routes["GET"].endpoint(self) if "GET" in routes else Answer(404)
+        tags = {"*", current.headers.get("ETag")} if current.body else set()
+        is_wanted = match is None or tags & set(match.replace(",", " ").split())
+        is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
+        insist(is_wanted and (head.method in ("GET", "HEAD") or not is_known), "If-Match or If-None-Match does not hold", status=412)
+        return Answer(304, None, current.headers) if is_known else self.route.endpoint(self)
 
     def read_fields(self, route: Route) -> Tuple[bytes, Dict[str, Any]]:
         """The digest of the peerId, and the other fields that are given.
