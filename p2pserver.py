@@ -1563,7 +1563,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self) -> Steps:
         """Wait for more of a request. Problem: it does not come to its end. Gone: no further one comes."""
-        data = self.read() if self.is_idle else None        # most clients ask at once
+        data = None if self.reads else self.read()      # most clients ask at once; before a further read others have their turn
         while data is None and not self.is_late:
             yield READ
             data = self.read()

@@ -3836,6 +3836,14 @@ def test_each_read_beyond_the_eighth_costs_a_token(burst, status, serve, clock):
         assert raw.answer().status == status
 
 
+def test_reads_of_empty_lines_before_a_request_cost_tokens_also_if_the_client_sends_them_faster_than_they_are_read(serve, clock, monkeypatch):
+    monkeypatch.setattr(p2pserver, "READ_SIZE", 64)
+    api = serve()
+    limited(api, clock, 1, 10)
+    with Raw(api, END * 1600 + LIST + END) as raw:
+        assert raw.answer().status == 429
+
+
 @pytest.mark.parametrize("chunks, requests_", [(1, 10), (200, 5), (900, 1)])
 def test_many_small_chunks_cost_a_token_for_each_512_bytes_of_their_framing(chunks, requests_, serve, clock):
     api = serve()
