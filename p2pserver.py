@@ -1594,8 +1594,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         outcome = self.outcome_of(self.begin)
         while not isinstance(outcome, Answer):
             if outcome:
-                # Of its fields nothing is kept, of its head little.
-                self.waiter, self.fields = outcome, {}
+                # Of its fields, and of what the registry has answered, nothing is kept, of its head little.
+                self.registry, self.fields, self.waiter = self.server.registry, {}, outcome
                 self.head = self.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]})
                 yield READ
                 self.read_ahead()

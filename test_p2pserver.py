@@ -1524,6 +1524,17 @@ def test_a_request_asks_only_once_to_be_woken_however_long_the_store_takes(store
         assert raw.answer().status == 200 and len(counts) > 3 and max(counts) == 1
 
 
+def test_a_connection_that_waits_keeps_no_answer_of_the_store(store):
+    store.redis.flushall()
+    with serving(store=store.url) as api, contextlib.closing(api.server.registry):
+        api.register_game("castle")
+        with Raw(api, poll("castle", WAIT_20)) as raw:
+            wait_until(lambda: [each for each in api.server.connections if each.waiter])
+            assert [each.registry is api.server.registry for each in api.server.connections if each.waiter] == [True]
+            api.start_game("castle")
+            assert raw.answer().status == 200
+
+
 def compare(clock, chance, twins):
     """Do 600 operations with both, and at the end have all expire."""
     for number in range(600):
