@@ -1218,7 +1218,8 @@ def resolve(path: str) -> Tuple[Dict[str, Route], str]:
 
 
 def wished_wait(wait: Optional[float], headers: Mapping[str, str], max_wait: int) -> int:
-    """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
+    """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait. Only a poll and
+    a start do wait."""
     if wait is None and "prefer" in headers:
         wishes = [value.replace("\\", "").strip('"') for name, value in PREFERENCE.findall(headers["prefer"]) if name.lower() == "wait"]
         wait = float(wishes[0]) if wishes and wishes[0].isdecimal() else 0
@@ -1434,7 +1435,7 @@ class TlsSocket:
 
 @functools.lru_cache(maxsize=256)
 def head_text(now: int, status: int, cors_origin: str, fields: Tuple[Tuple[str, str], ...]) -> str:
-    """The head of an answer but for what tells of its body: with what all have, and fields. now: seconds since 1970."""
+    """The head of an answer, but for its last lines, which tell of the body: with what all have, and fields. now: seconds since 1970."""
     usual = {"Server": Handler.server_version, "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
     if cors_origin:     # of a list of origins only the one that asks is told, in its own answer
         usual.update({"Vary": "Origin"} if "," in cors_origin else {"Access-Control-Allow-Origin": cors_origin})
@@ -1945,7 +1946,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             for _ in range(ACCEPTED_AT_ONCE):
                 self.finish_request(*listener.accept())     # this makes a Handler
-        except OSError as error:        # there are no more
+        except OSError as error:        # there are no more, or this one has gone already
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
 
