@@ -1200,7 +1200,8 @@ def resolve(path: str) -> Tuple[Dict[str, Route], str]:
 
 
 def wished_wait(wait: Optional[float], headers: Mapping[str, str], max_wait: int) -> int:
-    """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait."""
+    """Seconds that a request wishes to wait: its field wait, else the first Prefer: wait=N (RFC 7240 section 4.3), at most max_wait. Only a poll and
+    a start do wait."""
     if wait is None and "prefer" in headers:
         wishes = [value.replace("\\", "").strip('"') for name, value in PREFERENCE.findall(headers["prefer"]) if name.lower() == "wait"]
         wait = float(wishes[0]) if wishes and wishes[0].isdecimal() else 0
@@ -1416,7 +1417,7 @@ class TlsSocket:
 
 @functools.lru_cache(maxsize=256)
 def head_text(now: int, status: int, cors_origin: str, fields: Tuple[Tuple[str, str], ...]) -> str:
-    """The head of an answer but for what tells of its body: with what all have, and fields. now: seconds since 1970."""
+    """The head of an answer, but for its last lines, which tell of the body: with what all have, and fields. now: seconds since 1970."""
     usual = {"Server": Handler.server_version, "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
     if cors_origin:     # of a list of origins only the one that asks is told, in its own answer
         usual.update({"Vary": "Origin"} if "," in cors_origin else {"Access-Control-Allow-Origin": cors_origin})
@@ -1545,7 +1546,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self) -> Steps:
         """Wait for more of a request. Problem: it does not come to its end. Gone: no further one comes."""
-        data = self.read() if self.is_idle else None        # most clients ask at once
+        data = None if self.reads else self.read()      # most clients ask at once; before a further read others have their turn
         while data is None and not self.is_late:
             yield READ
             data = self.read()
@@ -1576,8 +1577,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         outcome = self.outcome_of(self.begin)
         while not isinstance(outcome, Answer):
             if outcome:
-                # Of its fields nothing is kept, of its head little.
-                self.waiter, self.fields = outcome, {}
+                # Of its fields, and of what the registry has answered, nothing is kept, of its head little.
+                self.registry, self.fields, self.waiter = self.server.registry, {}, outcome
                 self.head = self.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]})
                 yield READ
                 self.read_ahead()
@@ -1939,7 +1940,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             for _ in range(ACCEPTED_AT_ONCE):
                 self.finish_request(*listener.accept())     # this makes a Handler
-        except OSError as error:        # there are no more
+        except OSError as error:        # there are no more, or this one has gone already
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
 

@@ -1524,6 +1524,17 @@ def test_a_request_asks_only_once_to_be_woken_however_long_the_store_takes(store
         assert raw.answer().status == 200 and len(counts) > 3 and max(counts) == 1
 
 
+def test_a_connection_that_waits_keeps_no_answer_of_the_store(store):
+    store.redis.flushall()
+    with serving(store=store.url) as api, contextlib.closing(api.server.registry):
+        api.register_game("castle")
+        with Raw(api, poll("castle", WAIT_20)) as raw:
+            wait_until(lambda: [each for each in api.server.connections if each.waiter])
+            assert [each.registry is api.server.registry for each in api.server.connections if each.waiter] == [True]
+            api.start_game("castle")
+            assert raw.answer().status == 200
+
+
 def compare(clock, chance, twins):
     """Do 600 operations with both, and at the end have all expire."""
     for number in range(600):
@@ -3834,6 +3845,14 @@ def test_each_read_beyond_the_eighth_costs_a_token(burst, status, serve, clock):
             with contextlib.suppress(OSError):
                 raw.send(b"x")
         assert raw.answer().status == status
+
+
+def test_reads_of_empty_lines_before_a_request_cost_tokens_also_if_the_client_sends_them_faster_than_they_are_read(serve, clock, monkeypatch):
+    monkeypatch.setattr(p2pserver, "READ_SIZE", 64)
+    api = serve()
+    limited(api, clock, 1, 10)
+    with Raw(api, END * 1600 + LIST + END) as raw:
+        assert raw.answer().status == 429
 
 
 @pytest.mark.parametrize("chunks, requests_", [(1, 10), (200, 5), (900, 1)])
