@@ -476,19 +476,17 @@ class Later(Exception):
 
 class GameRegistry(Protocol):
     """What the server asks of a registry. Any thread may call it, with values that passed validation. It knows no HTTP. Of what for_request() gives
-    each method may raise Later, but for peer_digest, forget_waiter and expire_games.
+    each method may raise Later, but for forget_waiter and expire_games.
 
     A method that raises NotFound, Forbidden, Conflict or Full has changed nothing, except that the owner counts as alive.
     digest is that of the caller's peerId; client is the client key of its address.
     """
 
     events: collections.deque[Tuple[str, str, str, bytes]]     # what has happened to games: operation, name, detail, client key
+    peer_digest: functools.partial[bytes]   # of a peerId gives what stands for it in all methods
 
     def for_request(self) -> GameRegistry:
         """The same registry for the calls of one request, with the answers that have come to these."""
-
-    def peer_digest(self, peer_id: str) -> bytes:
-        """What stands for a peerId in all other methods."""
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
         """Offer a game; True if it is new. Its owner keeps it alive, and changes what the list shows of it: info, listed. Conflict: the name is

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import json
 import os
 import pathlib
@@ -265,6 +266,7 @@ class RedisRegistry:
             self._given = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get("P2P_STORE_SECRET", "")
             self._secret = p2pserver.keyed_digest(self._given, b"") if self._given else os.urandom(16)
             self._greet()
+            self.peer_digest = functools.partial(p2pserver.keyed_digest, secret=self._secret)
         except (redis.RedisError, ValueError, OSError) as error:
             raise CannotStart(f"the store that --store names cannot be used, Redis 6.2 or newer, or Valkey: {type(error).__name__}") from None
         for work in (self._work, self._listen):
@@ -274,9 +276,6 @@ class RedisRegistry:
         registry = copy.copy(self)
         registry._answers = {}
         return registry
-
-    def peer_digest(self, peer_id: str) -> bytes:
-        return p2pserver.keyed_digest(peer_id, self._secret)
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
         return bool(self._ask("register_game", name=name, digest=digest, client=client, **shown).result())
@@ -377,10 +376,10 @@ class RedisRegistry:
         self._offset = 1e18     # milliseconds from this clock to the store's, and TIMEOUT; until the store tells, no call is late
         self._redis.xadd(f"{PREFIX}wake:{self._process}", {"token": ""})
         self._exchange([("counts", "{}", Future())])     # the script runs here; and it says how long the stream lives
-        self._redis.set(PREFIX + "secret", f"{self.peer_digest('').hex()}:{'' if self._given else self._secret.hex()}", nx=True)
+        self._redis.set(PREFIX + "secret", f"{p2pserver.keyed_digest('', self._secret).hex()}:{'' if self._given else self._secret.hex()}", nx=True)
         digest, _, made = self._redis.get(PREFIX + "secret").partition(":")
         self._secret = bytes.fromhex(made) or self._secret
-        if made and self._given or digest != self.peer_digest("").hex():
+        if made and self._given or digest != p2pserver.keyed_digest("", self._secret).hex():
             raise CannotStart("the servers that share a store need the same P2P_STORE_SECRET")
         self._last, self._is_up = "0", True     # what is read of those to be woken
 
