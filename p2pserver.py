@@ -88,7 +88,7 @@ class Option:
     def __init__(self, name: str, default: Any, help: str, low: float = 0, high: float = 1, pattern: str = "[ -~]*") -> None:
         self.name, self.default, self.help, self.low, self.high, self.pattern = name, default, help, low, high, pattern
         self.flag, self.variable = "--" + name.replace("_", "-"), "P2P_" + name.upper()
-        self.rule = f"match {pattern}" if isinstance(default, str) else f"be from {low:.15g} to {high:.15g}"
+        self.rule = f"match {pattern} ({help})" if isinstance(default, str) else f"be from {low:.15g} to {high:.15g}"
 
     def checked(self, value: Any) -> Any:
         """The value, without a fraction as an integer: some clients do not take 60.0 for one. ValueError: it breaks the rule."""
@@ -117,6 +117,8 @@ class Networks:
         return bool(address) and any(ipaddress.ip_address(address) in network for network in self._networks)
 
 
+IP_LIST = "[0-9A-Fa-f:./, ]*"
+
 OPTIONS = (
     Option("host", "", "address to listen on, or a name: all its addresses; all addresses, IPv6 and IPv4, if not given"),
     Option("port", 8000, "port to listen on, TCP for HTTP and UDP for STUN; 0 picks a free one and prints it", 0, 65535),
@@ -134,7 +136,7 @@ OPTIONS = (
     Option("max_games_per_client", 50, "games at once of one client address, of which an IPv6 /56 is one", 1, 10_000_000),
     Option("rate", 50.0, "requests a second of one client address, a failed authorisation counting as ten; 0 for no limit", 0, 1_000_000),
     Option("burst", 200, "requests at once of one client address, on top of --rate", 10, 1_000_000),
-    Option("store", "", "Redis or Valkey by which servers share their games, as redis://host:6379/0; in memory if not given", pattern=".*"),
+    Option("store", "", "Redis or Valkey by which servers share their games, as redis://host:6379/0; in memory if not given", pattern="(?s).*"),
     Option("max_connections", 20000, "connections at once", 1, 10_000_000),
     Option("max_connections_per_client", 256, "connections at once of one client address", 1, 10_000_000),
     Option("max_memory", 256, "megabytes of games and guests", 1, 1_000_000),
@@ -145,10 +147,10 @@ OPTIONS = (
     Option("max_body", 16384, "bytes in the body of a request; in that of a poll, with its replies, four times as many", 1024, 16_777_216),
     Option("idle_timeout", 75.0, "seconds of silence after which a connection is closed", 1, 3600),
     Option("cors_origin", "*", "origins whose web pages may call, with commas between: * for all, empty for none"),
-    Option("trusted_proxies", "", "reverse proxies whose X-Forwarded-For is believed: addresses and networks, with commas between"),
-    Option("metrics_from", "", "who may GET /metrics beside this machine: addresses and networks, with commas between"),
+    Option("trusted_proxies", "", "reverse proxies whose X-Forwarded-For is believed: addresses and networks, with commas between", pattern=IP_LIST),
+    Option("metrics_from", "", "who may GET /metrics beside this machine: addresses and networks, with commas between", pattern=IP_LIST),
     Option("tls_cert", "", "file with the certificate and its chain, PEM: HTTPS instead of HTTP; SIGHUP loads it anew", pattern=".*"),
-    Option("tls_key", "", "file with the certificate's key, PEM, if it is not in that file", pattern=".*"),
+    Option("tls_key", "", "file with the certificate's key, PEM, if it is not in the --tls-cert file", pattern=".*"),
     Option("log_format", "text", "lines of the log as text, or each as a JSON object", pattern="text|json"),
     Option("log_level", "info", "least level of what is logged", pattern="debug|info|warning|error"),
     Option("access_log", False, "log every request"),
@@ -2162,7 +2164,7 @@ def ignored_variables(environment: Mapping[str, str]) -> Dict[str, str]:
 def parse_settings(arguments: Optional[List[str]], environment: Mapping[str, str]) -> Settings:
     """The settings from flags, else the environment, else the table. SystemExit 2 with one line if they are no good."""
     parser = argparse.ArgumentParser(prog="p2pserver", description="A rendezvous server: through it two players behind home routers find each other.",
-                                     epilog="In the environment --game-ttl is P2P_GAME_TTL.", usage=argparse.SUPPRESS, allow_abbrev=False)
+                                     epilog="The environment can set each one: --game-ttl as P2P_GAME_TTL.", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"p2pserver {__version__}")
     given = {"P2P_PORT": environment["PORT"]} if "PORT" in environment else {}      # hosting services say PORT
     given.update({name: text for name, text in environment.items() if not text.startswith("tcp://")})       # see ignored_variables

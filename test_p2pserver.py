@@ -451,21 +451,22 @@ def test_a_variable_that_looks_like_an_options_and_is_none_is_ignored_with_advic
     "not a number": (["--game-ttl", "nan"], {}, "--game-ttl (P2P_GAME_TTL) must be from 1 to 86400, not nan"),
     "infinite": (["--poll-after", "inf"], {}, "--poll-after (P2P_POLL_AFTER) must be from 0.1 to 3600, not inf"),
     "large bounds, which are told exactly": (["--max-body", "1"], {}, "--max-body (P2P_MAX_BODY) must be from 1024 to 16777216"),
-    "no such level": (["--log-level", "loud"], {}, "--log-level (P2P_LOG_LEVEL) must match debug|info|warning|error, not 'loud'"),
+    "no such level": (["--log-level", "loud"], {}, "must match debug|info|warning|error (least level of what is logged), not 'loud'"),
     **{f"the origin {brief(origin)}": (["--cors-origin", f"https://a,{origin}"], {}, f"without a slash at the end, not 'https://a,{origin}'") for origin in (
         "https://b/", "https://b/game", "b", "b:8000", "//b", "https://", "https://b:", "https://b:x", "https://b:443", "http://b:80", "https://B", "HTTPS://b",
         "https://*.b", "*", "https://u@b", "https://b?x", "https://b#x", "https://b https://c", "")},
-    "a line break in a header field": (["--cors-origin", "x\r\ny: z"], {}, "--cors-origin (P2P_CORS_ORIGIN) must match [ -~]*, not 'x\\r\\ny: z'"),
+    "a line break in a header field": (["--cors-origin", "x\r\ny: z"], {}, "--cors-origin (P2P_CORS_ORIGIN) must match [ -~]* (origins whose"),
     "P2P_PORT": ([], {"P2P_PORT": "http"}, "argument --port: invalid int value: 'http'"),
     "PORT": ([], {"PORT": "70000"}, "--port (P2P_PORT) must be from 0 to 65535, not 70000"),
     "a switch's variable": ([], {"P2P_NO_STUN": "yes"}, "argument --no-stun: invalid int value: 'yes'"),
     "a switch that is neither on nor off": ([], {"P2P_NO_STUN": "2"}, "--no-stun (P2P_NO_STUN) must be from 0 to 1, not 2"),
-    "a name for a proxy's address": (["--trusted-proxies", "10.0.0.1, proxy"], {}, "'proxy' does not appear to be an IPv4 or IPv6 network"),
-    "a variable that there is no choice of": ([], {"P2P_LOG_FORMAT": "xml"}, "--log-format (P2P_LOG_FORMAT) must match text|json, not 'xml'"),
+    "a name for a proxy's address": (["--trusted-proxies", "10.0.0.1, proxy"], {}, "--trusted-proxies (P2P_TRUSTED_PROXIES) must match"),
+    "half an address": (["--metrics-from", "10.0.1"], {}, "'10.0.1' does not appear to be an IPv4 or IPv6 network"),
+    "a variable that there is no choice of": ([], {"P2P_LOG_FORMAT": "xml"}, "--log-format (P2P_LOG_FORMAT) must match text|json (lines"),
     "a key without its certificate": (["--tls-key", "key.pem"], {}, "--tls-key needs --tls-cert"),
     "a relay without its secret": (["--turn-url", "turn:turn.example.net"], {}, "--turn-url and --turn-secret (P2P_TURN_SECRET) need each other"),
     "a secret without its relay": ([], {"P2P_TURN_SECRET": "s"}, "--turn-url and --turn-secret (P2P_TURN_SECRET) need each other"),
-    "a relay of another kind": (["--turn-url", "https://turn.example.net", "--turn-secret", "s"], {}, "--turn-url (P2P_TURN_URL) must match"),
+    "a relay of another kind": (["--turn-url", "https://turn.example.net", "--turn-secret", "s"], {}, "as turn:turn.example.net:3478, with commas"),
     "a relay that is no end of a list": (["--turn-url", "turn:a,", "--turn-secret", "s"], {}, "--turn-url (P2P_TURN_URL) must match"),
     "an unknown flag": (["--portt", "1"], {}, "--portt"),
     "an abbreviated flag": (["--cors", "x"], {}, "--cors"),
@@ -479,6 +480,10 @@ def test_a_bad_command_line_is_refused_in_one_line_that_names_the_fault(flags, e
         parse(*flags, **environment)
     out, err = capsys.readouterr()
     assert (refused.value.code, out, err.count("\n")) == (2, "", 1) and words in err
+
+
+def test_a_store_with_a_line_break_is_not_told_as_it_may_hold_a_password():
+    assert parse("--store", "redis://:secret@host\n/0").store == "redis://:secret@host\n/0"
 
 
 def test_help_names_each_flag_with_its_default(capsys):
