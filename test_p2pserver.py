@@ -274,7 +274,7 @@ class Direct:
 def store(tmp_path_factory):
     """An empty store for all tests that leave it as it is."""
     if redis is None or not shutil.which("redis-server"):
-        pytest.skip("the library redis and redis-server are not both here")
+        pytest.skip("the library redis and redis-server are not both here; make store-test brings both")
     store = Store(tmp_path_factory.mktemp("store"))
     yield store
     store.redis.close()

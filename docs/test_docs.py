@@ -111,7 +111,7 @@ def blocks(page, language):
 
 def form(line):
     """A line of output with what differs from run to run made alike."""
-    for pattern, constant in (r"(127\.0\.0\.1|\[::1\]):\d+", "ADDRESS"), (r"joining [^;]*;", "joining NAME;"), (r"[\d.]+ ms", "TIME"):
+    for pattern, constant in ((r"(127\.0\.0\.1|\[::1\]):\d+", "ADDRESS"), (r"\w+'s [a-z]+ *", "NAME "), (r"^NAME +", "NAME "), (r"[\d.]+ ms", "TIME")):
         line = re.sub(pattern, constant, line)
     return line
 
