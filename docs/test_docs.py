@@ -178,6 +178,7 @@ TROUBLES = [     # a command, what it says, and where the page says so
     (".venv/bin/python simulate_guest.py --server http://localhost:8001", "cannot reach http://localhost:8001: Connection refused", "`{}`"),
     ("curl -s -d '{}' http://localhost:8000/games/register", "set Content-Type: application/json", "`415`: {}"),
     ("curl -s --json '{\"name\": \"x\", \"peerId\": \"x\", \"addresses\": []}' http://localhost:8000/games/poll", '"status":404', "`404` on a poll"),
+    ("curl -s -H 'X-Forwarded-For: 192.0.2.1' http://localhost:8000/metrics", "metrics are for this machine and for --metrics-from", "`{}`"),
     (".venv/bin/python -m p2pclient check --server http://localhost:8000 --stun localhost:8009", "FAILED  STUN", "`{}` from the doctor"),
 ]
 
