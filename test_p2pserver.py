@@ -274,7 +274,7 @@ class Direct:
 def store(tmp_path_factory):
     """An empty store for all tests that leave it as it is."""
     if redis is None or not shutil.which("redis-server"):
-        pytest.skip("the library redis and redis-server are not both here")
+        pytest.skip("the library redis and redis-server are not both here; make store-test brings both")
     store = Store(tmp_path_factory.mktemp("store"))
     yield store
     store.redis.close()
@@ -5142,11 +5142,13 @@ def test_every_curl_example_prints_what_the_page_says(page, serve):
     port, text = serve().port, (ROOT / page).read_text(encoding="utf-8")
     examples = [example for block in re.findall("```console\n(.*?)```", text, re.DOTALL) for example in block.split("\n\n")]
     assert len(examples) > 4
+    present = {"localhost:8000": f"127.0.0.1:{port}"}       # for what a command quotes of an earlier output: what it was this time
     for example in examples:
         command, _, output = example.strip().partition("\n")
-        arguments = shlex.split(command[2:].replace("localhost:8000", f"127.0.0.1:{port}"))
+        arguments = shlex.split(re.sub("localhost:8000|[0-9a-f]{32}|[0-9]{14}", lambda quoted: present[quoted[0]], command[2:]))
         found = subprocess.run([arguments[0], "-s", *arguments[1:]], capture_output=True, text=True, timeout=10).stdout
         assert without_chance(found) == without_chance(output), command
+        present.update(zip(*[re.findall("[0-9a-f]{32}|[0-9]{14}", text) for text in (output, found)]))
 
 
 def test_every_flag_is_documented_with_its_default():
