@@ -487,6 +487,7 @@ class GameRegistry(Protocol):
 
     def for_request(self) -> GameRegistry:
         """The same registry for the calls of one request, with the answers that have come to these."""
+        return self
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
         """Offer a game; True if it is new. Its owner keeps it alive, and changes what the list shows of it: info, listed. Conflict: the name is
@@ -532,57 +533,45 @@ class GameRegistry(Protocol):
 
     def expire_games(self) -> None:
         """Free what has expired. Every other method does so too; this is for times when nobody calls."""
+        self.counts()
 
 
-class Entry:
-    """What games and guests have in common. Versions are values of the registry's cursor; 0 stands for never."""
+class Game:
+    """A game while its host is alive. Versions are values of the registry's cursor; 0 stands for never."""
 
-    def __init__(self, digest: bytes, client: bytes, addresses: bytes, size: int) -> None:
-        self.digest, self.client = digest, client       # of its owner
-        self.addresses, self.changed = addresses, 0     # of its owner, and their version; a host's are for every guest
-        self.seen_at = ""                               # the IP address from which its owner called last
-        self.size = size                                # bytes that are counted for it
-
-
-class Game(Entry):
-    """A game while its host is alive."""
+    game: Any = property(lambda self: self)         # as a guest has it
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
-        super().__init__(digest, client, NO_ADDRESSES, GAME_SIZE + size_of(name))
-        self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses, or replies to guests
+        self.name, self.digest, self.client = name, digest, client      # the last two are its host's, as in Guest
+        self.info, self.listed, self.ready = b"{}", True, False         # ready: its host has addresses, or replies to guests
+        self.offer, self.offered = NO_ADDRESSES, 0  # the host's addresses, for every guest, and their version
+        self.seen_at = ""                           # the IP address from which its host called last
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
         self.news = version                         # when a guest last came, moved or left
         self.left: Tuple[Tuple[int, str], ...] = () # when a session ended, and which
         self.told = -1                              # up to when its host knows of these
         self.dismissed: Tuple[bytes, ...] = ()      # digests of guests that its host has sent away
         self.line: Text = None                      # what anybody may know of it; None: to be made anew
+        self.size = GAME_SIZE + size_of(name)       # bytes that are counted for it
 
 
-class Guest(Entry):
+class Guest:
     """One guest's session with one game."""
 
     def __init__(self, game: Game, digest: bytes, client: bytes, session_id: str, session_key: str) -> None:
-        super().__init__(digest, client, b"", GUEST_SIZE)       # so that its first addresses are news, even if there are none
-        self.game, self.session_id, self.session_key = game, session_id, session_key
-        self.reply, self.replied = b"", 0           # what the host offers this guest in place of the game's addresses, if anything; its version
-
-    @property
-    def offer(self) -> Tuple[bytes, int]:
-        """The addresses that it gets, and their version."""
-        return (self.reply, self.replied) if self.reply else (self.game.addresses, self.game.changed)
+        self.game, self.digest, self.client = game, digest, client
+        self.session_id, self.session_key = session_id, session_key
+        self.addresses, self.changed = b"", 0       # its own, and their version. So its first ones are news, even if there are none
+        self.offer, self.offered = b"", 0           # what the host offers this guest in place of the game's offer, if anything; its version
+        self.seen_at, self.size = "", GUEST_SIZE
 
 
-# Where the version of an attribute is kept, of those that have one: to change it changes that, too.
-VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}
+Entry = Union[Game, Guest]
 
 
 def published_at(host: str, addresses: bytes) -> str:
     """The IPv4 address from which a host called, if that is among the addresses that it publishes; "" otherwise: no guest learns what it hides."""
     return host if f'"{host}:'.encode() in addresses else ""
-
-
-def game_of(entry: Union[Game, Guest]) -> Game:
-    return entry.game if isinstance(entry, Guest) else entry
 
 
 def size_of(value: Any) -> int:
@@ -612,7 +601,7 @@ def new_session_id() -> str:
     return os.urandom(16).hex()
 
 
-class Registry:
+class Registry(GameRegistry):
     """The GameRegistry in memory: all games and guests, behind one lock.
 
     clock: seconds that never go back. new_id: a new unguessable string at each call.
@@ -636,10 +625,7 @@ class Registry:
         self._waiters: Dict[Entry, Waiter] = {}             # the polls of hosts and the starts of guests
         self._stored = 0                                    # bytes that games and guests take
         # Appended to under the lock. A deque's ends are safe without it.
-        self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
-
-    def for_request(self) -> GameRegistry:
-        return self
+        self.events = collections.deque()
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
         with self._lock:
@@ -654,7 +640,7 @@ class Registry:
             game = self._games[name]
             insist(hmac.compare_digest(game.digest, digest), f"the name {name!r} is taken", Conflict)
             self._keep_alive(game)
-            self._change(*[(game, key, value) for key, value in shown.items()])     # this never fails for a new game: a tenth of the memory is left
+            self._change(game, **shown)     # this never fails for a new game: a tenth of the memory is left
             return is_new
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
@@ -662,13 +648,13 @@ class Registry:
         with self._lock:
             game = self._find(name, digest)
             self._keep_alive(game, seen_at)
-            since, is_same = self._since(after), addresses in (None, game.addresses)
+            since, is_same = self._since(after), addresses in (None, game.offer)
             told, sent_away = self._cursor if after is None else since, set(dismiss)
             gone = [] if is_same and replies is None else self._publish(game, addresses, replies, told)
             game.told = told
             for guest in [each for each in game.guests.values() if each.session_id in sent_away] if sent_away else ():
                 self._remove(guest, "dismiss_guest")
-                self._change((game, "dismissed", (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]))
+                self._change(game, dismissed=(*game.dismissed, guest.digest)[-MAX_REMEMBERED:])
             left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
             guests = [] if game.news <= since else [
                 Session(each.session_id, each.session_key, each.addresses, each.seen_at) for each in game.guests.values() if each.changed > since]
@@ -686,19 +672,21 @@ class Registry:
                 insist(addresses is not None, f"the session with the game {name!r} is gone", NotFound)
                 self._check_room("guests", len(game.guests), sum([each.client == client for each in game.guests.values()]))
                 guest = Guest(game, digest, client, self._new_id(), self._new_id())
-            has_moved = addresses not in (None, guest.addresses)
+            present = guest.addresses if addresses is None else addresses
+            has_moved = present != guest.addresses
             if has_moved:
-                self._change((guest, "addresses", addresses), (guest, "reply", b""))
+                self._grow({guest: len(present) - len(guest.addresses) - len(guest.offer)})
+                guest.addresses, guest.offer = present, b""
+                guest.changed = game.news = self._cursor
                 if digest not in game.guests:
-                    game.guests[digest] = guest
+                    game.guests[digest], game.line = guest, None
                     self._stored += GUEST_SIZE
                     self.events.append(("start_game", name, f"guests: {len(game.guests)}", client))
-                game.news = guest.changed
                 self._wake(game)
             self._keep_alive(guest, seen_at)
-            offer, version = guest.offer
-            host = Session(guest.session_id, guest.session_key, offer, published_at(game.seen_at, offer))
-            news = News(name, [host], version, offer != NO_ADDRESSES and version > self._since(after), None)
+            source = guest if guest.offer else game
+            host = Session(guest.session_id, guest.session_key, source.offer, published_at(game.seen_at, source.offer))
+            news = News(name, [host], source.offered, source.offer != NO_ADDRESSES and source.offered > self._since(after), None)
             return self._wait(guest, news, after, wake, addresses is None, not has_moved)
 
     def leave_game(self, name: str, digest: bytes) -> None:
@@ -708,7 +696,7 @@ class Registry:
 
     def forget_waiter(self, waiter: Waiter) -> GameRegistry:
         with self._lock:
-            waiter.name = game_of(waiter.entry).name
+            waiter.name = waiter.entry.game.name
             if self._waiters.get(waiter.entry) is waiter:
                 del self._waiters[waiter.entry]
                 self._keep_alive(waiter.entry)      # until now the wait did
@@ -731,7 +719,7 @@ class Registry:
         with self._lock:
             game, new_name = self._find(name, digest), changes.get("name")
             insist(self._games.get(new_name or name, game) is game, f"the name {new_name!r} is taken", Conflict)
-            self._change(*[(game, key, value) for key, value in changes.items()])
+            self._change(game, **changes)
             if game.name != name:
                 self._games = {each.name: each for each in self._games.values()}     # in the same order
                 self._wake(game, *game.guests.values(), is_over=True)
@@ -746,9 +734,6 @@ class Registry:
         with self._lock:
             self._expire()
             return {"games": len(self._games), "guests": len(self._queues[Guest]), "waiting": len(self._waiters), "stored_bytes": self._stored}
-
-    def expire_games(self) -> None:
-        self.counts()
 
     def _find(self, name: str, owner: Optional[bytes] = None) -> Game:
         """A game that has not expired. NotFound. Forbidden: somebody else owns it, where an owner is given."""
@@ -765,24 +750,24 @@ class Registry:
         insist(of_client < most_of_one, f"your address has {of_client} {what}, which is all that one may have", TooMany, limit=f"{what}_per_client")
         insist(self._stored <= 900_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
 
-    def _change(self, *changes: Tuple[Any, str, Any]) -> None:
-        """Set attributes, each given as a game or guest, a name and a value, where they differ and the value is not None; count the bytes. The cursor
-        grows in any case.
-
-        Full: there is no memory for all of it, and nothing has changed.
-        """
-        news = [(entry, name, value) for entry, name, value in changes if value not in (None, getattr(entry, name))]
-        growths = [size_of(value) - size_of(getattr(entry, name)) for entry, name, value in news]
-        is_room = sum(growths) <= 0 or self._stored + sum(growths) <= 1_000_000 * self._settings.max_memory
+    def _grow(self, growths: Mapping[Entry, int]) -> None:
+        """Count the bytes that games and guests are about to take more, or less; the cursor grows. Full: there is no memory for all of it, and
+        nothing has changed."""
+        growth = sum(growths.values())
+        is_room = growth <= 0 or self._stored + growth <= 1_000_000 * self._settings.max_memory
         insist(is_room, "the server's memory for games is full", Full, limit="memory")
-        self._stored += sum(growths)
+        self._stored += growth
         self._cursor += 1
-        for (entry, name, value), growth in zip(news, growths):
-            entry.size += growth
-            setattr(entry, name, value)
-            if name in VERSIONS:
-                setattr(entry, VERSIONS[name], self._cursor)
-            game_of(entry).line = None
+        for entry, each in growths.items():
+            entry.size += each
+
+    def _change(self, game: Game, **values: Any) -> None:
+        """Set what a game shows or remembers, of these values those that are not None. Full."""
+        values = {name: value for name, value in values.items() if value is not None}
+        self._grow({game: sum([size_of(value) - size_of(getattr(game, name)) for name, value in values.items()])})
+        for name, value in values.items():
+            setattr(game, name, value)
+        game.line = None
 
     def _since(self, after: Optional[int]) -> int:
         """The version up to which a caller with this cursor knows all. One ahead of ours was given out by an earlier run whose clock was ahead: it
@@ -792,13 +777,16 @@ class Registry:
     def _publish(self, game: Game, addresses: Text, replies: Replies, told: int) -> List[str]:
         """Change what the host offers to all guests, and to single ones whose addresses have not changed since told; the sessions of its replies
         that are gone."""
-        guests, is_first = {guest.session_id: guest for guest in game.guests.values()}, not game.changed
-        is_ready = addresses != NO_ADDRESSES or replies is not None     # and stays so until the addresses change
-        heard = [(guests[each], "reply", reply) for each, reply in (replies or {}).items() if each in guests and guests[each].changed <= told]
-        self._change((game, "addresses", addresses), (game, "ready", is_ready), *heard)
-        if is_first and game.changed:
+        guests = {guest.session_id: guest for guest in game.guests.values()}
+        replied: Dict[Entry, bytes] = {guests[each]: reply for each, reply in (replies or {}).items() if each in guests and guests[each].changed <= told}
+        offers = {entry: offer for entry, offer in {game: addresses or game.offer, **replied}.items() if offer != entry.offer}
+        self._grow({entry: len(offer) - len(entry.offer) for entry, offer in offers.items()})
+        if game in offers and not game.offered:
             self.events.append(("poll_game", game.name, "first addresses", game.client))
-        self._wake(*[guest for guest in guests.values() if guest.offer[1] == self._cursor])
+        for entry, offer in offers.items():
+            entry.offer, entry.offered = offer, self._cursor
+        game.ready, game.line = addresses != NO_ADDRESSES or replies is not None, None     # ready stays so until the addresses change
+        self._wake(*[guest for guest in guests.values() if guest in offers or game in offers and not guest.offer])
         return [session_id for session_id in replies or () if session_id not in guests]
 
     def _line(self, game: Game) -> bytes:
@@ -842,10 +830,11 @@ class Registry:
                 else:
                     self._remove(entry, "expire_game" if isinstance(entry, Game) else "expire_guest")
 
-    def _remove(self, entry: Union[Game, Guest], operation: str) -> None:
+    def _remove(self, entry: Entry, operation: str) -> None:
         """Remove a guest, or a game with its guests. operation: what the event says."""
-        game = game_of(entry)
-        for each in [game, *game.guests.values()] if entry is game else [entry]:
+        game: Game = entry.game
+        going: List[Entry] = [game, *game.guests.values()] if entry is game else [entry]
+        for each in going:
             self._wake(each)
             del self._queues[type(each)][each]
             self._stored -= each.size
@@ -857,7 +846,8 @@ class Registry:
         else:
             del game.guests[entry.digest]
             untold = [each for each in game.left if each[0] > game.told]
-            self._change((game, "left", (*untold, (self._cursor + 1, entry.session_id))[-MAX_REMEMBERED:]))
+            self._change(game, left=(*untold, (self._cursor + 1, entry.session_id))[-MAX_REMEMBERED:])
+            game.news = self._cursor
             self._wake(game)
         self.events.append((operation, game.name, "" if entry is game else f"guests: {len(game.guests)}", entry.client))
 
