@@ -545,14 +545,13 @@ class Game:
         self.name, self.digest, self.client = name, digest, client      # the last two are its host's, as in Guest
         self.info, self.listed, self.ready = b"{}", True, False         # ready: its host has addresses, or replies to guests
         self.offer, self.offered = NO_ADDRESSES, 0  # the host's addresses, for every guest, and their version
-        self.seen_at = ""                           # the IP address from which its host called last
+        self.seen_at, self.size = "", 0             # the IP address from which its host called last; the bytes that are counted for it
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
         self.news = version                         # when a guest last came, moved or left
         self.left: Tuple[Tuple[int, str], ...] = () # when a session ended, and which
         self.told = -1                              # up to when its host knows of these
         self.dismissed: Tuple[bytes, ...] = ()      # digests of guests that its host has sent away
         self.line: Text = None                      # what anybody may know of it; None: to be made anew
-        self.size = GAME_SIZE + size_of(name)       # bytes that are counted for it
 
 
 class Guest:
@@ -563,7 +562,7 @@ class Guest:
         self.session_id, self.session_key = session_id, session_key
         self.addresses, self.changed = b"", 0       # its own, and their version. So its first ones are news, even if there are none
         self.offer, self.offered = b"", 0           # what the host offers this guest in place of the game's offer, if anything; its version
-        self.seen_at, self.size = "", GUEST_SIZE
+        self.seen_at, self.size = "", 0
 
 
 Entry = Union[Game, Guest]
@@ -635,7 +634,7 @@ class Registry(GameRegistry):
                 self._check_room("games", len(self._games), self._games_of[client])
                 self._games[name] = Game(name, digest, client, self._cursor + 1)
                 self._games_of[client] += 1
-                self._stored += self._games[name].size
+                self._resize(self._games[name], GAME_SIZE + size_of(name))
                 self.events.append(("register_game", name, "", client))
             game = self._games[name]
             insist(hmac.compare_digest(game.digest, digest), f"the name {name!r} is taken", Conflict)
@@ -675,12 +674,11 @@ class Registry(GameRegistry):
             present = guest.addresses if addresses is None else addresses
             has_moved = present != guest.addresses
             if has_moved:
-                self._grow({guest: len(present) - len(guest.addresses) - len(guest.offer)})
+                self._resize(guest, GUEST_SIZE + len(present))
                 guest.addresses, guest.offer = present, b""
                 guest.changed = game.news = self._cursor
                 if digest not in game.guests:
                     game.guests[digest], game.line = guest, None
-                    self._stored += GUEST_SIZE
                     self.events.append(("start_game", name, f"guests: {len(game.guests)}", client))
                 self._wake(game)
             self._keep_alive(guest, seen_at)
@@ -748,23 +746,24 @@ class Registry(GameRegistry):
         most, most_of_one = getattr(self._settings, f"max_{what}"), getattr(self._settings, f"max_{what}_per_client")
         insist(count < most, f"there are {count} {what}, and no more may be", Full, limit=what)
         insist(of_client < most_of_one, f"your address has {of_client} {what}, which is all that one may have", TooMany, limit=f"{what}_per_client")
-        insist(self._stored <= 900_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
+        self._check_memory(100_000 * self._settings.max_memory)
 
-    def _grow(self, growths: Mapping[Entry, int]) -> None:
-        """Count the bytes that games and guests are about to take more, or less; the cursor grows. Full: there is no memory for all of it, and
-        nothing has changed."""
-        growth = sum(growths.values())
+    def _check_memory(self, growth: int) -> None:
+        """Full: there is no room for so many bytes more."""
         is_room = growth <= 0 or self._stored + growth <= 1_000_000 * self._settings.max_memory
         insist(is_room, "the server's memory for games is full", Full, limit="memory")
-        self._stored += growth
+
+    def _resize(self, entry: Entry, size: int) -> None:
+        """Count so many bytes for a game or guest that is about to change; the cursor grows. Full: nothing has changed."""
+        self._check_memory(size - entry.size)
+        self._stored += size - entry.size
         self._cursor += 1
-        for entry, each in growths.items():
-            entry.size += each
+        entry.size = size
 
     def _change(self, game: Game, **values: Any) -> None:
         """Set what a game shows or remembers, of these values those that are not None. Full."""
         values = {name: value for name, value in values.items() if value is not None}
-        self._grow({game: sum([size_of(value) - size_of(getattr(game, name)) for name, value in values.items()])})
+        self._resize(game, game.size + sum([size_of(value) - size_of(getattr(game, name)) for name, value in values.items()]))
         for name, value in values.items():
             setattr(game, name, value)
         game.line = None
@@ -780,12 +779,13 @@ class Registry(GameRegistry):
         guests = {guest.session_id: guest for guest in game.guests.values()}
         replied: Dict[Entry, bytes] = {guests[each]: reply for each, reply in (replies or {}).items() if each in guests and guests[each].changed <= told}
         offers = {entry: offer for entry, offer in {game: addresses or game.offer, **replied}.items() if offer != entry.offer}
-        self._grow({entry: len(offer) - len(entry.offer) for entry, offer in offers.items()})
+        self._check_memory(sum([len(offer) - len(entry.offer) for entry, offer in offers.items()]))
         if game in offers and not game.offered:
             self.events.append(("poll_game", game.name, "first addresses", game.client))
         for entry, offer in offers.items():
+            self._resize(entry, entry.size + len(offer) - len(entry.offer))
             entry.offer, entry.offered = offer, self._cursor
-        game.ready, game.line = addresses != NO_ADDRESSES or replies is not None, None     # ready stays so until the addresses change
+        self._change(game, ready=addresses != NO_ADDRESSES or replies is not None)      # and stays so until the addresses change
         self._wake(*[guest for guest in guests.values() if guest in offers or game in offers and not guest.offer])
         return [session_id for session_id in replies or () if session_id not in guests]
 
