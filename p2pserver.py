@@ -402,9 +402,10 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=lambda text: int(text) if len(text) < 300 else float(text)).decode
 
 
-def json_text(members: Mapping[str, Any], **stored: bytes) -> bytes:
-    """A JSON object of these members, of which there is at least one, and of what is JSON text already."""
-    return to_json(members).encode()[:-1] + b"".join([b',"%b":%b' % (name.encode(), text) for name, text in stored.items()]) + b"}"
+def json_text(members: Mapping[str, Any], name: bytes = b"", text: bytes = b"") -> bytes:
+    """A JSON object of these members, of which there is at least one, and under that name of what is JSON text already."""
+    whole = to_json(members).encode()
+    return b'%b,"%b":%b}' % (whole[:-1], name, text) if name else whole
 
 
 def parse_body(body: bytes) -> Dict[str, Any]:
@@ -671,7 +672,7 @@ class Registry(GameRegistry):
                 insist(addresses is not None, f"the session with the game {name!r} is gone", NotFound)
                 self._check_room("guests", len(game.guests), sum([each.client == client for each in game.guests.values()]))
                 guest = Guest(game, digest, client, self._new_id(), self._new_id())
-            present = guest.addresses if addresses is None else addresses
+            present = addresses or guest.addresses
             has_moved = present != guest.addresses
             if has_moved:
                 self._resize(guest, GUEST_SIZE + len(present))
@@ -777,7 +778,7 @@ class Registry(GameRegistry):
         """Change what the host offers to all guests, and to single ones whose addresses have not changed since told; the sessions of its replies
         that are gone."""
         guests = {guest.session_id: guest for guest in game.guests.values()}
-        replied: Dict[Entry, bytes] = {guests[each]: reply for each, reply in (replies or {}).items() if each in guests and guests[each].changed <= told}
+        replied: Dict[Entry, bytes] = {guests[key]: text for key, text in (replies or {}).items() if key in guests and guests[key].changed <= told}
         offers = {entry: offer for entry, offer in {game: addresses or game.offer, **replied}.items() if offer != entry.offer}
         self._check_memory(sum([len(offer) - len(entry.offer) for entry, offer in offers.items()]))
         if game in offers and not game.offered:
@@ -792,7 +793,7 @@ class Registry(GameRegistry):
     def _line(self, game: Game) -> bytes:
         """What anybody may know of a game, as JSON text."""
         if game.line is None:
-            game.line = json_text({"name": game.name, "guests": len(game.guests), "ready": game.ready}, info=game.info)
+            game.line = json_text({"name": game.name, "guests": len(game.guests), "ready": game.ready}, b"info", game.info)
         return game.line
 
     def _wait(self, entry: Entry, news: News, after: Optional[int], wake: Wake, is_again: bool, is_busy: bool) -> News:
@@ -833,8 +834,7 @@ class Registry(GameRegistry):
     def _remove(self, entry: Entry, operation: str) -> None:
         """Remove a guest, or a game with its guests. operation: what the event says."""
         game: Game = entry.game
-        going: List[Entry] = [game, *game.guests.values()] if entry is game else [entry]
-        for each in going:
+        for each in (entry, *(game.guests.values() if entry is game else ())):
             self._wake(each)
             del self._queues[type(each)][each]
             self._stored -= each.size
@@ -1019,8 +1019,8 @@ class Answer(NamedTuple):
     media_type: str = "application/json"
 
 
-def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], **stored: bytes) -> Answer:
-    """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds. body and stored: as in json_text().
+def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], name: bytes, text: bytes) -> Answer:
+    """The answer to a poll or start with for how many seconds the game or guest is remembered, and when to ask again. The last three: see json_text().
 
     That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
@@ -1029,7 +1029,7 @@ def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, b
         server.tally(REFUSED, "waiting")
     is_busy = has_no_place or request.waiter is not None and request.waiter.is_busy
     body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
-    return Answer(status, json_text(body, **stored) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
+    return Answer(status, json_text(body, name, text) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
 
 
 def session_body(session: Session) -> Dict[str, Any]:
@@ -1062,9 +1062,9 @@ def register_game(request: Handler) -> Answer:
 def poll_game(request: Handler) -> Outcome:
     """publish the host's addresses and learn of guests"""
     news = request.registry.poll_game(request.name, request.digest, **request.fields, wake=request.wake, seen_at=request.client.address)
-    guests = b",".join([json_text(session_body(guest), addresses=guest.addresses) for guest in news.peers])
+    guests = b",".join([json_text(session_body(guest), b"addresses", guest.addresses) for guest in news.peers])
     body = {"name": news.name, "cursor": news.cursor, "left": news.left, "gone": news.gone}
-    return news.waiter or answer_with_ttl(request, 200, request.server.settings.game_ttl, news.has_news, body, guests=b"[%b]" % guests)
+    return news.waiter or answer_with_ttl(request, 200, request.server.settings.game_ttl, news.has_news, body, b"guests", b"[%b]" % guests)
 
 
 def start_game(request: Handler) -> Outcome:
@@ -1074,7 +1074,7 @@ def start_game(request: Handler) -> Outcome:
     [host] = news.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
     body = {"name": news.name, **session_body(host), "cursor": news.cursor, "stun": request.server.stun_ports}
-    return news.waiter or answer_with_ttl(request, status, request.server.settings.guest_ttl, news.has_news, body, addresses=host.addresses)
+    return news.waiter or answer_with_ttl(request, status, request.server.settings.guest_ttl, news.has_news, body, b"addresses", host.addresses)
 
 
 def leave_game(request: Handler) -> Answer:
