@@ -1020,7 +1020,7 @@ class Answer(NamedTuple):
 
 
 def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], name: bytes, text: bytes) -> Answer:
-    """The answer to a poll or start with for how many seconds the game or guest is remembered, and when to ask again. The last three: see json_text().
+    """The answer to a poll or start with how long its game or guest lives and when to ask again, in seconds. body, name, text: as in json_text().
 
     That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
