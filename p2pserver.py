@@ -635,7 +635,7 @@ class Registry(GameRegistry):
                 self._check_room("games", len(self._games), self._games_of[client])
                 self._games[name] = Game(name, digest, client, self._cursor + 1)
                 self._games_of[client] += 1
-                self._resize(self._games[name], GAME_SIZE + size_of(name))
+                self._resize({self._games[name]: GAME_SIZE + size_of(name)})
                 self.events.append(("register_game", name, "", client))
             game = self._games[name]
             insist(hmac.compare_digest(game.digest, digest), f"the name {name!r} is taken", Conflict)
@@ -675,7 +675,7 @@ class Registry(GameRegistry):
             present = addresses or guest.addresses
             has_moved = present != guest.addresses
             if has_moved:
-                self._resize(guest, GUEST_SIZE + len(present))
+                self._resize({guest: GUEST_SIZE + len(present)})
                 guest.addresses, guest.offer = present, b""
                 guest.changed = game.news = self._cursor
                 if digest not in game.guests:
@@ -747,24 +747,22 @@ class Registry(GameRegistry):
         most, most_of_one = getattr(self._settings, f"max_{what}"), getattr(self._settings, f"max_{what}_per_client")
         insist(count < most, f"there are {count} {what}, and no more may be", Full, limit=what)
         insist(of_client < most_of_one, f"your address has {of_client} {what}, which is all that one may have", TooMany, limit=f"{what}_per_client")
-        self._check_memory(100_000 * self._settings.max_memory)
+        insist(self._stored <= 900_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
 
-    def _check_memory(self, growth: int) -> None:
-        """Full: there is no room for so many bytes more."""
+    def _resize(self, sizes: Mapping[Entry, int]) -> None:
+        """Count so many bytes for games and guests that are about to change; the cursor grows. Full: there is no memory for it, and nothing has changed."""
+        growth = sum(sizes.values()) - sum([entry.size for entry in sizes])
         is_room = growth <= 0 or self._stored + growth <= 1_000_000 * self._settings.max_memory
         insist(is_room, "the server's memory for games is full", Full, limit="memory")
-
-    def _resize(self, entry: Entry, size: int) -> None:
-        """Count so many bytes for a game or guest that is about to change; the cursor grows. Full: nothing has changed."""
-        self._check_memory(size - entry.size)
-        self._stored += size - entry.size
+        self._stored += growth
         self._cursor += 1
-        entry.size = size
+        for entry, size in sizes.items():
+            entry.size = size
 
     def _change(self, game: Game, **values: Any) -> None:
         """Set what a game shows or remembers, of these values those that are not None. Full."""
         values = {name: value for name, value in values.items() if value is not None}
-        self._resize(game, game.size + sum([size_of(value) - size_of(getattr(game, name)) for name, value in values.items()]))
+        self._resize({game: game.size + sum([size_of(value) - size_of(getattr(game, name)) for name, value in values.items()])})
         for name, value in values.items():
             setattr(game, name, value)
         game.line = None
@@ -780,11 +778,10 @@ class Registry(GameRegistry):
         guests = {guest.session_id: guest for guest in game.guests.values()}
         replied: Dict[Entry, bytes] = {guests[key]: text for key, text in (replies or {}).items() if key in guests and guests[key].changed <= told}
         offers = {entry: offer for entry, offer in {game: addresses or game.offer, **replied}.items() if offer != entry.offer}
-        self._check_memory(sum([len(offer) - len(entry.offer) for entry, offer in offers.items()]))
+        self._resize({entry: entry.size + len(offer) - len(entry.offer) for entry, offer in offers.items()})
         if game in offers and not game.offered:
             self.events.append(("poll_game", game.name, "first addresses", game.client))
         for entry, offer in offers.items():
-            self._resize(entry, entry.size + len(offer) - len(entry.offer))
             entry.offer, entry.offered = offer, self._cursor
         self._change(game, ready=addresses != NO_ADDRESSES or replies is not None)      # and stays so until the addresses change
         self._wake(*[guest for guest in guests.values() if guest in offers or game in offers and not guest.offer])
