@@ -750,7 +750,7 @@ class Registry(GameRegistry):
         insist(self._stored <= 900_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
 
     def _resize(self, sizes: Mapping[Entry, int]) -> None:
-        """Count so many bytes for games and guests that are about to change; the cursor grows. Full: there is no memory for it, and nothing has changed."""
+        """Count so many bytes for games and guests that are about to change; the cursor grows. Full: there is no room, and nothing has changed."""
         growth = sum(sizes.values()) - sum([entry.size for entry in sizes])
         is_room = growth <= 0 or self._stored + growth <= 1_000_000 * self._settings.max_memory
         insist(is_room, "the server's memory for games is full", Full, limit="memory")
