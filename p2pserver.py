@@ -789,8 +789,7 @@ class Registry(GameRegistry):
 
     def _line(self, game: Game) -> bytes:
         """What anybody may know of a game, as JSON text."""
-        if game.line is None:
-            game.line = json_text({"name": game.name, "guests": len(game.guests), "ready": game.ready}, b"info", game.info)
+        game.line = game.line or json_text({"name": game.name, "guests": len(game.guests), "ready": game.ready}, b"info", game.info)
         return game.line
 
     def _wait(self, entry: Entry, news: News, after: Optional[int], wake: Wake, is_again: bool, is_busy: bool) -> News:
