@@ -783,7 +783,7 @@ class Registry(GameRegistry):
             self.events.append(("poll_game", game.name, "first addresses", game.client))
         for entry, offer in offers.items():
             entry.offer, entry.offered = offer, self._cursor
-        self._change(game, ready=addresses != NO_ADDRESSES or replies is not None)      # and stays so until the addresses change
+        game.ready, game.line = addresses != NO_ADDRESSES or replies is not None, None     # ready stays so until the addresses change
         self._wake(*[guest for guest in guests.values() if guest in offers or game in offers and not guest.offer])
         return [session_id for session_id in replies or () if session_id not in guests]
 
@@ -1015,8 +1015,8 @@ class Answer(NamedTuple):
     media_type: str = "application/json"
 
 
-def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], name: bytes, text: bytes) -> Answer:
-    """The answer to a poll or start with how long its game or guest lives and when to ask again, in seconds. body, name, text: as in json_text().
+def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], *stored: bytes) -> Answer:
+    """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds. body and stored: as in json_text().
 
     That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
     """
@@ -1025,7 +1025,7 @@ def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, b
         server.tally(REFUSED, "waiting")
     is_busy = has_no_place or request.waiter is not None and request.waiter.is_busy
     body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
-    return Answer(status, json_text(body, name, text) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
+    return Answer(status, json_text(body, *stored) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
 
 
 def session_body(session: Session) -> Dict[str, Any]:
