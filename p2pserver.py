@@ -543,9 +543,9 @@ class Game:
     game: Any = property(lambda self: self)         # as a guest has it
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
-        self.name, self.digest, self.client = name, digest, client      # the last two are its host's, as in Guest
+        self.name, self.digest, self.client = name, digest, client      # the last two of its host, as in Guest of the guest
         self.info, self.listed, self.ready = b"{}", True, False         # ready: its host has addresses, or replies to guests
-        self.offer, self.offered = NO_ADDRESSES, 0  # the host's addresses, for every guest, and their version
+        self.offer, self.offered = NO_ADDRESSES, 0  # the host's addresses, which it offers to every guest, and their version
         self.seen_at, self.size = "", 0             # the IP address from which its host called last; the bytes that are counted for it
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
         self.news = version                         # when a guest last came, moved or left
@@ -562,7 +562,7 @@ class Guest:
         self.game, self.digest, self.client = game, digest, client
         self.session_id, self.session_key = session_id, session_key
         self.addresses, self.changed = b"", 0       # its own, and their version. So its first ones are news, even if there are none
-        self.offer, self.offered = b"", 0           # what the host offers this guest in place of the game's offer, if anything; its version
+        self.offer, self.offered = b"", 0           # the host's reply, which it offers to this guest instead, if there is one; its version
         self.seen_at, self.size = "", 0
 
 
@@ -784,7 +784,7 @@ class Registry(GameRegistry):
         for entry, offer in offers.items():
             entry.offer, entry.offered = offer, self._cursor
         game.ready, game.line = addresses != NO_ADDRESSES or replies is not None, None     # ready stays so until the addresses change
-        self._wake(*[guest for guest in guests.values() if guest in offers or game in offers and not guest.offer])
+        self._wake(*[guest for guest in guests.values() if (guest if guest.offer else game) in offers])
         return [session_id for session_id in replies or () if session_id not in guests]
 
     def _line(self, game: Game) -> bytes:
