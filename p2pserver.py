@@ -404,9 +404,10 @@ to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=lambda text: int(text) if len(text) < 300 else float(text)).decode
 
 
-def json_text(members: Mapping[str, Any], **stored: bytes) -> bytes:
-    """A JSON object of these members, of which there is at least one, and of what is JSON text already."""
-    return to_json(members).encode()[:-1] + b"".join([b',"%b":%b' % (name.encode(), text) for name, text in stored.items()]) + b"}"
+def json_text(members: Mapping[str, Any], name: bytes = b"", text: bytes = b"") -> bytes:
+    """A JSON object of these members, of which there is at least one, and under that name of what is JSON text already."""
+    whole = to_json(members).encode()
+    return b'%b,"%b":%b}' % (whole[:-1], name, text) if name else whole
 
 
 def parse_body(body: bytes) -> Dict[str, Any]:
@@ -489,6 +490,7 @@ class GameRegistry(Protocol):
 
     def for_request(self) -> GameRegistry:
         """The same registry for the calls of one request, with the answers that have come to these."""
+        return self
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
         """Offer a game; True if it is new. Its owner keeps it alive, and changes what the list shows of it: info, listed. Conflict: the name is
@@ -534,24 +536,19 @@ class GameRegistry(Protocol):
 
     def expire_games(self) -> None:
         """Free what has expired. Every other method does so too; this is for times when nobody calls."""
+        self.counts()
 
 
-class Entry:
-    """What games and guests have in common. Versions are values of the registry's cursor; 0 stands for never."""
+class Game:
+    """A game while its host is alive. Versions are values of the registry's cursor; 0 stands for never."""
 
-    def __init__(self, digest: bytes, client: bytes, addresses: bytes, size: int) -> None:
-        self.digest, self.client = digest, client       # of its owner
-        self.addresses, self.changed = addresses, 0     # of its owner, and their version; a host's are for every guest
-        self.seen_at = ""                               # the IP address from which its owner called last
-        self.size = size                                # bytes that are counted for it
-
-
-class Game(Entry):
-    """A game while its host is alive."""
+    game: Any = property(lambda self: self)         # as a guest has it
 
     def __init__(self, name: str, digest: bytes, client: bytes, version: int) -> None:
-        super().__init__(digest, client, NO_ADDRESSES, GAME_SIZE + size_of(name))
-        self.name, self.info, self.listed, self.ready = name, b"{}", True, False    # ready: its host has addresses, or replies to guests
+        self.name, self.digest, self.client = name, digest, client      # the last two of its host, as in Guest of the guest
+        self.info, self.listed, self.ready = b"{}", True, False         # ready: its host has addresses, or replies to guests
+        self.offer, self.offered = NO_ADDRESSES, 0  # the host's addresses, which it offers to every guest, and their version
+        self.seen_at, self.size = "", 0             # the IP address from which its host called last; the bytes that are counted for it
         self.guests: Dict[bytes, Guest] = {}        # by digest, in the order they came
         self.news = version                         # when a guest last came, moved or left
         self.left: Tuple[Tuple[int, str], ...] = () # when a session ended, and which
@@ -560,31 +557,23 @@ class Game(Entry):
         self.line: Text = None                      # what anybody may know of it; None: to be made anew
 
 
-class Guest(Entry):
+class Guest:
     """One guest's session with one game."""
 
     def __init__(self, game: Game, digest: bytes, client: bytes, session_id: str, session_key: str) -> None:
-        super().__init__(digest, client, b"", GUEST_SIZE)       # so that its first addresses are news, even if there are none
-        self.game, self.session_id, self.session_key = game, session_id, session_key
-        self.reply, self.replied = b"", 0           # what the host offers this guest in place of the game's addresses, if anything; its version
-
-    @property
-    def offer(self) -> Tuple[bytes, int]:
-        """The addresses that it gets, and their version."""
-        return (self.reply, self.replied) if self.reply else (self.game.addresses, self.game.changed)
+        self.game, self.digest, self.client = game, digest, client
+        self.session_id, self.session_key = session_id, session_key
+        self.addresses, self.changed = b"", 0       # its own, and their version. So its first ones are news, even if there are none
+        self.offer, self.offered = b"", 0           # the host's reply, which it offers to this guest instead, if there is one; its version
+        self.seen_at, self.size = "", 0
 
 
-# Where the version of an attribute is kept, of those that have one: to change it changes that, too.
-VERSIONS = {"addresses": "changed", "reply": "replied", "left": "news"}
+Entry = Union[Game, Guest]
 
 
 def published_at(host: str, addresses: bytes) -> str:
     """The IPv4 address from which a host called, if that is among the addresses that it publishes; "" otherwise: no guest learns what it hides."""
     return host if f'"{host}:'.encode() in addresses else ""
-
-
-def game_of(entry: Union[Game, Guest]) -> Game:
-    return entry.game if isinstance(entry, Guest) else entry
 
 
 def size_of(value: Any) -> int:
@@ -614,7 +603,7 @@ def new_session_id() -> str:
     return os.urandom(16).hex()
 
 
-class Registry:
+class Registry(GameRegistry):
     """The GameRegistry in memory: all games and guests, behind one lock.
 
     clock: seconds that never go back. new_id: a new unguessable string at each call.
@@ -638,10 +627,7 @@ class Registry:
         self._waiters: Dict[Entry, Waiter] = {}             # the polls of hosts and the starts of guests
         self._stored = 0                                    # bytes that games and guests take
         # Appended to under the lock. A deque's ends are safe without it.
-        self.events: collections.deque[Tuple[str, str, str, bytes]] = collections.deque()
-
-    def for_request(self) -> GameRegistry:
-        return self
+        self.events = collections.deque()
 
     def register_game(self, name: str, digest: bytes, client: bytes = b"", **shown: Any) -> bool:
         with self._lock:
@@ -651,12 +637,12 @@ class Registry:
                 self._check_room("games", len(self._games), self._games_of[client])
                 self._games[name] = Game(name, digest, client, self._cursor + 1)
                 self._games_of[client] += 1
-                self._stored += self._games[name].size
+                self._resize({self._games[name]: GAME_SIZE + size_of(name)})
                 self.events.append(("register_game", name, "", client))
             game = self._games[name]
             insist(hmac.compare_digest(game.digest, digest), f"the name {name!r} is taken", Conflict)
             self._keep_alive(game)
-            self._change(*[(game, key, value) for key, value in shown.items()])     # this never fails for a new game: a tenth of the memory is left
+            self._change(game, **shown)     # this never fails for a new game: a tenth of the memory is left
             return is_new
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
@@ -664,13 +650,13 @@ class Registry:
         with self._lock:
             game = self._find(name, digest)
             self._keep_alive(game, seen_at)
-            since, is_same = self._since(after), addresses in (None, game.addresses)
+            since, is_same = self._since(after), addresses in (None, game.offer)
             told, sent_away = self._cursor if after is None else since, set(dismiss)
             gone = [] if is_same and replies is None else self._publish(game, addresses, replies, told)
             game.told = told
             for guest in [each for each in game.guests.values() if each.session_id in sent_away] if sent_away else ():
                 self._remove(guest, "dismiss_guest")
-                self._change((game, "dismissed", (*game.dismissed, guest.digest)[-MAX_REMEMBERED:]))
+                self._change(game, dismissed=(*game.dismissed, guest.digest)[-MAX_REMEMBERED:])
             left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
             guests = [] if game.news <= since else [
                 Session(each.session_id, each.session_key, each.addresses, each.seen_at) for each in game.guests.values() if each.changed > since]
@@ -688,19 +674,20 @@ class Registry:
                 insist(addresses is not None, f"the session with the game {name!r} is gone", NotFound)
                 self._check_room("guests", len(game.guests), sum([each.client == client for each in game.guests.values()]))
                 guest = Guest(game, digest, client, self._new_id(), self._new_id())
-            has_moved = addresses not in (None, guest.addresses)
+            present = addresses or guest.addresses
+            has_moved = present != guest.addresses
             if has_moved:
-                self._change((guest, "addresses", addresses), (guest, "reply", b""))
+                self._resize({guest: GUEST_SIZE + len(present)})
+                guest.addresses, guest.offer = present, b""
+                guest.changed = game.news = self._cursor
                 if digest not in game.guests:
-                    game.guests[digest] = guest
-                    self._stored += GUEST_SIZE
+                    game.guests[digest], game.line = guest, None
                     self.events.append(("start_game", name, f"guests: {len(game.guests)}", client))
-                game.news = guest.changed
                 self._wake(game)
             self._keep_alive(guest, seen_at)
-            offer, version = guest.offer
-            host = Session(guest.session_id, guest.session_key, offer, published_at(game.seen_at, offer))
-            news = News(name, [host], version, offer != NO_ADDRESSES and version > self._since(after), None)
+            source = guest if guest.offer else game
+            host = Session(guest.session_id, guest.session_key, source.offer, published_at(game.seen_at, source.offer))
+            news = News(name, [host], source.offered, source.offer != NO_ADDRESSES and source.offered > self._since(after), None)
             return self._wait(guest, news, after, wake, addresses is None, not has_moved)
 
     def leave_game(self, name: str, digest: bytes) -> None:
@@ -710,7 +697,7 @@ class Registry:
 
     def forget_waiter(self, waiter: Waiter) -> GameRegistry:
         with self._lock:
-            waiter.name = game_of(waiter.entry).name
+            waiter.name = waiter.entry.game.name
             if self._waiters.get(waiter.entry) is waiter:
                 del self._waiters[waiter.entry]
                 self._keep_alive(waiter.entry)      # until now the wait did
@@ -733,7 +720,7 @@ class Registry:
         with self._lock:
             game, new_name = self._find(name, digest), changes.get("name")
             insist(self._games.get(new_name or name, game) is game, f"the name {new_name!r} is taken", Conflict)
-            self._change(*[(game, key, value) for key, value in changes.items()])
+            self._change(game, **changes)
             if game.name != name:
                 self._games = {each.name: each for each in self._games.values()}     # in the same order
                 self._wake(game, *game.guests.values(), is_over=True)
@@ -748,9 +735,6 @@ class Registry:
         with self._lock:
             self._expire()
             return {"games": len(self._games), "guests": len(self._queues[Guest]), "waiting": len(self._waiters), "stored_bytes": self._stored}
-
-    def expire_games(self) -> None:
-        self.counts()
 
     def _find(self, name: str, owner: Optional[bytes] = None) -> Game:
         """A game that has not expired. NotFound. Forbidden: somebody else owns it, where an owner is given."""
@@ -767,24 +751,23 @@ class Registry:
         insist(of_client < most_of_one, f"your address has {of_client} {what}, which is all that one may have", TooMany, limit=f"{what}_per_client")
         insist(self._stored <= 900_000 * self._settings.max_memory, "the server's memory for games is full", Full, limit="memory")
 
-    def _change(self, *changes: Tuple[Any, str, Any]) -> None:
-        """Set attributes, each given as a game or guest, a name and a value, where they differ and the value is not None; count the bytes. The cursor
-        grows in any case.
-
-        Full: there is no memory for all of it, and nothing has changed.
-        """
-        news = [(entry, name, value) for entry, name, value in changes if value not in (None, getattr(entry, name))]
-        growths = [size_of(value) - size_of(getattr(entry, name)) for entry, name, value in news]
-        is_room = sum(growths) <= 0 or self._stored + sum(growths) <= 1_000_000 * self._settings.max_memory
+    def _resize(self, sizes: Mapping[Entry, int]) -> None:
+        """Count so many bytes for games and guests that are about to change; the cursor grows. Full: there is no room, and nothing has changed."""
+        growth = sum(sizes.values()) - sum([entry.size for entry in sizes])
+        is_room = growth <= 0 or self._stored + growth <= 1_000_000 * self._settings.max_memory
         insist(is_room, "the server's memory for games is full", Full, limit="memory")
-        self._stored += sum(growths)
+        self._stored += growth
         self._cursor += 1
-        for (entry, name, value), growth in zip(news, growths):
-            entry.size += growth
-            setattr(entry, name, value)
-            if name in VERSIONS:
-                setattr(entry, VERSIONS[name], self._cursor)
-            game_of(entry).line = None
+        for entry, size in sizes.items():
+            entry.size = size
+
+    def _change(self, game: Game, **values: Any) -> None:
+        """Set what a game shows or remembers, of these values those that are not None. Full."""
+        values = {name: value for name, value in values.items() if value is not None}
+        self._resize({game: game.size + sum([size_of(value) - size_of(getattr(game, name)) for name, value in values.items()])})
+        for name, value in values.items():
+            setattr(game, name, value)
+        game.line = None
 
     def _since(self, after: Optional[int]) -> int:
         """The version up to which a caller with this cursor knows all. One ahead of ours was given out by an earlier run whose clock was ahead: it
@@ -794,19 +777,21 @@ class Registry:
     def _publish(self, game: Game, addresses: Text, replies: Replies, told: int) -> List[str]:
         """Change what the host offers to all guests, and to single ones whose addresses have not changed since told; the sessions of its replies
         that are gone."""
-        guests, is_first = {guest.session_id: guest for guest in game.guests.values()}, not game.changed
-        is_ready = addresses != NO_ADDRESSES or replies is not None     # and stays so until the addresses change
-        heard = [(guests[each], "reply", reply) for each, reply in (replies or {}).items() if each in guests and guests[each].changed <= told]
-        self._change((game, "addresses", addresses), (game, "ready", is_ready), *heard)
-        if is_first and game.changed:
+        guests = {guest.session_id: guest for guest in game.guests.values()}
+        replied: Dict[Entry, bytes] = {guests[key]: text for key, text in (replies or {}).items() if key in guests and guests[key].changed <= told}
+        offers = {entry: offer for entry, offer in {game: addresses or game.offer, **replied}.items() if offer != entry.offer}
+        self._resize({entry: entry.size + len(offer) - len(entry.offer) for entry, offer in offers.items()})
+        if game in offers and not game.offered:
             self.events.append(("poll_game", game.name, "first addresses", game.client))
-        self._wake(*[guest for guest in guests.values() if guest.offer[1] == self._cursor])
+        for entry, offer in offers.items():
+            entry.offer, entry.offered = offer, self._cursor
+        game.ready, game.line = addresses != NO_ADDRESSES or replies is not None, None     # ready stays so until the addresses change
+        self._wake(*[guest for guest in guests.values() if (guest if guest.offer else game) in offers])
         return [session_id for session_id in replies or () if session_id not in guests]
 
     def _line(self, game: Game) -> bytes:
         """What anybody may know of a game, as JSON text."""
-        if game.line is None:
-            game.line = json_text({"name": game.name, "guests": len(game.guests), "ready": game.ready}, info=game.info)
+        game.line = game.line or json_text({"name": game.name, "guests": len(game.guests), "ready": game.ready}, b"info", game.info)
         return game.line
 
     def _wait(self, entry: Entry, news: News, after: Optional[int], wake: Wake, is_again: bool, is_busy: bool) -> News:
@@ -844,10 +829,10 @@ class Registry:
                 else:
                     self._remove(entry, "expire_game" if isinstance(entry, Game) else "expire_guest")
 
-    def _remove(self, entry: Union[Game, Guest], operation: str) -> None:
+    def _remove(self, entry: Entry, operation: str) -> None:
         """Remove a guest, or a game with its guests. operation: what the event says."""
-        game = game_of(entry)
-        for each in [game, *game.guests.values()] if entry is game else [entry]:
+        game: Game = entry.game
+        for each in (entry, *(game.guests.values() if entry is game else ())):
             self._wake(each)
             del self._queues[type(each)][each]
             self._stored -= each.size
@@ -859,7 +844,8 @@ class Registry:
         else:
             del game.guests[entry.digest]
             untold = [each for each in game.left if each[0] > game.told]
-            self._change((game, "left", (*untold, (self._cursor + 1, entry.session_id))[-MAX_REMEMBERED:]))
+            self._change(game, left=(*untold, (self._cursor + 1, entry.session_id))[-MAX_REMEMBERED:])
+            game.news = self._cursor
             self._wake(game)
         self.events.append((operation, game.name, "" if entry is game else f"guests: {len(game.guests)}", entry.client))
 
@@ -1031,7 +1017,7 @@ class Answer(NamedTuple):
     media_type: str = "application/json"
 
 
-def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], **stored: bytes) -> Answer:
+def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], *stored: bytes) -> Answer:
     """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds. body and stored: as in json_text().
 
     That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
@@ -1041,7 +1027,7 @@ def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, b
         server.tally(REFUSED, "waiting")
     is_busy = has_no_place or request.waiter is not None and request.waiter.is_busy
     body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
-    return Answer(status, json_text(body, **stored) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
+    return Answer(status, json_text(body, *stored) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
 
 
 def session_body(session: Session) -> Dict[str, Any]:
@@ -1074,9 +1060,9 @@ def register_game(request: Handler) -> Answer:
 def poll_game(request: Handler) -> Outcome:
     """publish the host's addresses and learn of guests"""
     news = request.registry.poll_game(request.name, request.digest, **request.fields, wake=request.wake, seen_at=request.client.address)
-    guests = b",".join([json_text(session_body(guest), addresses=guest.addresses) for guest in news.peers])
+    guests = b",".join([json_text(session_body(guest), b"addresses", guest.addresses) for guest in news.peers])
     body = {"name": news.name, "cursor": news.cursor, "left": news.left, "gone": news.gone}
-    return news.waiter or answer_with_ttl(request, 200, request.server.settings.game_ttl, news.has_news, body, guests=b"[%b]" % guests)
+    return news.waiter or answer_with_ttl(request, 200, request.server.settings.game_ttl, news.has_news, body, b"guests", b"[%b]" % guests)
 
 
 def start_game(request: Handler) -> Outcome:
@@ -1086,7 +1072,7 @@ def start_game(request: Handler) -> Outcome:
     [host] = news.peers
     status = 202 if host.addresses == NO_ADDRESSES else 200
     body = {"name": news.name, **session_body(host), "cursor": news.cursor, "stun": request.server.stun_ports}
-    return news.waiter or answer_with_ttl(request, status, request.server.settings.guest_ttl, news.has_news, body, addresses=host.addresses)
+    return news.waiter or answer_with_ttl(request, status, request.server.settings.guest_ttl, news.has_news, body, b"addresses", host.addresses)
 
 
 def leave_game(request: Handler) -> Answer:

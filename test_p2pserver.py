@@ -4007,6 +4007,16 @@ def test_a_poll_for_whose_replies_there_is_no_memory_changes_nothing(make_regist
     assert [registry.start_game("castle", peer, TWO).peers[0].addresses for peer in (BY_GUEST, BY_OTHER)] == [NO_ADDRESSES] * 2
 
 
+def test_a_host_may_offer_more_to_all_where_it_offers_less_to_one_though_no_byte_is_left(make_registry):
+    registry = make_registry(max_memory=1)
+    registry.register_game("castle", BY_HOST)
+    session = started(registry, "castle")[0].session_id
+    registry.poll_game("castle", BY_HOST, ONE, replies={session: b" " * 1000})
+    fill_up(registry)
+    registry.poll_game("castle", BY_HOST, ONE + b" " * 900, replies={session: TWO})
+    assert started(registry, "castle")[0].addresses == TWO
+
+
 def test_a_poll_for_which_there_is_no_memory_has_told_its_host_nothing(make_registry):
     registry = make_registry(max_memory=1)
     registry.register_game("castle", BY_HOST)
