@@ -72,7 +72,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from typing import Any, Callable, Dict, Generator, Iterable, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
 
 __version__ = "0.1.0"
 
@@ -1350,65 +1350,44 @@ class Gone(Exception):
     """The client has ended the connection, or is silent for too long."""
 
 
-class TlsSocket:
-    """What a connection uses of a socket, under TLS. Its bytes go through memory, so one recv() works on no more of them than it brings."""
+class Tls:
+    """TLS of one connection. It knows no socket: bytes go through memory, so that no call works on more of them than it is given."""
 
-    def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
-        self._plain, self.close = plain, plain.close
+    def __init__(self, context: ssl.SSLContext) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)      # whose read() does the handshake
-        self.is_plain = False       # the client does not speak TLS, or no more: bytes pass as they are
         self._silent = 0            # bytes of TLS since the last plaintext
-        self._unsent = b""          # bytes of TLS
-        self._accepted = 0          # bytes of plaintext that these stand for
+        self.is_over = False        # the client has said that no more comes
 
-    def recv(self, size: int) -> Optional[bytes]:
-        """Plaintext, None where what came holds none, nothing at the end of the stream. BlockingIOError. OSError: no TLS, or too much without data."""
-        data, plaintext = self._plain.recv(size), b""
-        self.is_plain = self.is_plain or not self._silent and not self._tls.version() and data[:1].isalpha()      # no message of TLS begins so
-        if self.is_plain:
-            return data
+    def decrypt(self, data: bytes) -> Optional[bytes]:
+        """Plaintext, None where data holds none, nothing at the end of the stream. OSError: no TLS, or too much without plaintext."""
         self._silent += len(data)
         if self._silent > MAX_CIPHERTEXT:
             raise OSError("the client sends TLS without any data")
         self._incoming.write(data)
+        plaintext = b""
         try:
             for piece in iter(functools.partial(self._tls.read, READ_SIZE), b""):
                 plaintext += piece
-            self._plain.shutdown(socket.SHUT_RD)        # close_notify has come: from now on the socket, too, is at its end
+            self.is_over = True
         except ssl.SSLWantReadError:
             if data and not plaintext:
                 return None
-        finally:
-            with contextlib.suppress(BlockingIOError):      # what is not sent now goes before the next answer
-                self._push()
         self._silent = 0
         return plaintext
 
-    def send(self, data: bytes) -> int:
-        """How many bytes of plaintext are sent; 0: some of their TLS. It is to be called again with the same then, as after BlockingIOError."""
-        if self.is_plain:
-            return self._plain.send(data)
-        if not self._accepted:
-            self._accepted = self._tls.write(data[:READ_SIZE])      # no more, because the memory that TLS has used once stays its own
-        self._push()
-        sent, self._accepted = (0, self._accepted) if self._unsent else (self._accepted, 0)
-        return sent
+    def records(self, data: bytes) -> Iterator[bytes]:
+        """What to send for data, a record at a time, because the memory that TLS has used once stays its own; before it what TLS itself has to say."""
+        yield self._outgoing.read()
+        for start in range(0, len(data), READ_SIZE):
+            self._tls.write(data[start:start + READ_SIZE])
+            yield self._outgoing.read()
 
-    def _push(self) -> None:
-        """Send what TLS has to send, as far as the system takes it. BlockingIOError: it takes nothing."""
-        self._unsent += self._outgoing.read()
-        if self._unsent:
-            self._unsent = self._unsent[self._plain.send(self._unsent):]
-
-    def shutdown(self, how: int) -> None:
-        """Send close_notify (RFC 8446 section 6.1), and no more. What still comes is not decrypted."""
+    def end(self) -> bytes:
+        """What to send last: close_notify (RFC 8446 section 6.1)."""
         with contextlib.suppress(OSError, ValueError):
             self._tls.unwrap()
-        with contextlib.suppress(OSError):
-            self._push()
-        self.is_plain = True
-        self._plain.shutdown(how)
+        return self._outgoing.read()
 
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
@@ -1439,8 +1418,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.request.setblocking(False)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.connection: Any = self.request                 # under TLS soon a TlsSocket
         self.fileno = self.request.fileno
+        self.tls: Optional[Tls] = None
         self.peer = client_of(self.client_address[0])                   # the other end
         self.is_proxy = self.peer.address in self.server.settings.proxies   # the other end is a trusted proxy
         self.counted: Optional[bytes] = None                # the client key that it counts for
@@ -1455,7 +1434,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.watched, self.is_woken = NOTHING, False        # what the selector tells of; there is news, which has not been looked at
 
     def handle(self) -> None:
-        self.server.admit(self)
+        """Serve it for the first time: most clients ask at once."""
+        self.server.connections.add(self)
+        self.server.advance(self)
 
     def finish(self) -> None:
         """Nothing: the connection goes on, or the server closes it."""
@@ -1468,7 +1449,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.route: Optional[Route] = None                  # what serves it
         self.registry = self.server.registry.for_request()  # what it asks
         self.fields: Dict[str, Any] = {}                    # what the registry is given of its body; once it has waited, "after" alone
-        self.wait = 0                                       # seconds that it wishes to wait
         self.waiter: Optional[Waiter] = None                # while it waits for news
 
     @property
@@ -1476,18 +1456,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Whether what the connection waits for has not come in time."""
         return time.monotonic() >= self.deadline
 
-    @property
-    def is_idle(self) -> bool:
-        return not self.buffer and self.head is NO_HEAD
-
     def serve(self) -> Steps:
         """The life of the connection. Gone. OSError."""
+        self.server.admit(self)
         if self.server.tls:
-            self.connection = TlsSocket(self.request, self.server.tls)
             yield READ          # nothing of it is done in the thread that accepts
+            if self.request.recv(1, socket.MSG_PEEK).isalpha():     # no message of TLS begins so
+                self.problem = Problem("this port speaks TLS: use https://")
+            else:
+                self.tls = Tls(self.server.tls)
         while True:
-            if not self.problem:
-                yield from self.receive_request()
             yield from self.send_answer((yield from self.answer()))     # nothing of it stays here while the connection is idle
             if self.close_connection:
                 break
@@ -1498,16 +1476,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield from self.linger()
 
     # Reading a request.
-
-    def receive_request(self) -> Steps:
-        """Receive a whole request, or find why there can be none. Gone: no further one comes."""
-        try:
-            yield from self.parse_request()
-        except Problem as problem:
-            self.problem = problem
-            line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
-            if line and self.head is NO_HEAD:
-                self.head = Head(line[1], line[2], path_of(line[2]))
 
     def parse_request(self) -> Steps:  # type: ignore[override]
         """Take a whole request from the buffer, as it comes. Problem. Gone."""
@@ -1546,32 +1514,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Wait for more of a request. Problem: it does not come to its end. Gone: no further one comes."""
         data = None if self.reads else self.read()      # most clients ask at once; before a further read others have their turn
         while data is None and not self.is_late:
+            if self.tls:
+                yield from self.send(b"")       # its part of the handshake
             yield READ
             data = self.read()
             if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
                 self.server.charge(self.peer)       # many small pieces are work
-        if self.is_idle:
+        if not self.buffer and self.head is NO_HEAD:
             self.deadline = time.monotonic() + REQUEST_TIME
             if not data:
                 raise Gone
         elif not data:
             raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
         self.buffer += data
-        insist(not self.server.tls or not self.connection.is_plain, "this port speaks TLS: use https://")
 
     def read(self) -> Optional[bytes]:
         """What has come; nothing at the end of the stream. None: nothing has come, or TLS alone, which is work, too."""
         try:
-            data: Optional[bytes] = self.connection.recv(READ_SIZE)
+            data: Optional[bytes] = self.request.recv(READ_SIZE)
         except BlockingIOError:
             return None
         self.reads += 1
+        if self.tls:
+            data = self.tls.decrypt(data or b"")
+            if self.tls.is_over:
+                self.request.shutdown(socket.SHUT_RD)       # from now on the socket, too, is at its end
         return data
 
     # Answering it.
 
     def answer(self) -> Steps:
-        """The answer to the request, or to what is wrong with it."""
+        """Receive a request, and find the answer to it, or to what is wrong with it. Gone. OSError."""
+        try:
+            if not self.problem:
+                yield from self.parse_request()
+        except Problem as problem:
+            self.problem = problem
+            line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
+            if line and self.head is NO_HEAD:
+                self.head = Head(line[1], line[2], path_of(line[2]))
         outcome = self.outcome_of(self.begin)
         while not isinstance(outcome, Answer):
             if outcome:
@@ -1700,7 +1681,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return Answer(204, None, headers)
 
     def send_answer(self, answer: Answer) -> Steps:
-        """Send an answer. The request is forgotten then, and the time for what comes next begins. Gone: the client does not read it."""
+        """Send an answer. The request is forgotten then, and the time for what comes next begins."""
         server, data = self.server, answer.body or b""
         self.close_connection = self.head.closes or server.stopping or self.problem is not None
         head = self.head_of(answer)
@@ -1712,27 +1693,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.is_proxy:
             server.count(self, None)
         self.forget_request()
-        self.deadline = time.monotonic() + SEND_TIME
         for piece in (head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,):      # connections share a long list
             yield from self.send(piece)
-        self.deadline = time.monotonic() + (LINGER_TIME if self.problem else server.settings.idle_timeout if self.is_idle else REQUEST_TIME)
+        self.deadline = time.monotonic() + (LINGER_TIME if self.problem else REQUEST_TIME if self.buffer else server.settings.idle_timeout)
 
     def send(self, data: bytes) -> Steps:
-        """Send bytes. Gone: the client does not read them."""
-        unsent = memoryview(data)
-        while unsent:
-            try:
-                unsent = unsent[self.connection.send(unsent):]
-                if unsent:
+        """Send bytes, as fast as the client reads them."""
+        for piece in self.tls.records(data) if self.tls else (data,):
+            unsent = memoryview(piece)
+            while unsent:
+                try:
+                    unsent = unsent[self.request.send(unsent):]
+                except BlockingIOError:
                     self.deadline = time.monotonic() + SEND_TIME
-            except BlockingIOError:
-                yield WRITE
-                if self.is_late:
-                    raise Gone from None
+                    yield WRITE
+
+    def end_tls(self) -> None:
+        """Say that no more is sent. What still comes is not decrypted."""
+        if self.tls:
+            with contextlib.suppress(OSError):
+                self.request.send(self.tls.end())
+            self.tls = None
 
     def linger(self) -> Steps:
         """Read on for a moment. To close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)."""
-        self.connection.shutdown(socket.SHUT_WR)
+        self.end_tls()
+        self.request.shutdown(socket.SHUT_WR)
         while self.read() != b"" and not self.is_late:
             yield READ
 
@@ -1780,6 +1766,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.began = time.monotonic()
         self.known_bodies: collections.OrderedDict[Any, Tuple[bytes, Dict[str, Any]]] = collections.OrderedDict()   # what has been found in bodies
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
+        self.go_on = self.start_thread if self.tls else self.advance        # with a parked connection
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.
         self._lock = threading.Lock()
         self.counters: collections.Counter[Tuple[str, Any]] = collections.Counter()     # by name and values of the labels, see tally()
@@ -1943,12 +1930,11 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
 
     def admit(self, connection: Handler) -> None:
-        """Serve a connection for the first time: most clients ask at once.
+        """See that a new connection is within the limits. It is refused otherwise.
 
-        One over a limit is refused. It is closed without a word under TLS, as a handshake would come first, and where many have been told so.
+        Gone: it is not told so, because under TLS a handshake would come first, or many have been told.
         """
         client, is_proxy = connection.peer, connection.is_proxy
-        self.connections.add(connection)
         excess = len(self.connections) - self.settings.max_connections
         is_over = self.limiter.pause(client.key) and self.refusals.pause(client.key) and not is_proxy
         try:
@@ -1958,11 +1944,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.count(connection, None if is_proxy else client.key)
         except Full as problem:
             connection.problem = problem
-        if connection.problem and (self.tls or is_over or excess > MAX_REFUSALS):
-            self.tally(REFUSED, connection.problem.limit)
-            self.close(connection)
-        else:
-            self.advance(connection)
+            if self.tls or is_over or excess > MAX_REFUSALS:
+                self.tally(REFUSED, problem.limit)
+                raise Gone from None
 
     def count(self, connection: Handler, key: Optional[bytes]) -> None:
         """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client, and this one more until it ends."""
@@ -1992,17 +1976,11 @@ class Server(http.server.ThreadingHTTPServer):
         now = time.monotonic()
         self.next_look = now + len(self.connections) / LOOKS_PER_SECOND
         for connection in [each for each in list(self.connections) if each.deadline <= now and each.events]:
-            self.go_on(connection)
+            (self.close if connection.events == WRITE else self.go_on)(connection)      # the client does not read its answer
 
-    def go_on(self, connection: Handler) -> None:
-        """Serve a parked connection: at once, or under TLS in a thread of the base class's.
-
-        It waits while there are max_threads of them, none of which waits for its client.
-        """
-        connection.events, connection.is_woken = None, False
-        if not self.tls:
-            self.advance(connection)
-            return
+    def start_thread(self, connection: Handler) -> None:
+        """Serve a parked connection in a thread of the base class's. It waits while there are max_threads of them, none of which waits for its client."""
+        connection.events = None
         self.watch(connection)
         self.threads.acquire()
         try:
@@ -2013,10 +1991,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            self.advance(request)
-        finally:
-            self.threads.release()
+        self.advance(request)
+        self.threads.release()
 
     def watch(self, connection: Handler) -> None:
         """Have the selector tell when there is something for a connection, if it is parked."""
@@ -2044,12 +2020,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def advance(self, connection: Handler) -> None:
         """Serve a connection until it is parked or closed."""
+        connection.is_woken = False
         try:
             connection.events = next(connection.steps)
             (self.look_at if self.tls else self.watch)(connection)
             return
         except (StopIteration, Gone):
             pass
+        except OSError as error:        # the client has gone, which is no fault of ours
+            log.debug("a connection was lost: %s", error)
         except Exception:
             self.handle_error(connection, connection.client_address)
         self.close(connection)
@@ -2071,16 +2050,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.registry.forget_waiter(connection.waiter)
         self.count(connection, None)
         self.connections.discard(connection)
+        connection.events = None
         self.watch(connection)
-        self.shutdown_request(connection.connection)
+        connection.end_tls()
+        self.shutdown_request(connection.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """One connection ends, and the server goes on. That its client has gone is no fault of ours."""
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            log.debug("a connection was lost: %s", error)
-        else:
-            log.exception("a connection failed")
+        log.exception("a connection failed")        # which ends, and the server goes on
 
 
 def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:
