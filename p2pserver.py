@@ -1351,13 +1351,15 @@ class Gone(Exception):
 
 
 class Tls:
-    """TLS of one connection. It knows no socket: bytes go through memory, so that no call works on more of them than it is given."""
+    """TLS of one connection. It knows no socket: bytes go through memory, so that no call works on more of them than it is given.
 
-    def __init__(self, context: ssl.SSLContext) -> None:
+    at_end: called when the client says that no more comes.
+    """
+
+    def __init__(self, context: ssl.SSLContext, at_end: Callable[[], None]) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)      # whose read() does the handshake
-        self._silent = 0            # bytes of TLS since the last plaintext
-        self.is_over = False        # the client has said that no more comes
+        self._silent, self._at_end = 0, at_end      # bytes of TLS since the last plaintext
 
     def decrypt(self, data: bytes) -> Optional[bytes]:
         """Plaintext, None where data holds none, nothing at the end of the stream. OSError: no TLS, or too much without plaintext."""
@@ -1369,7 +1371,7 @@ class Tls:
         try:
             for piece in iter(functools.partial(self._tls.read, READ_SIZE), b""):
                 plaintext += piece
-            self.is_over = True
+            self._at_end()
         except ssl.SSLWantReadError:
             if data and not plaintext:
                 return None
@@ -1377,7 +1379,7 @@ class Tls:
         return plaintext
 
     def records(self, data: bytes) -> Iterator[bytes]:
-        """What to send for data, a record at a time, because the memory that TLS has used once stays its own; before it what TLS itself has to say."""
+        """What to send: what TLS itself has to say, and data, a record at a time, because the memory that TLS has used once stays its own."""
         yield self._outgoing.read()
         for start in range(0, len(data), READ_SIZE):
             self._tls.write(data[start:start + READ_SIZE])
@@ -1464,16 +1466,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.request.recv(1, socket.MSG_PEEK).isalpha():     # no message of TLS begins so
                 self.problem = Problem("this port speaks TLS: use https://")
             else:
-                self.tls = Tls(self.server.tls)
+                self.tls = Tls(self.server.tls, functools.partial(self.request.shutdown, socket.SHUT_RD))      # then the socket, too, is at its end
         while True:
             yield from self.send_answer((yield from self.answer()))     # nothing of it stays here while the connection is idle
             if self.close_connection:
                 break
-            if self.buffer:         # the next request came with this one, and others have their turn
-                self.server.wake(self)
-            yield READ
-        if self.problem:
-            yield from self.linger()
+            if not self.buffer:
+                yield READ
+        if self.problem:    # to close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)
+            self.end_tls()
+            self.request.shutdown(socket.SHUT_WR)
+            while self.read() != b"" and not self.is_late:
+                yield READ
 
     # Reading a request.
 
@@ -1528,18 +1532,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
         self.buffer += data
 
+    def read_ahead(self) -> None:
+        """Read what comes while a poll or start waits: the next request. Gone."""
+        data = self.read()
+        if data == b"" or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
+            raise Gone
+        self.buffer += data or b""
+
     def read(self) -> Optional[bytes]:
         """What has come; nothing at the end of the stream. None: nothing has come, or TLS alone, which is work, too."""
         try:
-            data: Optional[bytes] = self.request.recv(READ_SIZE)
+            data: bytes = self.request.recv(READ_SIZE)
         except BlockingIOError:
             return None
         self.reads += 1
-        if self.tls:
-            data = self.tls.decrypt(data or b"")
-            if self.tls.is_over:
-                self.request.shutdown(socket.SHUT_RD)       # from now on the socket, too, is at its end
-        return data
+        return self.tls.decrypt(data) if self.tls else data
 
     # Answering it.
 
@@ -1566,8 +1573,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:       # the registry's answer wakes it
                 yield NOTHING
             outcome = self.outcome_of(self.perform)
-        if self.server.queue and not self.waiter:
-            # This request may have woken a host, which is served first: else the guest's first datagram may reach it before it knows the guest.
+        if (self.server.queue or self.buffer) and not self.waiter:
+            # Others have their turn: where the next request came with this one, and a host that this one has woken, because else its guest's first
+            # datagram may reach it before it knows the guest.
             self.server.wake(self)
             yield READ
         return outcome
@@ -1646,13 +1654,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 server.known_bodies.popitem(last=False)
         return found[0], {**found[1]}       # from which more is taken
 
-    def read_ahead(self) -> None:
-        """Read what comes while a poll or start waits: the next request. Gone."""
-        data = self.read()
-        if data == b"" or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
-            raise Gone
-        self.buffer += data or b""
-
     @property
     def wake(self) -> Wake:
         """What to call when there is news for this connection. None: it is to be answered now."""
@@ -1682,9 +1683,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_answer(self, answer: Answer) -> Steps:
         """Send an answer. The request is forgotten then, and the time for what comes next begins."""
-        server, data = self.server, answer.body or b""
+        server, data, fields = self.server, answer.body or b"", dict(answer.headers)
+        cors_origin, origin = server.settings.cors_origin, self.headers.get("origin")
         self.close_connection = self.head.closes or server.stopping or self.problem is not None
-        head = self.head_of(answer)
+        if self.close_connection or self.head.version == "1.0":
+            fields["Connection"] = "close" if self.close_connection else "keep-alive"
+        if "," in cors_origin and origin in server.settings.origins:
+            fields["Access-Control-Allow-Origin"] = origin
+        text = head_text(int(time.time()), answer.status, cors_origin, tuple(fields.items()))
+        content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {len(data)}\r\n"
+        head = f"{text}{content}\r\n".encode("latin-1")
         self.log_request(answer.status, len(data))
         if self.head.method == "HEAD":
             data = b""
@@ -1714,24 +1722,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):
                 self.request.send(self.tls.end())
             self.tls = None
-
-    def linger(self) -> Steps:
-        """Read on for a moment. To close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)."""
-        self.end_tls()
-        self.request.shutdown(socket.SHUT_WR)
-        while self.read() != b"" and not self.is_late:
-            yield READ
-
-    def head_of(self, answer: Answer) -> bytes:
-        """What is sent before the body of an answer."""
-        server, fields = self.server, dict(answer.headers)
-        if self.close_connection or self.head.version == "1.0":
-            fields["Connection"] = "close" if self.close_connection else "keep-alive"
-        if "," in server.settings.cors_origin and self.headers.get("origin") in server.settings.origins:
-            fields["Access-Control-Allow-Origin"] = self.headers["origin"]
-        text = head_text(int(time.time()), answer.status, server.settings.cors_origin, tuple(fields.items()))
-        content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {len(answer.body)}\r\n"
-        return f"{text}{content}\r\n".encode("latin-1")
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
