@@ -1424,7 +1424,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.tls: Optional[Tls] = None
         self.peer = client_of(self.client_address[0])                   # the other end
         self.is_proxy = self.peer.address in self.server.settings.proxies   # the other end is a trusted proxy
-        self.counted: Optional[bytes] = None                # the client key that it counts for
+        self.counted: Any = None                            # the client key that it counts for; None: it counts for nobody
         self.buffer = bytearray()                           # received, not parsed yet
         self.forget_request()
         self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
@@ -1436,9 +1436,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.watched, self.is_woken = NOTHING, False        # what the selector tells of; there is news, which has not been looked at
 
     def handle(self) -> None:
-        """Serve it for the first time: most clients ask at once."""
-        self.server.connections.add(self)
-        self.server.advance(self)
+        """Serve the connection until it is parked or closed."""
+        server, self.is_woken = self.server, False
+        try:
+            self.events = next(self.steps)
+            (server.look_at if server.tls else server.watch)(self)
+            return
+        except (StopIteration, Gone):
+            pass
+        except OSError as error:        # the client has gone, which is no fault of ours
+            log.debug("a connection was lost: %s", error)
+        except Exception:
+            server.handle_error(self, self.client_address)
+        server.close(self)
 
     def finish(self) -> None:
         """Nothing: the connection goes on, or the server closes it."""
@@ -1606,10 +1616,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise self.problem
         if head.method == "OPTIONS":
             return self.options(set().union(*ROUTES.values()) if head.target == "*" else resolve(head.path)[0])
-        routes, name = resolve(head.path)
-        self.route = routes.get("GET" if head.method == "HEAD" else head.method)
+        self.routes, name = resolve(head.path)
+        self.route = self.routes.get("GET" if head.method == "HEAD" else head.method)
         if self.route is None:
-            raise Problem("this method is not for this path", 405, headers={"Allow": allowed(routes)})
+            raise Problem("this method is not for this path", 405, headers={"Allow": allowed(self.routes)})
         self.digest, self.fields = self.read_fields(self.route) if self.route.fields else (b"", {})
         self.name = name or self.fields.pop("name", "")         # of the game
         self.wait = wished_wait(self.fields.pop("wait", None), head.headers, server.settings.max_wait)
@@ -1626,8 +1636,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         match, none_match = head.headers.get("if-match"), head.headers.get("if-none-match", "")
         if match is None and not none_match:
             return self.route.endpoint(self)
-        routes, _ = resolve(head.path)
-        current: Any = routes["GET"].endpoint(self) if "GET" in routes else Answer(404)
+        current: Any = self.routes["GET"].endpoint(self) if "GET" in self.routes else Answer(404)
         tags = {"*", current.headers.get("ETag")} if current.body else set()
         is_wanted = match is None or tags & set(match.replace(",", " ").split())
         is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
@@ -1756,12 +1765,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.began = time.monotonic()
         self.known_bodies: collections.OrderedDict[Any, Tuple[bytes, Dict[str, Any]]] = collections.OrderedDict()   # what has been found in bodies
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
-        self.go_on = self.start_thread if self.tls else self.advance        # with a parked connection
+        self.go_on = self.start_thread if self.tls else Handler.handle      # with a parked connection
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.
         self._lock = threading.Lock()
         self.counters: collections.Counter[Tuple[str, Any]] = collections.Counter()     # by name and values of the labels, see tally()
         self._logged = self.counters.copy()     # as they were when the log told of refusals
-        self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
+        self._connections_of: collections.Counter[Any] = collections.Counter()      # how many count for each client
         self.connections: Set[Handler] = set()
         self.queue: collections.deque[Handler] = collections.deque()     # that have been parked or woken, to be looked at
         self.next_look, self.next_report = 0.0, self.began + REPORT_EVERY
@@ -1777,7 +1786,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket = self._waker       # what serve_forever() watches: nothing ever comes there, and it does service_actions() again and again
         self._bind()
         self._bind_second_stun()
-        self.stun_ports = list(dict.fromkeys([stun.server_address[1] for stun in self.stuns]))      # each address has the same ones
+        ports = collections.Counter([stun.server_address[1] for stun in self.stuns])
+        self.stun_ports = [port for port, count in ports.items() if count == len(self.listeners)]      # that all addresses have
 
     def _bind(self) -> None:
         """Listen on each address of the host, everywhere on one port for TCP and one for UDP."""
@@ -1808,19 +1818,13 @@ class Server(http.server.ThreadingHTTPServer):
         It has a limiter of its own, as who asks asks both.
         """
         first_port = self.settings.stun_port or self.settings.port      # 0: the system picks it, and this one
-        port = self.settings.second_stun_port or (first_port + 1 if first_port else 0)
-        seconds, limiter = [], RateLimiter(self.settings.stun_rate, STUN_BURST)
+        port, limiter = self.settings.second_stun_port or (first_port + 1 if first_port else 0), RateLimiter(self.settings.stun_rate, STUN_BURST)
         try:
-            for first in self.stuns:
-                address = (first.server_address[0], port, *first.server_address[2:])
-                seconds.append(StunServer(first.address_family, address, limiter, self.tally))
-                port = seconds[0].server_address[1]
+            for first in list(self.stuns):
+                self.stuns.append(StunServer(first.address_family, (first.server_address[0], port, *first.server_address[2:]), limiter, self.tally))
+                port = self.stuns[-1].server_address[1]
         except (OSError, OverflowError) as error:
             log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
-            for each in seconds:
-                each.server_close()
-            return
-        self.stuns += seconds
 
     def server_close(self) -> None:
         self.selector.close()
@@ -1851,8 +1855,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         for server in (self, *self.stuns) if self._running else ():
             server.shutdown()
-        for _ in range(self.request_queue_size // ACCEPTED_AT_ONCE):    # who has connected, and perhaps asked, is still served
-            self.serve_ready(0.0)
+        self.serve_ready(0.0)       # who has connected, and perhaps asked, is still served
         ends_at = time.monotonic() + grace
         while self.connections and time.monotonic() < ends_at + 0.1:
             for connection in list(self.connections):       # what neither arrives nor is sent has no time any more
@@ -1913,7 +1916,7 @@ class Server(http.server.ThreadingHTTPServer):
     def accept_clients(self, listener: socket.socket) -> None:
         """Accept new clients, but not too many before those that there are have their turn."""
         try:
-            for _ in range(ACCEPTED_AT_ONCE):
+            for _ in range(self.request_queue_size if self.stopping else ACCEPTED_AT_ONCE):
                 self.finish_request(*listener.accept())     # this makes a Handler
         except OSError as error:        # there are no more, or this one has gone already
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -1925,6 +1928,7 @@ class Server(http.server.ThreadingHTTPServer):
         Gone: it is not told so, because under TLS a handshake would come first, or many have been told.
         """
         client, is_proxy = connection.peer, connection.is_proxy
+        self.connections.add(connection)
         excess = len(self.connections) - self.settings.max_connections
         is_over = self.limiter.pause(client.key) and self.refusals.pause(client.key) and not is_proxy
         try:
@@ -1939,15 +1943,13 @@ class Server(http.server.ThreadingHTTPServer):
                 raise Gone from None
 
     def count(self, connection: Handler, key: Optional[bytes]) -> None:
-        """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client, and this one more until it ends."""
+        """Have a connection count for a client; None: for nobody. TooMany: the client has max_connections_per_client, and this one more until it ends."""
         with self._lock:
-            if connection.counted is not None:
-                count_down(self._connections_of, connection.counted)
+            count_down(self._connections_of, connection.counted)
             connection.counted = key
-            if key is not None:
-                self._connections_of[key] += 1
-                if self._connections_of[key] > self.settings.max_connections_per_client:
-                    raise TooMany("there are too many connections from your address", limit="connections_per_client")
+            self._connections_of[key] += 1
+            is_over = key is not None and self._connections_of[key] > self.settings.max_connections_per_client
+        insist(not is_over, "there are too many connections from your address", TooMany, limit="connections_per_client")
 
     # Connections that wait. One is served by a thread, or parked, and then the selector watches it for its events. Who parks one under TLS, or
     # wakes one, puts it into the queue, because the selector is for the serving thread alone. One that is woken is served once it is parked.
@@ -1981,7 +1983,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        self.advance(request)
+        request.handle()
         self.threads.release()
 
     def watch(self, connection: Handler) -> None:
@@ -2007,21 +2009,6 @@ class Server(http.server.ThreadingHTTPServer):
         """Count one more: counter is REQUESTS, REFUSED or STUN, whose labels have these values."""
         with self._lock:
             self.counters[counter, labels] += 1
-
-    def advance(self, connection: Handler) -> None:
-        """Serve a connection until it is parked or closed."""
-        connection.is_woken = False
-        try:
-            connection.events = next(connection.steps)
-            (self.look_at if self.tls else self.watch)(connection)
-            return
-        except (StopIteration, Gone):
-            pass
-        except OSError as error:        # the client has gone, which is no fault of ours
-            log.debug("a connection was lost: %s", error)
-        except Exception:
-            self.handle_error(connection, connection.client_address)
-        self.close(connection)
 
     def wake(self, connection: Handler) -> None:
         """Have a connection served that waits for news, or will in a moment."""

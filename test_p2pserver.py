@@ -5044,6 +5044,15 @@ def test_a_port_in_use_on_one_address_of_a_name_is_one_line_and_status_1(in_worl
     assert f"TCP port {port} of localhost cannot be used: Address already in use" in process.stderr
 
 
+def test_a_second_port_for_stun_that_is_taken_on_one_address_of_a_name_is_told_to_nobody(in_world):
+    before = in_world("127.0.0.1 localhost\n127.0.0.5 localhost\n")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.5", 0))
+        with running("--host", "localhost", "--port", "0", "--second-stun-port", str(other.getsockname()[1]), before=before) as process:
+            assert Api(process, process.port).register_game("castle").json()["stun"] == [process.port]
+            assert f"STUN on UDP port {process.port};" in process.line and "cannot be used for STUN too" in end(process)[2]
+
+
 def test_a_name_that_is_none_is_one_line_and_status_1():
     status, out, err = run("--host", "nosuch.invalid", "--port", "0")
     assert (status, out, err.count("\n")) == (1, "", 1) and "nosuch.invalid" in err
