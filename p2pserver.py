@@ -1528,8 +1528,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Wait for more of a request. Problem: it does not come to its end. Gone: no further one comes."""
         data = None if self.reads else self.read()      # most clients ask at once; before a further read others have their turn
         while data is None and not self.is_late:
-            if self.tls:
-                yield from self.send(b"")       # its part of the handshake
+            yield from self.send(b"")       # nothing, or under TLS what that has to say
             yield READ
             data = self.read()
             if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
