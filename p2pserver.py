@@ -1351,10 +1351,8 @@ class Gone(Exception):
 
 
 class Tls:
-    """TLS of one connection. It knows no socket: bytes go through memory, so that no call works on more of them than it is given.
-
-    at_end: called when the client says that no more comes.
-    """
+    """TLS of one connection. It knows no socket: bytes go through memory, so that no call works on more of them than it is given. at_end is called
+    when the client says that no more comes."""
 
     def __init__(self, context: ssl.SSLContext, at_end: Callable[[], None]) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -1406,21 +1404,20 @@ def head_text(now: int, status: int, cors_origin: str, fields: Tuple[Tuple[str, 
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. Its life is the generator serve(), which never blocks: where it must wait it yields, and the server goes on with it when its
-    socket is ready, it is woken, or its deadline passes. One thread at a time does.
-    """
+    """One connection. Its life is the generator serve(), which never blocks: where it must wait it yields, and the server calls handle() again when
+    its socket is ready, it is woken, or its deadline passes. One thread at a time does."""
 
     protocol_version, server_version, sys_version = "HTTP/1.1", f"p2pserver/{__version__}", ""
     # Parts of the head by the names of the base class.
     command: Any = property(lambda self: self.head.method)
     path: Any = property(lambda self: self.head.target)
     headers: Any = property(lambda self: self.head.headers)
+    fileno: Any = property(lambda self: self.request.fileno)        # what the selector asks for
     server: Server
 
     def setup(self) -> None:
         self.request.setblocking(False)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.fileno = self.request.fileno
         self.tls: Optional[Tls] = None
         self.peer = client_of(self.client_address[0])                   # the other end
         self.is_proxy = self.peer.address in self.server.settings.proxies   # the other end is a trusted proxy
@@ -1626,10 +1623,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.perform()
 
     def perform(self) -> Outcome:
-        """What the endpoint comes to, or the answer 304. Problem 412: a precondition does not hold (RFC 9110 section 13.2.2).
-
-        What it is compared with is what GET gives now; a Problem of its own goes first. Where there is no GET, nothing matches.
-        """
+        """What the endpoint comes to, or the answer 304. Problem 412: a precondition does not hold (RFC 9110 section 13.2.2). It is compared with what
+        GET gives now, whose own Problem goes first; where there is no GET, nothing matches."""
         assert self.route
         head = self.head
         match, none_match = head.headers.get("if-match"), head.headers.get("if-none-match", "")
@@ -1643,10 +1638,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return Answer(304, None, current.headers) if is_known else self.route.endpoint(self)
 
     def read_fields(self, route: Route) -> Tuple[bytes, Dict[str, Any]]:
-        """The digest of the peerId, and the other fields that are given.
-
-        Clients send the same body again and again: what was found in it is kept by its digest.
-        """
+        """The digest of the peerId, and the other fields that are given. They are kept by the digest of the body: clients send the same one again."""
         server, headers, body = self.server, self.head.headers, self.body
         self.body = b""     # which holds the peerId
         is_local, peer_digest = self.client.is_local, server.registry.peer_digest
@@ -1812,10 +1804,8 @@ class Server(http.server.ThreadingHTTPServer):
             raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
 
     def _bind_second_stun(self) -> None:
-        """Answer STUN on a second port as well, so that a client sees whether its router maps by destination; not where the port cannot be used.
-
-        It has a limiter of its own, as who asks asks both.
-        """
+        """Answer STUN on a second port as well, where it can be used, so that a client sees whether its router maps by destination. The port has a
+        limiter of its own, as who asks asks both."""
         first_port = self.settings.stun_port or self.settings.port      # 0: the system picks it, and this one
         port, limiter = self.settings.second_stun_port or (first_port + 1 if first_port else 0), RateLimiter(self.settings.stun_rate, STUN_BURST)
         try:
@@ -1922,10 +1912,7 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
 
     def admit(self, connection: Handler) -> None:
-        """See that a new connection is within the limits. It is refused otherwise.
-
-        Gone: it is not told so, because under TLS a handshake would come first, or many have been told.
-        """
+        """Refuse a new connection over a limit. Gone: it is not told so, because under TLS a handshake would come first, or many have been told."""
         client, is_proxy = connection.peer, connection.is_proxy
         self.connections.add(connection)
         excess = len(self.connections) - self.settings.max_connections
