@@ -1683,13 +1683,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_answer(self, answer: Answer) -> Steps:
         """Send an answer. The request is forgotten then, and the time for what comes next begins."""
-        server, data, fields = self.server, answer.body or b"", dict(answer.headers)
-        cors_origin, origin = server.settings.cors_origin, self.headers.get("origin")
+        server, data, fields, cors_origin = self.server, answer.body or b"", dict(answer.headers), self.server.settings.cors_origin
         self.close_connection = self.head.closes or server.stopping or self.problem is not None
         if self.close_connection or self.head.version == "1.0":
             fields["Connection"] = "close" if self.close_connection else "keep-alive"
-        if "," in cors_origin and origin in server.settings.origins:
-            fields["Access-Control-Allow-Origin"] = origin
+        if "," in cors_origin and self.headers.get("origin") in server.settings.origins:
+            fields["Access-Control-Allow-Origin"] = self.headers["origin"]
         text = head_text(int(time.time()), answer.status, cors_origin, tuple(fields.items()))
         content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {len(data)}\r\n"
         head = f"{text}{content}\r\n".encode("latin-1")
