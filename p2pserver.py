@@ -1726,9 +1726,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
         self.server.tally(REQUESTS, self.route.endpoint.__name__ if self.route else "none", code)
         if self.server.settings.access_log:
-            path = self.path.partition("?")[0]
             log_fields("{client} {method} {path!r} {status} {bytes}", [
-                {"client": self.client.address or "unknown", "method": self.command, "path": path, "status": code, "bytes": size}])
+                {"client": self.client.address or "unknown", "method": self.command, "path": self.path.partition("?")[0], "status": code, "bytes": size}])
 
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------
@@ -1775,41 +1774,36 @@ class Server(http.server.ThreadingHTTPServer):
         self.selector.register(self._wakened, READ, lambda wakened: wakened.recv(65536))
         self.socket = self._waker       # what serve_forever() watches: nothing ever comes there, and it does service_actions() again and again
         self._bind()
-        self._bind_second_stun()
         ports = collections.Counter([stun.server_address[1] for stun in self.stuns])
         self.stun_ports = [port for port, count in ports.items() if count == len(self.listeners)]      # that all addresses have
 
     def _bind(self) -> None:
-        """Listen on each address of the host, everywhere on one port for TCP and one for UDP."""
+        """Listen on each address of the host, everywhere on one port for TCP and one for UDP, and on a second one for UDP where that can be used."""
         settings, limiter, dualstack = self.settings, RateLimiter(self.settings.stun_rate, STUN_BURST), socket.has_dualstack_ipv6()
         host = settings.host or ("::" if dualstack else "0.0.0.0")
-        protocol, port = "TCP", settings.port
+        kind, port = "TCP", settings.port
         try:
             for family, address in dict.fromkeys([(row[0], row[4]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]):
-                protocol, port = "TCP", self.server_port or settings.port
+                kind, port = "TCP", self.server_port or settings.port
                 listener = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
                                                 backlog=self.request_queue_size)
                 listener.setblocking(False)
                 self.listeners.append(listener)
                 self.selector.register(listener, READ, self.accept_clients)
                 self.server_port = listener.getsockname()[1]
-                protocol, port = "UDP", settings.stun_port or self.server_port
+                kind, port = "UDP", settings.stun_port or self.server_port
                 if not settings.no_stun:
                     self.stuns.append(StunServer(family, (address[0], port, *address[2:]), limiter, self.tally))
         except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL and self.listeners:
-                return      # this machine has no IPv6, say: such addresses come last (RFC 6724 section 6, rule 1)
-            self.server_close()
-            raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
-
-    def _bind_second_stun(self) -> None:
-        """Answer STUN on a second port as well, where it can be used, so that a client sees whether its router maps by destination. The port has a
-        limiter of its own, as who asks asks both."""
-        first_port = self.settings.stun_port or self.settings.port      # 0: the system picks it, and this one
-        port, limiter = self.settings.second_stun_port or (first_port + 1 if first_port else 0), RateLimiter(self.settings.stun_rate, STUN_BURST)
+            if error.errno != errno.EADDRNOTAVAIL or not self.listeners:    # else it has no IPv6, say: such addresses come last (RFC 6724 section 6)
+                self.server_close()
+                raise CannotStart(f"{kind} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
+        # A client that asks two ports sees whether its router maps by destination. The second has a limiter of its own, as who asks asks both.
+        first_port = settings.stun_port or settings.port        # 0: the system picks it, and the second one
+        port, limiter = settings.second_stun_port or (first_port + 1 if first_port else 0), RateLimiter(settings.stun_rate, STUN_BURST)
         try:
-            for first in list(self.stuns):
-                self.stuns.append(StunServer(first.address_family, (first.server_address[0], port, *first.server_address[2:]), limiter, self.tally))
+            for stun in list(self.stuns):
+                self.stuns.append(StunServer(stun.address_family, (stun.server_address[0], port, *stun.server_address[2:]), limiter, self.tally))
                 port = self.stuns[-1].server_address[1]
         except (OSError, OverflowError) as error:
             log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
