@@ -1726,8 +1726,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
         self.server.tally(REQUESTS, self.route.endpoint.__name__ if self.route else "none", code)
         if self.server.settings.access_log:
-            log_fields("{client} {method} {path!r} {status} {bytes}", [
-                {"client": self.client.address or "unknown", "method": self.command, "path": self.path.partition("?")[0], "status": code, "bytes": size}])
+            log_fields("{client} {method} {path!r} {status} {bytes}", [{"client": self.client.address or "unknown", "method": self.command,
+                                                                        "path": self.path.partition("?")[0], "status": code, "bytes": size}])
 
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------
@@ -1922,7 +1922,7 @@ class Server(http.server.ThreadingHTTPServer):
                 raise Gone from None
 
     def count(self, connection: Handler, key: Optional[bytes]) -> None:
-        """Have a connection count for a client; None: for nobody. TooMany: the client has max_connections_per_client, and this one more until it ends."""
+        """Have a connection count for a client; None: for nobody. TooMany: the client has max_connections_per_client, and this one until it ends."""
         with self._lock:
             count_down(self._connections_of, connection.counted)
             connection.counted = key
@@ -1950,7 +1950,7 @@ class Server(http.server.ThreadingHTTPServer):
             (self.close if connection.events == WRITE else self.go_on)(connection)      # the client does not read its answer
 
     def start_thread(self, connection: Handler) -> None:
-        """Serve a parked connection in a thread of the base class's. It waits while there are max_threads of them, none of which waits for its client."""
+        """Serve a parked connection in a thread of the base class's, once there are fewer than max_threads, none of which waits for its client."""
         connection.events = None
         self.watch(connection)
         self.threads.acquire()
