@@ -1623,8 +1623,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.perform()
 
     def perform(self) -> Outcome:
-        """What the endpoint comes to, or the answer 304. Problem 412: a precondition does not hold (RFC 9110 section 13.2.2). It is compared with what
-        GET gives now, whose own Problem goes first; where there is no GET, nothing matches."""
+        """What the endpoint comes to, or the answer 304. Problem 412: a precondition does not hold (RFC 9110 section 13.2.2). It is compared with
+        what GET gives now, whose own Problem goes first; where there is no GET, nothing matches."""
         assert self.route
         head = self.head
         match, none_match = head.headers.get("if-match"), head.headers.get("if-none-match", "")
