@@ -1605,8 +1605,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Find the route, check the fields, and perform the request for the first time. Problem: what is wrong."""
         server, head = self.server, self.head
         # A monitor is never refused. A proxy does not pay for what cannot be read, which may be anybody's.
-        is_anybodys = self.problem and self.is_proxy and self.client is self.peer
-        if head.path != HEALTH_PATH and not is_anybodys:
+        if head.path != HEALTH_PATH and not (self.problem and self.is_proxy and self.client is self.peer):
             server.charge(self.client)
         if self.problem:
             raise self.problem
