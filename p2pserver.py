@@ -72,7 +72,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from typing import Any, Callable, Dict, Generator, Iterable, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
 
 __version__ = "0.1.0"
 
@@ -1338,65 +1338,44 @@ class Gone(Exception):
     """The client has ended the connection, or is silent for too long."""
 
 
-class TlsSocket:
-    """What a connection uses of a socket, under TLS. Its bytes go through memory, so one recv() works on no more of them than it brings."""
+class Tls:
+    """TLS of one connection. It knows no socket: bytes go through memory, so that no call works on more of them than it is given. at_end is called
+    when the client says that no more comes."""
 
-    def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
-        self._plain, self.close = plain, plain.close
+    def __init__(self, context: ssl.SSLContext, at_end: Callable[[], None]) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)      # whose read() does the handshake
-        self.is_plain = False       # the client does not speak TLS, or no more: bytes pass as they are
-        self._silent = 0            # bytes of TLS since the last plaintext
-        self._unsent = b""          # bytes of TLS
-        self._accepted = 0          # bytes of plaintext that these stand for
+        self._silent, self._at_end = 0, at_end      # bytes of TLS since the last plaintext
 
-    def recv(self, size: int) -> Optional[bytes]:
-        """Plaintext, None where what came holds none, nothing at the end of the stream. BlockingIOError. OSError: no TLS, or too much without data."""
-        data, plaintext = self._plain.recv(size), b""
-        self.is_plain = self.is_plain or not self._silent and not self._tls.version() and data[:1].isalpha()      # no message of TLS begins so
-        if self.is_plain:
-            return data
+    def decrypt(self, data: bytes) -> Optional[bytes]:
+        """Plaintext, None where data holds none, nothing at the end of the stream. OSError: no TLS, or too much without plaintext."""
         self._silent += len(data)
         if self._silent > MAX_CIPHERTEXT:
             raise OSError("the client sends TLS without any data")
         self._incoming.write(data)
+        plaintext = b""
         try:
             for piece in iter(functools.partial(self._tls.read, READ_SIZE), b""):
                 plaintext += piece
-            self._plain.shutdown(socket.SHUT_RD)        # close_notify has come: from now on the socket, too, is at its end
+            self._at_end()
         except ssl.SSLWantReadError:
             if data and not plaintext:
                 return None
-        finally:
-            with contextlib.suppress(BlockingIOError):      # what is not sent now goes before the next answer
-                self._push()
         self._silent = 0
         return plaintext
 
-    def send(self, data: bytes) -> int:
-        """How many bytes of plaintext are sent; 0: some of their TLS. It is to be called again with the same then, as after BlockingIOError."""
-        if self.is_plain:
-            return self._plain.send(data)
-        if not self._accepted:
-            self._accepted = self._tls.write(data[:READ_SIZE])      # no more, because the memory that TLS has used once stays its own
-        self._push()
-        sent, self._accepted = (0, self._accepted) if self._unsent else (self._accepted, 0)
-        return sent
+    def records(self, data: bytes) -> Iterator[bytes]:
+        """What to send: what TLS itself has to say, and data, a record at a time, because the memory that TLS has used once stays its own."""
+        yield self._outgoing.read()
+        for start in range(0, len(data), READ_SIZE):
+            self._tls.write(data[start:start + READ_SIZE])
+            yield self._outgoing.read()
 
-    def _push(self) -> None:
-        """Send what TLS has to send, as far as the system takes it. BlockingIOError: it takes nothing."""
-        self._unsent += self._outgoing.read()
-        if self._unsent:
-            self._unsent = self._unsent[self._plain.send(self._unsent):]
-
-    def shutdown(self, how: int) -> None:
-        """Send close_notify (RFC 8446 section 6.1), and no more. What still comes is not decrypted."""
+    def end(self) -> bytes:
+        """What to send last: close_notify (RFC 8446 section 6.1)."""
         with contextlib.suppress(OSError, ValueError):
             self._tls.unwrap()
-        with contextlib.suppress(OSError):
-            self._push()
-        self.is_plain = True
-        self._plain.shutdown(how)
+        return self._outgoing.read()
 
 
 # ---- HTTP: handler --------------------------------------------------------------------------------------------------
@@ -1413,25 +1392,24 @@ def head_text(now: int, status: int, cors_origin: str, fields: Tuple[Tuple[str, 
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. Its life is the generator serve(), which never blocks: where it must wait it yields, and the server goes on with it when its
-    socket is ready, it is woken, or its deadline passes. One thread at a time does.
-    """
+    """One connection. Its life is the generator serve(), which never blocks: where it must wait it yields, and the server calls handle() again when
+    its socket is ready, it is woken, or its deadline passes. One thread at a time does."""
 
     protocol_version, server_version, sys_version = "HTTP/1.1", f"p2pserver/{__version__}", ""
     # Parts of the head by the names of the base class.
     command: Any = property(lambda self: self.head.method)
     path: Any = property(lambda self: self.head.target)
     headers: Any = property(lambda self: self.head.headers)
+    fileno: Any = property(lambda self: self.request.fileno)        # what the selector asks for
     server: Server
 
     def setup(self) -> None:
         self.request.setblocking(False)
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.connection: Any = self.request                 # under TLS soon a TlsSocket
-        self.fileno = self.request.fileno
+        self.tls: Optional[Tls] = None
         self.peer = client_of(self.client_address[0])                   # the other end
         self.is_proxy = self.peer.address in self.server.settings.proxies   # the other end is a trusted proxy
-        self.counted: Optional[bytes] = None                # the client key that it counts for
+        self.counted: Any = None                            # the client key that it counts for; None: it counts for nobody
         self.buffer = bytearray()                           # received, not parsed yet
         self.forget_request()
         self.problem: Optional[Problem] = None              # for which it is refused, and read on for a moment before it closes
@@ -1443,7 +1421,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.watched, self.is_woken = NOTHING, False        # what the selector tells of; there is news, which has not been looked at
 
     def handle(self) -> None:
-        self.server.admit(self)
+        """Serve the connection until it is parked or closed."""
+        server, self.is_woken = self.server, False
+        try:
+            self.events = next(self.steps)
+            (server.look_at if server.tls else server.watch)(self)
+            return
+        except (StopIteration, Gone):
+            pass
+        except OSError as error:        # the client has gone, which is no fault of ours
+            log.debug("a connection was lost: %s", error)
+        except Exception:
+            server.handle_error(self, self.client_address)
+        server.close(self)
 
     def finish(self) -> None:
         """Nothing: the connection goes on, or the server closes it."""
@@ -1456,7 +1446,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.route: Optional[Route] = None                  # what serves it
         self.registry = self.server.registry.for_request()  # what it asks
         self.fields: Dict[str, Any] = {}                    # what the registry is given of its body; once it has waited, "after" alone
-        self.wait = 0                                       # seconds that it wishes to wait
         self.waiter: Optional[Waiter] = None                # while it waits for news
 
     @property
@@ -1464,38 +1453,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Whether what the connection waits for has not come in time."""
         return time.monotonic() >= self.deadline
 
-    @property
-    def is_idle(self) -> bool:
-        return not self.buffer and self.head is NO_HEAD
-
     def serve(self) -> Steps:
         """The life of the connection. Gone. OSError."""
+        self.server.admit(self)
         if self.server.tls:
-            self.connection = TlsSocket(self.request, self.server.tls)
             yield READ          # nothing of it is done in the thread that accepts
+            if self.request.recv(1, socket.MSG_PEEK).isalpha():     # no message of TLS begins so
+                self.problem = Problem("this port speaks TLS: use https://")
+            else:
+                self.tls = Tls(self.server.tls, functools.partial(self.request.shutdown, socket.SHUT_RD))      # then the socket, too, is at its end
         while True:
-            if not self.problem:
-                yield from self.receive_request()
             yield from self.send_answer((yield from self.answer()))     # nothing of it stays here while the connection is idle
             if self.close_connection:
                 break
-            if self.buffer:         # the next request came with this one, and others have their turn
-                self.server.wake(self)
-            yield READ
-        if self.problem:
-            yield from self.linger()
+            if not self.buffer:
+                yield READ
+        if self.problem:    # to close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)
+            self.end_tls()
+            self.request.shutdown(socket.SHUT_WR)
+            while self.read() != b"" and not self.is_late:
+                yield READ
 
     # Reading a request.
-
-    def receive_request(self) -> Steps:
-        """Receive a whole request, or find why there can be none. Gone: no further one comes."""
-        try:
-            yield from self.parse_request()
-        except Problem as problem:
-            self.problem = problem
-            line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
-            if line and self.head is NO_HEAD:
-                self.head = Head(line[1], line[2], path_of(line[2]))
 
     def parse_request(self) -> Steps:  # type: ignore[override]
         """Take a whole request from the buffer, as it comes. Problem. Gone."""
@@ -1534,32 +1513,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Wait for more of a request. Problem: it does not come to its end. Gone: no further one comes."""
         data = None if self.reads else self.read()      # most clients ask at once; before a further read others have their turn
         while data is None and not self.is_late:
+            yield from self.send(b"")       # nothing, or under TLS what that has to say
             yield READ
             data = self.read()
             if self.reads > FREE_READS + len(self.buffer) // BYTES_PER_READ and not self.is_proxy:
                 self.server.charge(self.peer)       # many small pieces are work
-        if self.is_idle:
+        if not self.buffer and self.head is NO_HEAD:
             self.deadline = time.monotonic() + REQUEST_TIME
             if not data:
                 raise Gone
         elif not data:
             raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
         self.buffer += data
-        insist(not self.server.tls or not self.connection.is_plain, "this port speaks TLS: use https://")
+
+    def read_ahead(self) -> None:
+        """Read what comes while a poll or start waits: the next request. Gone."""
+        data = self.read()
+        if data == b"" or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
+            raise Gone
+        self.buffer += data or b""
 
     def read(self) -> Optional[bytes]:
         """What has come; nothing at the end of the stream. None: nothing has come, or TLS alone, which is work, too."""
         try:
-            data: Optional[bytes] = self.connection.recv(READ_SIZE)
+            data: bytes = self.request.recv(READ_SIZE)
         except BlockingIOError:
             return None
         self.reads += 1
-        return data
+        return self.tls.decrypt(data) if self.tls else data
 
     # Answering it.
 
     def answer(self) -> Steps:
-        """The answer to the request, or to what is wrong with it."""
+        """Receive a request, and find the answer to it, or to what is wrong with it. Gone. OSError."""
+        try:
+            if not self.problem:
+                yield from self.parse_request()
+        except Problem as problem:
+            self.problem = problem
+            line = REQUEST_LINE.match(self.buffer.decode("latin-1"))
+            if line and self.head is NO_HEAD:
+                self.head = Head(line[1], line[2], path_of(line[2]))
         outcome = self.outcome_of(self.begin)
         while not isinstance(outcome, Answer):
             if outcome:
@@ -1573,8 +1567,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:       # the registry's answer wakes it
                 yield NOTHING
             outcome = self.outcome_of(self.perform)
-        if self.server.queue and not self.waiter:
-            # This request may have woken a host, which is served first: else the guest's first datagram may reach it before it knows the guest.
+        if (self.server.queue or self.buffer) and not self.waiter:
+            # Others have their turn: where the next request came with this one, and a host that this one has woken, because else its guest's first
+            # datagram may reach it before it knows the guest.
             self.server.wake(self)
             yield READ
         return outcome
@@ -1598,17 +1593,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Find the route, check the fields, and perform the request for the first time. Problem: what is wrong."""
         server, head = self.server, self.head
         # A monitor is never refused. A proxy does not pay for what cannot be read, which may be anybody's.
-        is_anybodys = self.problem and self.is_proxy and self.client is self.peer
-        if head.path != HEALTH_PATH and not is_anybodys:
+        if head.path != HEALTH_PATH and not (self.problem and self.is_proxy and self.client is self.peer):
             server.charge(self.client)
         if self.problem:
             raise self.problem
         if head.method == "OPTIONS":
             return self.options(set().union(*ROUTES.values()) if head.target == "*" else resolve(head.path)[0])
-        routes, name = resolve(head.path)
-        self.route = routes.get("GET" if head.method == "HEAD" else head.method)
+        self.routes, name = resolve(head.path)
+        self.route = self.routes.get("GET" if head.method == "HEAD" else head.method)
         if self.route is None:
-            raise Problem("this method is not for this path", 405, headers={"Allow": allowed(routes)})
+            raise Problem("this method is not for this path", 405, headers={"Allow": allowed(self.routes)})
         self.digest, self.fields = self.read_fields(self.route) if self.route.fields else (b"", {})
         self.name = name or self.fields.pop("name", "")         # of the game
         self.wait = wished_wait(self.fields.pop("wait", None), head.headers, server.settings.max_wait)
@@ -1616,17 +1610,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.perform()
 
     def perform(self) -> Outcome:
-        """What the endpoint comes to, or the answer 304. Problem 412: a precondition does not hold (RFC 9110 section 13.2.2).
-
-        What it is compared with is what GET gives now; a Problem of its own goes first. Where there is no GET, nothing matches.
-        """
+        """What the endpoint comes to, or the answer 304. Problem 412: a precondition does not hold (RFC 9110 section 13.2.2). It is compared with
+        what GET gives now, whose own Problem goes first; where there is no GET, nothing matches."""
         assert self.route
         head = self.head
         match, none_match = head.headers.get("if-match"), head.headers.get("if-none-match", "")
         if match is None and not none_match:
             return self.route.endpoint(self)
-        routes, _ = resolve(head.path)
-        current: Any = routes["GET"].endpoint(self) if "GET" in routes else Answer(404)
+        current: Any = self.routes["GET"].endpoint(self) if "GET" in self.routes else Answer(404)
         tags = {"*", current.headers.get("ETag")} if current.body else set()
         is_wanted = match is None or tags & set(match.replace(",", " ").split())
         is_known = tags & set(none_match.replace("W/", "").replace(",", " ").split())
@@ -1634,10 +1625,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return Answer(304, None, current.headers) if is_known else self.route.endpoint(self)
 
     def read_fields(self, route: Route) -> Tuple[bytes, Dict[str, Any]]:
-        """The digest of the peerId, and the other fields that are given.
-
-        Clients send the same body again and again: what was found in it is kept by its digest.
-        """
+        """The digest of the peerId, and the other fields that are given. They are kept by the digest of the body: clients send the same one again."""
         server, headers, body = self.server, self.head.headers, self.body
         self.body = b""     # which holds the peerId
         is_local, peer_digest = self.client.is_local, server.registry.peer_digest
@@ -1652,13 +1640,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if len(server.known_bodies) > MAX_KNOWN_BODIES:
                 server.known_bodies.popitem(last=False)
         return found[0], {**found[1]}       # from which more is taken
-
-    def read_ahead(self) -> None:
-        """Read what comes while a poll or start waits: the next request. Gone."""
-        data = self.read()
-        if data == b"" or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
-            raise Gone
-        self.buffer += data or b""
 
     @property
     def wake(self) -> Wake:
@@ -1688,10 +1669,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return Answer(204, None, headers)
 
     def send_answer(self, answer: Answer) -> Steps:
-        """Send an answer. The request is forgotten then, and the time for what comes next begins. Gone: the client does not read it."""
-        server, data = self.server, answer.body or b""
+        """Send an answer. The request is forgotten then, and the time for what comes next begins."""
+        server, data, fields, cors_origin = self.server, answer.body or b"", dict(answer.headers), self.server.settings.cors_origin
         self.close_connection = self.head.closes or server.stopping or self.problem is not None
-        head = self.head_of(answer)
+        if self.close_connection or self.head.version == "1.0":
+            fields["Connection"] = "close" if self.close_connection else "keep-alive"
+        if "," in cors_origin and self.headers.get("origin") in server.settings.origins:
+            fields["Access-Control-Allow-Origin"] = self.headers["origin"]
+        text = head_text(int(time.time()), answer.status, cors_origin, tuple(fields.items()))
+        content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {len(data)}\r\n"
+        head = f"{text}{content}\r\n".encode("latin-1")
         self.log_request(answer.status, len(data))
         if self.head.method == "HEAD":
             data = b""
@@ -1700,48 +1687,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.is_proxy:
             server.count(self, None)
         self.forget_request()
-        self.deadline = time.monotonic() + SEND_TIME
         for piece in (head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,):      # connections share a long list
             yield from self.send(piece)
-        self.deadline = time.monotonic() + (LINGER_TIME if self.problem else server.settings.idle_timeout if self.is_idle else REQUEST_TIME)
+        self.deadline = time.monotonic() + (LINGER_TIME if self.problem else REQUEST_TIME if self.buffer else server.settings.idle_timeout)
 
     def send(self, data: bytes) -> Steps:
-        """Send bytes. Gone: the client does not read them."""
-        unsent = memoryview(data)
-        while unsent:
-            try:
-                unsent = unsent[self.connection.send(unsent):]
-                if unsent:
+        """Send bytes, as fast as the client reads them."""
+        for piece in self.tls.records(data) if self.tls else (data,):
+            unsent = memoryview(piece)
+            while unsent:
+                try:
+                    unsent = unsent[self.request.send(unsent):]
+                except BlockingIOError:
                     self.deadline = time.monotonic() + SEND_TIME
-            except BlockingIOError:
-                yield WRITE
-                if self.is_late:
-                    raise Gone from None
+                    yield WRITE
 
-    def linger(self) -> Steps:
-        """Read on for a moment. To close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)."""
-        self.connection.shutdown(socket.SHUT_WR)
-        while self.read() != b"" and not self.is_late:
-            yield READ
-
-    def head_of(self, answer: Answer) -> bytes:
-        """What is sent before the body of an answer."""
-        server, fields = self.server, dict(answer.headers)
-        if self.close_connection or self.head.version == "1.0":
-            fields["Connection"] = "close" if self.close_connection else "keep-alive"
-        if "," in server.settings.cors_origin and self.headers.get("origin") in server.settings.origins:
-            fields["Access-Control-Allow-Origin"] = self.headers["origin"]
-        text = head_text(int(time.time()), answer.status, server.settings.cors_origin, tuple(fields.items()))
-        content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {len(answer.body)}\r\n"
-        return f"{text}{content}\r\n".encode("latin-1")
+    def end_tls(self) -> None:
+        """Say that no more is sent. What still comes is not decrypted."""
+        if self.tls:
+            with contextlib.suppress(OSError):
+                self.request.send(self.tls.end())
+            self.tls = None
 
     def log_request(self, code: Union[int, str] = "-", size: Union[int, str] = "-") -> None:
         """Count an answer, and log it where --access-log is. Without the query, which is none of this server's and could hold anything."""
         self.server.tally(REQUESTS, self.route.endpoint.__name__ if self.route else "none", code)
         if self.server.settings.access_log:
-            path = self.path.partition("?")[0]
-            log_fields("{client} {method} {path!r} {status} {bytes}", [
-                {"client": self.client.address or "unknown", "method": self.command, "path": path, "status": code, "bytes": size}])
+            log_fields("{client} {method} {path!r} {status} {bytes}", [{"client": self.client.address or "unknown", "method": self.command,
+                                                                        "path": self.path.partition("?")[0], "status": code, "bytes": size}])
 
 
 # ---- HTTP: the server -----------------------------------------------------------------------------------------------
@@ -1768,11 +1741,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.began = time.monotonic()
         self.known_bodies: collections.OrderedDict[Any, Tuple[bytes, Dict[str, Any]]] = collections.OrderedDict()   # what has been found in bodies
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
+        self.go_on = self.start_thread if self.tls else Handler.handle      # with a parked connection
         # The lock guards the counters, which several threads change. Sets and deques are safe without it.
         self._lock = threading.Lock()
         self.counters: collections.Counter[Tuple[str, Any]] = collections.Counter()     # by name and values of the labels, see tally()
         self._logged = self.counters.copy()     # as they were when the log told of refusals
-        self._connections_of: collections.Counter[bytes] = collections.Counter()        # how many count for each client
+        self._connections_of: collections.Counter[Any] = collections.Counter()      # how many count for each client
         self.connections: Set[Handler] = set()
         self.queue: collections.deque[Handler] = collections.deque()     # that have been parked or woken, to be looked at
         self.next_look, self.next_report = 0.0, self.began + REPORT_EVERY
@@ -1787,51 +1761,39 @@ class Server(http.server.ThreadingHTTPServer):
         self.selector.register(self._wakened, READ, lambda wakened: wakened.recv(65536))
         self.socket = self._waker       # what serve_forever() watches: nothing ever comes there, and it does service_actions() again and again
         self._bind()
-        self._bind_second_stun()
-        self.stun_ports = list(dict.fromkeys([stun.server_address[1] for stun in self.stuns]))      # each address has the same ones
+        ports = collections.Counter([stun.server_address[1] for stun in self.stuns])
+        self.stun_ports = [port for port, count in ports.items() if count == len(self.listeners)]      # that all addresses have
 
     def _bind(self) -> None:
-        """Listen on each address of the host, everywhere on one port for TCP and one for UDP."""
+        """Listen on each address of the host, everywhere on one port for TCP and one for UDP, and on a second one for UDP where that can be used."""
         settings, limiter, dualstack = self.settings, RateLimiter(self.settings.stun_rate, STUN_BURST), socket.has_dualstack_ipv6()
         host = settings.host or ("::" if dualstack else "0.0.0.0")
-        protocol, port = "TCP", settings.port
+        kind, port = "TCP", settings.port
         try:
             for family, address in dict.fromkeys([(row[0], row[4]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]):
-                protocol, port = "TCP", self.server_port or settings.port
+                kind, port = "TCP", self.server_port or settings.port
                 listener = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
                                                 backlog=self.request_queue_size)
                 listener.setblocking(False)
                 self.listeners.append(listener)
                 self.selector.register(listener, READ, self.accept_clients)
                 self.server_port = listener.getsockname()[1]
-                protocol, port = "UDP", settings.stun_port or self.server_port
+                kind, port = "UDP", settings.stun_port or self.server_port
                 if not settings.no_stun:
                     self.stuns.append(StunServer(family, (address[0], port, *address[2:]), limiter, self.tally))
         except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL and self.listeners:
-                return      # this machine has no IPv6, say: such addresses come last (RFC 6724 section 6, rule 1)
-            self.server_close()
-            raise CannotStart(f"{protocol} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
-
-    def _bind_second_stun(self) -> None:
-        """Answer STUN on a second port as well, so that a client sees whether its router maps by destination; not where the port cannot be used.
-
-        It has a limiter of its own, as who asks asks both.
-        """
-        first_port = self.settings.stun_port or self.settings.port      # 0: the system picks it, and this one
-        port = self.settings.second_stun_port or (first_port + 1 if first_port else 0)
-        seconds, limiter = [], RateLimiter(self.settings.stun_rate, STUN_BURST)
+            if error.errno != errno.EADDRNOTAVAIL or not self.listeners:    # else it has no IPv6, say: such addresses come last (RFC 6724 section 6)
+                self.server_close()
+                raise CannotStart(f"{kind} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
+        # A client that asks two ports sees whether its router maps by destination. The second has a limiter of its own, as who asks asks both.
+        first_port = settings.stun_port or settings.port        # 0: the system picks it, and the second one
+        port, limiter = settings.second_stun_port or (first_port + 1 if first_port else 0), RateLimiter(settings.stun_rate, STUN_BURST)
         try:
-            for first in self.stuns:
-                address = (first.server_address[0], port, *first.server_address[2:])
-                seconds.append(StunServer(first.address_family, address, limiter, self.tally))
-                port = seconds[0].server_address[1]
+            for stun in list(self.stuns):
+                self.stuns.append(StunServer(stun.address_family, (stun.server_address[0], port, *stun.server_address[2:]), limiter, self.tally))
+                port = self.stuns[-1].server_address[1]
         except (OSError, OverflowError) as error:
             log.warning("UDP port %d cannot be used for STUN too, so that clients cannot tell the kind of their NAT: %s", port, error)
-            for each in seconds:
-                each.server_close()
-            return
-        self.stuns += seconds
 
     def server_close(self) -> None:
         self.selector.close()
@@ -1862,8 +1824,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         for server in (self, *self.stuns) if self._running else ():
             server.shutdown()
-        for _ in range(self.request_queue_size // ACCEPTED_AT_ONCE):    # who has connected, and perhaps asked, is still served
-            self.serve_ready(0.0)
+        self.serve_ready(0.0)       # who has connected, and perhaps asked, is still served
         ends_at = time.monotonic() + grace
         while self.connections and time.monotonic() < ends_at + 0.1:
             for connection in list(self.connections):       # what neither arrives nor is sent has no time any more
@@ -1924,17 +1885,14 @@ class Server(http.server.ThreadingHTTPServer):
     def accept_clients(self, listener: socket.socket) -> None:
         """Accept new clients, but not too many before those that there are have their turn."""
         try:
-            for _ in range(ACCEPTED_AT_ONCE):
+            for _ in range(self.request_queue_size if self.stopping else ACCEPTED_AT_ONCE):
                 self.finish_request(*listener.accept())     # this makes a Handler
         except OSError as error:        # there are no more, or this one has gone already
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
 
     def admit(self, connection: Handler) -> None:
-        """Serve a connection for the first time: most clients ask at once.
-
-        One over a limit is refused. It is closed without a word under TLS, as a handshake would come first, and where many have been told so.
-        """
+        """Refuse a new connection over a limit. Gone: it is not told so, because under TLS a handshake would come first, or many have been told."""
         client, is_proxy = connection.peer, connection.is_proxy
         self.connections.add(connection)
         excess = len(self.connections) - self.settings.max_connections
@@ -1946,22 +1904,18 @@ class Server(http.server.ThreadingHTTPServer):
             self.count(connection, None if is_proxy else client.key)
         except Full as problem:
             connection.problem = problem
-        if connection.problem and (self.tls or is_over or excess > MAX_REFUSALS):
-            self.tally(REFUSED, connection.problem.limit)
-            self.close(connection)
-        else:
-            self.advance(connection)
+            if self.tls or is_over or excess > MAX_REFUSALS:
+                self.tally(REFUSED, problem.limit)
+                raise Gone from None
 
     def count(self, connection: Handler, key: Optional[bytes]) -> None:
-        """Have a connection count for a client, or for none. TooMany: the client has max_connections_per_client, and this one more until it ends."""
+        """Have a connection count for a client; None: for nobody. TooMany: the client has max_connections_per_client, and this one until it ends."""
         with self._lock:
-            if connection.counted is not None:
-                count_down(self._connections_of, connection.counted)
+            count_down(self._connections_of, connection.counted)
             connection.counted = key
-            if key is not None:
-                self._connections_of[key] += 1
-                if self._connections_of[key] > self.settings.max_connections_per_client:
-                    raise TooMany("there are too many connections from your address", limit="connections_per_client")
+            self._connections_of[key] += 1
+            is_over = key is not None and self._connections_of[key] > self.settings.max_connections_per_client
+        insist(not is_over, "there are too many connections from your address", TooMany, limit="connections_per_client")
 
     # Connections that wait. One is served by a thread, or parked, and then the selector watches it for its events. Who parks one under TLS, or
     # wakes one, puts it into the queue, because the selector is for the serving thread alone. One that is woken is served once it is parked.
@@ -1980,17 +1934,11 @@ class Server(http.server.ThreadingHTTPServer):
         now = time.monotonic()
         self.next_look = now + len(self.connections) / LOOKS_PER_SECOND
         for connection in [each for each in list(self.connections) if each.deadline <= now and each.events]:
-            self.go_on(connection)
+            (self.close if connection.events == WRITE else self.go_on)(connection)      # the client does not read its answer
 
-    def go_on(self, connection: Handler) -> None:
-        """Serve a parked connection: at once, or under TLS in a thread of the base class's.
-
-        It waits while there are max_threads of them, none of which waits for its client.
-        """
-        connection.events, connection.is_woken = None, False
-        if not self.tls:
-            self.advance(connection)
-            return
+    def start_thread(self, connection: Handler) -> None:
+        """Serve a parked connection in a thread of the base class's, once there are fewer than max_threads, none of which waits for its client."""
+        connection.events = None
         self.watch(connection)
         self.threads.acquire()
         try:
@@ -2001,10 +1949,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            self.advance(request)
-        finally:
-            self.threads.release()
+        request.handle()
+        self.threads.release()
 
     def watch(self, connection: Handler) -> None:
         """Have the selector tell when there is something for a connection, if it is parked."""
@@ -2030,18 +1976,6 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             self.counters[counter, labels] += 1
 
-    def advance(self, connection: Handler) -> None:
-        """Serve a connection until it is parked or closed."""
-        try:
-            connection.events = next(connection.steps)
-            (self.look_at if self.tls else self.watch)(connection)
-            return
-        except (StopIteration, Gone):
-            pass
-        except Exception:
-            self.handle_error(connection, connection.client_address)
-        self.close(connection)
-
     def wake(self, connection: Handler) -> None:
         """Have a connection served that waits for news, or will in a moment."""
         connection.is_woken = True
@@ -2059,16 +1993,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.registry.forget_waiter(connection.waiter)
         self.count(connection, None)
         self.connections.discard(connection)
+        connection.events = None
         self.watch(connection)
-        self.shutdown_request(connection.connection)
+        connection.end_tls()
+        self.shutdown_request(connection.request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """One connection ends, and the server goes on. That its client has gone is no fault of ours."""
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            log.debug("a connection was lost: %s", error)
-        else:
-            log.exception("a connection failed")
+        log.exception("a connection failed")        # which ends, and the server goes on
 
 
 def load_certificate(settings: Settings) -> Optional[ssl.SSLContext]:

@@ -4381,34 +4381,40 @@ def test_the_server_speaks_https_with_a_certificate(secure):
         assert [tls.answer().status for _ in range(2)] == [404, 200] and tls.is_closed()
 
 
-def test_who_reads_some_of_a_record_of_tls_counts_as_one_who_reads(certificate):
+def test_who_reads_some_of_a_record_of_tls_counts_as_one_who_reads(secure, monkeypatch):
     """Or a client that is slow would be cut where one without TLS is not: its record can be longer than what the system takes in at once."""
-    plain, client = socket.socketpair()
+    monkeypatch.setattr(p2pserver, "SEND_TIME", 1.0)
+    api = secure()
+    for i in range(48):
+        api.server.registry.register_game(f"game {i}", BY_HOST, info=b'{"text":"' + b"x" * 1000 + b'"}')
+    api.server.listeners[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)       # which its connections have as well
+    incoming, outgoing, text = ssl.MemoryBIO(), ssl.MemoryBIO(), b""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=CERTIFICATES[0])
-    with plain, client, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        plain.setblocking(False)
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        tls = p2pserver.TlsSocket(plain, p2pserver.load_certificate(Settings(tls_cert=str(certificate))))
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
 
-        def talk():
-            with context.wrap_socket(client, server_hostname="localhost") as stream:
-                stream.sendall(b"?")
-                assert goes_on.wait(WAIT)
-                return stream.makefile("rb").read(len(data))
+    def do(step, *arguments):
+        """Do what may take more bytes of the server, of which a few are read after a while."""
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                return step(*arguments)
+            raw.socket.sendall(outgoing.read())
+            is_silent(raw, WAIT)
+            time.sleep(0.1 if step == tls.read else 0)
+            data = raw.socket.recv(2000)
+            assert data, "the server has cut the connection"
+            incoming.write(data)
 
-        data, goes_on, talking, sent, received = b"x" * p2pserver.READ_SIZE, threading.Event(), pool.submit(talk), 0, None
-        while received != b"?":
-            select.select([plain], [], [], WAIT)
-            with contextlib.suppress(BlockingIOError):
-                received = tls.recv(p2pserver.READ_SIZE)
-        assert tls.send(data) == 0, "there was room for some of it"
-        goes_on.set()
-        while not sent:
-            select.select([], [plain], [], WAIT)
-            with contextlib.suppress(BlockingIOError):
-                sent = tls.send(data)
-        assert sent == len(data) and talking.result(WAIT) == data
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    with Deaf(api, outgoing.read()) as raw:
+        do(tls.do_handshake)
+        tls.write(LIST + END)
+        raw.socket.sendall(outgoing.read())
+        began = time.monotonic()
+        while not text.endswith(b"]}\n"):
+            text += do(tls.read, 65536)
+        assert time.monotonic() - began > 2 * p2pserver.SEND_TIME and len(json.loads(text.partition(END + END)[2])["games"]) == 48
 
 
 def test_the_key_may_be_in_a_file_of_its_own(serve, tmp_path):
@@ -5051,6 +5057,15 @@ def test_a_port_in_use_on_one_address_of_a_name_is_one_line_and_status_1(in_worl
                                  timeout=WAIT)
     assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1)
     assert f"TCP port {port} of localhost cannot be used: Address already in use" in process.stderr
+
+
+def test_a_second_port_for_stun_that_is_taken_on_one_address_of_a_name_is_told_to_nobody(in_world):
+    before = in_world("127.0.0.1 localhost\n127.0.0.5 localhost\n")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.5", 0))
+        with running("--host", "localhost", "--port", "0", "--second-stun-port", str(other.getsockname()[1]), before=before) as process:
+            assert Api(process, process.port).register_game("castle").json()["stun"] == [process.port]
+            assert f"STUN on UDP port {process.port};" in process.line and "cannot be used for STUN too" in end(process)[2]
 
 
 def test_a_name_that_is_none_is_one_line_and_status_1():
