@@ -56,7 +56,6 @@ import ipaddress
 import itertools
 import json
 import logging.handlers
-import math
 import mmap
 import os
 import queue
@@ -185,7 +184,7 @@ GAME_SIZE, GUEST_SIZE = 1250, 1050      # bytes that one takes beside its texts 
 MAX_REMEMBERED, MEMBER_SIZE = 256, 200  # sessions that ended, and guests that were dismissed, of which a game knows; bytes of one
 REPORT_EVERY = 60.0             # seconds between two lines that tell how often one limit was reached
 MAX_KNOWN_BODIES, MAX_KNOWN_BODY = 10000, 512   # bodies that need not be read again, the latest, and the bytes of one
-LOOKS_PER_SECOND = 10000        # whether the deadline of a connection has passed: with so many, it is noticed up to a second late
+LOOKS_PER_SECOND = 10000        # at the deadlines of connections: among so many, one that has passed is noticed up to a second late
 LOG_LINES = 10000               # that wait to be written at the most
 
 
@@ -278,7 +277,8 @@ def check_name(value: Any, scope: Scope) -> Any:
     # NFC makes at most four characters one: what is longer than four times the limit stays too long, and need not be normalised whole.
     name = unicodedata.normalize("NFC", value[:4 * MAX_NAME + 1]) if isinstance(value, str) else ""
     insist(name not in RESERVED_NAMES and GAME_NAME.fullmatch(name),
-           f"must be a string of 1 to {MAX_NAME} characters, without control characters, line separators, / and white space at its ends, and no reserved word")
+           f"must be a string of 1 to {MAX_NAME} characters, without /, control characters and line separators, with no white space at its ends, "
+           "and no reserved word")
     unseen = [] if name.isascii() else [each for each in EMOJI_JOINER.sub("", name) if unicodedata.category(each) == "Cf" or NOT_DRAWN.match(each)]
     return insist(not unseen, "must not have characters that cannot be seen, beside joiners within emoji") and name
 
@@ -387,7 +387,7 @@ def validate(body: Mapping[str, Any], fields: Mapping[str, Check], scope: Scope)
         try:
             values[name] = check(body.get(name), scope)
         except ValueError as fault:
-            faults[name] = str(fault)
+            faults[name] = str(fault) if name in body else f"is missing; it {fault}"
     if faults:
         raise Problem("; ".join(f"{name} {fault}" for name, fault in faults.items()), errors=faults)
     return values
@@ -399,7 +399,7 @@ def unique_keys(pairs: List[Tuple[str, Any]]) -> Any:
     return insist(len(members) == len(pairs), "a name stands twice in one object") and members
 
 
-to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False).encode
 # To Python 1e999 is infinite. So is a whole number that is too large for a double.
 from_json = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=lambda text: int(text) if len(text) < 300 else float(text)).decode
 
@@ -498,7 +498,8 @@ class GameRegistry(Protocol):
 
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
                   dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
-        """Publish the host's addresses and replies, where given; learn of the guests that came, moved or left since the cursor after, or of all there are.
+        """Publish the host's addresses and replies; learn of the guests that came, moved or left since the cursor after, or of all there are. No
+        addresses and no replies: a poll that has waited is asked again, as in start_game.
 
         A reply that was made before after, without the guest's present addresses, is ignored. dismiss: sessions of guests to be sent away.
         With wake, without news and while there is room, the answer has a waiter. A later poll of the host replaces it. NotFound. Forbidden. Full.
@@ -651,10 +652,11 @@ class Registry(GameRegistry):
             game = self._find(name, digest)
             self._keep_alive(game, seen_at)
             since, is_same = self._since(after), addresses in (None, game.offer)
-            told, sent_away = self._cursor if after is None else since, set(dismiss)
+            told = since if after is not None else self._cursor     # without a cursor it learns of all that there is
             gone = [] if is_same and replies is None else self._publish(game, addresses, replies, told)
             game.told = told
-            for guest in [each for each in game.guests.values() if each.session_id in sent_away] if sent_away else ():
+            sent_away = set(dismiss)
+            for guest in [each for each in game.guests.values() if each.session_id in sent_away] if dismiss else ():
                 self._remove(guest, "dismiss_guest")
                 self._change(game, dismissed=(*game.dismissed, guest.digest)[-MAX_REMEMBERED:])
             left = [] if after is None or game.news <= since else [session_id for version, session_id in game.left if version > since]
@@ -693,7 +695,7 @@ class Registry(GameRegistry):
     def leave_game(self, name: str, digest: bytes) -> None:
         with self._lock:
             guest = self._find(name).guests.get(digest)
-            self._remove(insist(guest, f"there is no session with the game {name!r} that could end", NotFound), "leave_game")
+            self._remove(insist(guest, f"this peerId is no guest of the game {name!r}", NotFound), "leave_game")
 
     def forget_waiter(self, waiter: Waiter) -> GameRegistry:
         with self._lock:
@@ -709,7 +711,8 @@ class Registry(GameRegistry):
             if self._listed != self._cursor:
                 self._listed = self._cursor
                 text = list_text([self._line(game) for game in self._games.values() if game.listed])
-                self._list = self._list if text == self._list[1] else (self._cursor, text)
+                if text != self._list[1]:
+                    self._list = (self._cursor, text)
             return self._list
 
     def get_game(self, name: str) -> bytes:
@@ -1007,6 +1010,7 @@ class StunServer(socketserver.UDPServer):
 
 
 # ---- endpoints and routes -------------------------------------------------------------------------------------------
+# The docstring of an endpoint is its line on the start page.
 
 class Answer(NamedTuple):
     """A status, a body, and header fields beside the usual ones. A body ends with a newline, so that the prompt of a shell has a line of its own."""
@@ -1182,7 +1186,7 @@ def resolve(path: str) -> Tuple[Dict[str, Route], str]:
     insist(path, "the request target is no path or http URI; what these cannot hold must be percent-encoded (RFC 3986)")
     with contextlib.suppress(ValueError):       # the name breaks a rule, as one with a slash does, or is not UTF-8
         return ROUTES[GAME_PATH], check_name(urllib.parse.unquote(path.removeprefix("/games/"), errors="strict"), Scope())
-    raise NotFound("there is nothing here, and no game can have such a name; GET / lists what there is")
+    raise NotFound("there is no such path, and no game can have such a name; GET / lists the paths")
 
 
 def wished_wait(wait: Optional[float], headers: Mapping[str, str], max_wait: int) -> int:
@@ -1209,7 +1213,7 @@ CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]{0,8}(?:;[\t -~\x80-\xff]{0,256}
 BEGINNING = re.compile(rb"\r?\Z|[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:\Z| [!-~]*(?:\Z| [HTP/.0-9]{0,8}(?:\Z|\r)))")
 FORBIDDEN = re.compile(rb"(?<!\r)\n|\r[^\n]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 # A media type that is JSON, with any parameters but a charset other than UTF-8.
-JSON_TYPE = re.compile(r'[ \t]*(application/json|(?!application/json-patch)[^;]*\+json)[ \t]*(;(?!.*charset=(?!"?utf-?8"?[ \t]*(;|$))).*)?')
+JSON_TYPE = re.compile(r'(application/json|(?!application/json-patch)[^;]*\+json)[ \t]*(;(?!.*charset=(?!"?utf-?8"?[ \t]*(;|$))).*)?')
 
 
 class Head(NamedTuple):
@@ -1602,7 +1606,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.routes, name = resolve(head.path)
         self.route = self.routes.get("GET" if head.method == "HEAD" else head.method)
         if self.route is None:
-            raise Problem("this method is not for this path", 405, headers={"Allow": allowed(self.routes)})
+            raise Problem(f"{head.method} is not for this path, which takes {allowed(self.routes)}", 405, headers={"Allow": allowed(self.routes)})
         self.digest, self.fields = self.read_fields(self.route) if self.route.fields else (b"", {})
         self.name = name or self.fields.pop("name", "")         # of the game
         self.wait = wished_wait(self.fields.pop("wait", None), head.headers, server.settings.max_wait)
@@ -1889,6 +1893,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.finish_request(*listener.accept())     # this makes a Handler
         except OSError as error:        # there are no more, or this one has gone already
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.tally(REFUSED, "files")
                 time.sleep(0.01)    # the client stays in the backlog; to accept it again at once would be to spin
 
     def admit(self, connection: Handler) -> None:
@@ -1969,7 +1974,7 @@ class Server(http.server.ThreadingHTTPServer):
         pause = self.limiter.acquire(client.key)
         if pause:
             self.refusals.acquire(client.key)
-            raise TooMany("too many requests come from your address", limit="rate", headers={"Retry-After": str(math.ceil(pause))})
+            raise TooMany("too many requests come from your address", limit="rate", headers={"Retry-After": str(int(pause) + 1)})
 
     def tally(self, counter: str, *labels: Any) -> None:
         """Count one more: counter is REQUESTS, REFUSED or STUN, whose labels have these values."""
