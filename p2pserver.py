@@ -56,6 +56,7 @@ import ipaddress
 import itertools
 import json
 import logging.handlers
+import math
 import mmap
 import os
 import queue
@@ -387,7 +388,7 @@ def validate(body: Mapping[str, Any], fields: Mapping[str, Check], scope: Scope)
         try:
             values[name] = check(body.get(name), scope)
         except ValueError as fault:
-            faults[name] = str(fault) if name in body else f"is missing; it {fault}"
+            faults[name] = str(fault) if name in body else f"is missing: it {fault}"
     if faults:
         raise Problem("; ".join(f"{name} {fault}" for name, fault in faults.items()), errors=faults)
     return values
@@ -695,7 +696,7 @@ class Registry(GameRegistry):
     def leave_game(self, name: str, digest: bytes) -> None:
         with self._lock:
             guest = self._find(name).guests.get(digest)
-            self._remove(insist(guest, f"this peerId is no guest of the game {name!r}", NotFound), "leave_game")
+            self._remove(insist(guest, f"this peerId has no session with the game {name!r}", NotFound), "leave_game")
 
     def forget_waiter(self, waiter: Waiter) -> GameRegistry:
         with self._lock:
@@ -1606,7 +1607,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.routes, name = resolve(head.path)
         self.route = self.routes.get("GET" if head.method == "HEAD" else head.method)
         if self.route is None:
-            raise Problem(f"{head.method} is not for this path, which takes {allowed(self.routes)}", 405, headers={"Allow": allowed(self.routes)})
+            raise Problem(f"this method is not for this path, which takes {allowed(self.routes)}", 405, headers={"Allow": allowed(self.routes)})
         self.digest, self.fields = self.read_fields(self.route) if self.route.fields else (b"", {})
         self.name = name or self.fields.pop("name", "")         # of the game
         self.wait = wished_wait(self.fields.pop("wait", None), head.headers, server.settings.max_wait)
@@ -1954,8 +1955,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.close(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        request.handle()
-        self.threads.release()
+        try:
+            request.handle()
+        finally:
+            self.threads.release()
 
     def watch(self, connection: Handler) -> None:
         """Have the selector tell when there is something for a connection, if it is parked."""
@@ -1974,7 +1977,7 @@ class Server(http.server.ThreadingHTTPServer):
         pause = self.limiter.acquire(client.key)
         if pause:
             self.refusals.acquire(client.key)
-            raise TooMany("too many requests come from your address", limit="rate", headers={"Retry-After": str(int(pause) + 1)})
+            raise TooMany("too many requests come from your address", limit="rate", headers={"Retry-After": str(math.ceil(pause))})
 
     def tally(self, counter: str, *labels: Any) -> None:
         """Count one more: counter is REQUESTS, REFUSED or STUN, whose labels have these values."""

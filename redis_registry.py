@@ -198,7 +198,7 @@ function ops.start_game()
 end
 function ops.leave_game()
   local g = find_game()
-  remove(g, find(g.guests, g.key .. ':' .. a.digest) or error({'NotFound', '', 'this peerId is no guest of the game {!r}', g.name}), op)
+  remove(g, find(g.guests, g.key .. ':' .. a.digest) or error({'NotFound', '', 'this peerId has no session with the game {!r}', g.name}), op)
 end
 function ops.forget_waiter() if call('HGET', P .. 'held', a.key) == a.token then wake(a.key, '') end end
 function ops.list_games()

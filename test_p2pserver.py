@@ -586,6 +586,7 @@ def test_every_fault_of_a_body_is_named_at_once():
             **p2pserver.OWNER, "addresses": p2pserver.MEETING["addresses"], "info": p2pserver.SHOWN["info"], "after": p2pserver.MEETING["after"]}, Scope())
     assert set(refused.value.errors) == {"name", "addresses", "peerId", "after"} and all(field in refused.value.detail for field in refused.value.errors)
     assert re.fullmatch(r"\[0\] must be .*; \[2\] must have .*", refused.value.errors["addresses"])
+    assert refused.value.errors["peerId"].startswith("is missing: it must be") and refused.value.errors["name"].startswith("must be")
 
 
 def test_of_a_name_that_is_far_too_long_only_the_beginning_is_normalised():
@@ -2266,6 +2267,7 @@ def test_what_is_not_for_a_path_answers_405_and_options_204_both_with_allow(path
     for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} - set(allow.split(", ")):
         answer = api.call(method, path)
         assert (answer.status_code, answer.headers["Allow"]) == (405, allow), method
+        assert method == "HEAD" or answer.json()["detail"].endswith(f"which takes {allow}")
     answer = api.call("OPTIONS", path)
     assert (answer.status_code, answer.headers["Allow"], answer.content) == (204, allow, b"")
     assert answer.headers.get("Accept-Patch") == ("application/json" if "PATCH" in allow else None)

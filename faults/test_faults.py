@@ -189,6 +189,7 @@ def test_when_descriptors_have_run_out_the_server_rests_serves_those_it_has_and_
             with out_of_files(server):
                 assert server.cpu_share() < 0.15
                 assert early.ask("GET", "/games").status == 200
+                assert b'refused_total{limit="files"}' in early.ask("GET", "/metrics").body
             wait_until(server.answers)
         wait_until(lambda: server.descriptors <= descriptors)
         assert "Traceback" not in server.err and server.err.count("\n") < 1000, "it says so, if at all, now and then"
