@@ -117,7 +117,7 @@ class Networks:
         return bool(address) and any(ipaddress.ip_address(address) in network for network in self._networks)
 
 
-IP_LIST = "[0-9A-Fa-f:./, ]*"
+IP_LIST = "([0-9A-Fa-f:./, ]|%[^/, ]+)*"      # the zone of a link-local address may be any text (RFC 4007 section 11)
 
 OPTIONS = (
     Option("host", "", "address to listen on, or a name: all its addresses; all addresses, IPv6 and IPv4, if not given"),
@@ -1463,9 +1463,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.admit(self)
         if self.server.tls:
             yield READ          # nothing of it is done in the thread that accepts
-            if self.request.recv(1, socket.MSG_PEEK).isalpha():     # no message of TLS begins so
-                self.problem = Problem("this port speaks TLS: use https://")
-            else:
+            if not self.request.recv(1, socket.MSG_PEEK).isalpha():     # no message of TLS begins so
                 self.tls = Tls(self.server.tls, functools.partial(self.request.shutdown, socket.SHUT_RD))      # then the socket, too, is at its end
         while True:
             yield from self.send_answer((yield from self.answer()))     # nothing of it stays here while the connection is idle
@@ -1530,6 +1528,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif not data:
             raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
         self.buffer += data
+        insist(self.tls or not self.server.tls, "this port speaks TLS: use https://")
 
     def read_ahead(self) -> None:
         """Read what comes while a poll or start waits: the next request. Gone."""
@@ -1561,15 +1560,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.head = Head(line[1], line[2], path_of(line[2]))
         outcome = self.outcome_of(self.begin)
         while not isinstance(outcome, Answer):
-            if outcome:
-                # Of its fields, and of what the registry has answered, nothing is kept, of its head little.
+            if outcome:     # a Waiter: of its fields, and of what the registry has answered, nothing is kept, of its head little
                 self.registry, self.fields, self.waiter = self.server.registry, {}, outcome
                 self.head = self.head._replace(target=self.path[:200], headers={"origin": self.headers.get("origin", "")[:200]})
                 yield READ
                 self.read_ahead()
                 self.registry = self.server.registry.forget_waiter(outcome)
                 self.name, self.fields = outcome.name, {"after": outcome.after}
-            else:       # the registry's answer wakes it
+            else:           # the registry's answer will wake it
                 yield NOTHING
             outcome = self.outcome_of(self.perform)
         if (self.server.queue or self.buffer) and not self.waiter:
@@ -1597,7 +1595,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def begin(self) -> Outcome:
         """Find the route, check the fields, and perform the request for the first time. Problem: what is wrong."""
         server, head = self.server, self.head
-        # A monitor is never refused. A proxy does not pay for what cannot be read, which may be anybody's.
+        # The rate is not for monitors. A proxy does not pay for what cannot be read, which may be anybody's.
         if head.path != HEALTH_PATH and not (self.problem and self.is_proxy and self.client is self.peer):
             server.charge(self.client)
         if self.problem:
@@ -1609,7 +1607,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.route is None:
             raise Problem(f"this method is not for this path, which takes {allowed(self.routes)}", 405, headers={"Allow": allowed(self.routes)})
         self.digest, self.fields = self.read_fields(self.route) if self.route.fields else (b"", {})
-        self.name = name or self.fields.pop("name", "")         # of the game
+        self.name = name or self.fields.pop("name", "")         # of the game; where the path tells it, the field is its new name
         self.wait = wished_wait(self.fields.pop("wait", None), head.headers, server.settings.max_wait)
         self.deadline = time.monotonic() + self.wait
         return self.perform()
@@ -1685,10 +1683,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content = "" if answer.body is None else f"Content-Type: {answer.media_type}\r\nContent-Length: {len(data)}\r\n"
         head = f"{text}{content}\r\n".encode("latin-1")
         self.log_request(answer.status, len(data))
-        if self.head.method == "HEAD":
-            data = b""
         if len(data) >= BYTES_PER_TOKEN:
             server.limiter.charge(self.client.key, len(data) // BYTES_PER_TOKEN)
+        if self.head.method == "HEAD":      # it pays as GET does, as the list may have been made for it
+            data = b""
         if self.is_proxy:
             server.count(self, None)
         self.forget_request()
@@ -1697,7 +1695,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.deadline = time.monotonic() + (LINGER_TIME if self.problem else REQUEST_TIME if self.buffer else server.settings.idle_timeout)
 
     def send(self, data: bytes) -> Steps:
-        """Send bytes, as fast as the client reads them."""
+        """Send bytes, as fast as the client reads them. Gone: it does not."""
         for piece in self.tls.records(data) if self.tls else (data,):
             unsent = memoryview(piece)
             while unsent:
@@ -1706,6 +1704,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 except BlockingIOError:
                     self.deadline = time.monotonic() + SEND_TIME
                     yield WRITE
+                    if self.is_late:
+                        raise Gone from None
 
     def end_tls(self) -> None:
         """Say that no more is sent. What still comes is not decrypted."""
@@ -1940,7 +1940,7 @@ class Server(http.server.ThreadingHTTPServer):
         now = time.monotonic()
         self.next_look = now + len(self.connections) / LOOKS_PER_SECOND
         for connection in [each for each in list(self.connections) if each.deadline <= now and each.events]:
-            (self.close if connection.events == WRITE else self.go_on)(connection)      # the client does not read its answer
+            self.go_on(connection)
 
     def start_thread(self, connection: Handler) -> None:
         """Serve a parked connection in a thread of the base class's, once there are fewer than max_threads, none of which waits for its client."""

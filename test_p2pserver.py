@@ -3839,6 +3839,17 @@ def test_a_token_is_the_price_of(data, status, serve, clock):
         assert ask(api, "127.0.0.1", b"GET %s HTTP/1.1\r\nHost: h\r\n\r\n" % target).status == 200, "a monitor is never refused"
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_list_costs_a_token_more_for_each_16_kb_of_it_also_if_it_is_made_for_its_head_alone(method, serve, clock):
+    api = serve()
+    for i in range(40):
+        api.register_game(f"game {i}", info={"x": "x" * 1000})
+    assert 2 * 16384 < len(api.list_games().content) < 3 * 16384
+    limited(api, clock, 1, 10)
+    # What is left before each: 10, 7, 4, 1, and none.
+    assert [api.call(method, "/games").status_code for _ in range(5)] == [200] * 4 + [429]
+
+
 @pytest.mark.parametrize("burst, status", [(24, 200), (23, 429)])
 def test_each_read_beyond_the_eighth_costs_a_token(burst, status, serve, clock):
     """One is for the head, thirty for a byte each of the body; and one token more is for the request."""
