@@ -4294,6 +4294,37 @@ def test_a_program_whose_reader_is_gone_ends_quietly_and_leaves_nothing(start_se
         wait_until(lambda: server.registry.counts()["guests"] == 0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_programs_that_are_terminated_or_whose_terminal_closes_delete_their_games_and_leave(start_server, program, number):
+    server = start_server()
+    hosts = program("simulate_hosts.py", "--server", url_of(server))
+    hosts.has("3 games are on offer")
+    guest = program("simulate_guest.py", "--server", url_of(server), "--messages", "1000")
+    guest.has("message 1 of 1000: round trip")
+    assert guest.end(number)[0] == 1 and server.registry.counts()["guests"] == 0
+    assert hosts.end(number)[0] == 0 and server.registry.counts()["games"] == 0
+
+
+def test_programs_whose_terminal_is_gone_leave_nothing(start_server, program):
+    """It may send SIGHUP several times, and nothing can be written to it."""
+    server = start_server()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle"):
+        for script, line in (("simulate_hosts.py", "3 games are on offer"), ("simulate_guest.py", "  connected: ")):
+            terminal = program("-c", "import pty, sys; pty.spawn([sys.executable, *sys.argv[1:]])", script, "--server", url_of(server))
+            terminal.has(line)
+            terminal.end(signal.SIGKILL)
+            wait_until(lambda: (server.registry.counts()["games"], server.registry.counts()["guests"]) == (1, 0))
+
+
+def test_hosts_that_nohup_has_started_stay_when_the_terminal_closes(start_server, program):
+    url = url_of(start_server())
+    nohup = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    hosts = program("-c", nohup, "simulate_hosts.py", "--server", url, "--hosts", "1")
+    hosts.has("1 game is on offer")
+    hosts.process.send_signal(signal.SIGHUP)
+    assert program("simulate_guest.py", "--server", url).end()[0] == 0 and hosts.end(signal.SIGTERM)[0] == 0
+
+
 MANY_VOICES = """
 import sys, threading
 sys.setswitchinterval(1e-6)
