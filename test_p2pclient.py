@@ -4366,7 +4366,7 @@ def test_a_url_of_the_other_scheme_or_with_a_path_is_recognised(start_server, pr
     programs = [("simulate_guest.py",), ("simulate_guest.py", "--game", "castle"), ("simulate_hosts.py",), ("-m", "p2pclient", "check")]
     for each in [program(*arguments, "--server", typed.format(place)) for arguments in programs]:
         status, text = each.end()
-        assert status == 1 and f"a p2pserver answers at http://{place}: use that as --server" in text
+        assert status == 1 and re.search(rf"(_guest|_hosts|HTTP|not connected): a p2pserver answers at http://{place}: use that as --server \(.*\)\n", text)
 
 
 def test_http_on_https_is_recognised(start_server, program, certificate):  # noqa: F811
@@ -4374,6 +4374,15 @@ def test_http_on_https_is_recognised(start_server, program, certificate):  # noq
     for each in [program(script, "--server", url_of(server)) for script in ("simulate_guest.py", "simulate_hosts.py")]:
         status, text = each.end()
         assert status == 1 and "this port speaks TLS: use https://" in text
+
+
+@pytest.mark.parametrize("bundle", [None, "/nowhere", __file__])
+def test_a_certificate_or_bundle_that_cannot_be_used_is_told_with_what_to_do(start_server, program, certificate, bundle):  # noqa: F811
+    url = url_of(start_server(tls_cert=str(certificate))).replace("http:", "https:")
+    programs = [("simulate_guest.py",), ("simulate_hosts.py",), ("-m", "p2pclient", "check")]
+    for each in [program(*arguments, "--server", url, **({"REQUESTS_CA_BUNDLE": bundle} if bundle else {})) for arguments in programs]:
+        status, text = each.end()
+        assert status == 1 and "if the server's certificate is self-signed, set REQUESTS_CA_BUNDLE to its file (PEM)\n" in text
 
 
 def test_the_map_of_the_package_names_each_file_once():
