@@ -193,7 +193,7 @@ def run(options, games):
 def warn_without_stun(endpoint):
     """Say once what it means if no STUN server answers. One at another port than was guessed has a second."""
     end = p2pclient.Deadline(STUN_TIME)
-    while end.left() and without_stun(endpoint.candidates):
+    while end.left() and endpoint.candidates.nat == "no answer":
         time.sleep(0.05)
     if without_stun(endpoint.candidates):
         say(f"warning: {without_stun(endpoint.candidates)}")

@@ -3130,6 +3130,21 @@ def test_nobody_is_told_that_udp_is_blocked_where_the_server_has_no_stun(start_s
     assert "never answered" in str(caught.value) and "not even from the STUN server" not in str(caught.value)
 
 
+def test_a_host_does_not_wait_for_the_answer_of_stun_where_the_server_tells_that_it_has_none(start_server, monkeypatch):
+    offered, answers = threading.Event(), []
+
+    def ask_stun(sock, servers, nat64):
+        if servers:
+            answers.append(offered.wait(WAIT))
+        return {}
+
+    monkeypatch.setattr(whereabouts, "ask_stun", ask_stun)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(start_server(no_stun=True))), "castle") as game:
+        offered.set()
+        wait_until(lambda: answers == [True])
+        assert game.endpoint.candidates.nat == "not asked" and game.endpoint.candidates.addresses
+
+
 def test_stun_at_another_port_is_found_when_the_server_tells(start_server, monkeypatch):
     monkeypatch.setattr(candidates, "STUN_PATIENCE", 0.2)
     server = start_server(stun_port=free_port())
@@ -4227,6 +4242,14 @@ def test_hosts_gather_candidates_at_once_and_a_missing_stun_server_is_one_warnin
         hosts.has("3 games are on offer")
         text = hosts.end(signal.SIGINT)[1]
     assert text.count("warning") == 1 and "warning: no STUN server answers, so players outside of this network may not get through" in text
+
+
+def test_hosts_of_a_server_without_stun_say_how_to_name_one_and_wait_for_none(start_server, program):
+    hosts = program("simulate_hosts.py", "--server", url_of(start_server(no_stun=True)))
+    hosts.has("3 games are on offer")
+    text = hosts.end(signal.SIGINT)[1]
+    assert "no answer" not in text and text.count("warning") == 1
+    assert "warning: there is no STUN server, so players outside of this network may not get through to this one; name one (--stun HOST:PORT)\n" in text
 
 
 def test_a_guest_asks_stun_once_for_all_games(start_server, program):
