@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import random
-import signal
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ try:
     from p2pclient.commandline import SLOW, OutputLost, add_peer_id_file, add_search, complain, explain, kept_peer_id, parse_server, say, seconds
     from p2pclient.deadline import told_if_slow
     from p2pclient.diagnosis import without_stun
+    from p2pclient.signals import end_by_signals
     from p2pclient.texts import printable
 except ModuleNotFoundError as error:
     sys.exit(f"the module {error.name} is missing; python3 -m pip install {error.name} installs it")
@@ -147,7 +147,7 @@ def run(options):
 def main():
     options = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell starts what runs in its background with SIGINT ignored
+    end_by_signals()
     try:
         return run(options)
     except ValueError as error:

@@ -22,6 +22,7 @@ try:
     from p2pclient.commandline import SLOW, OutputLost, add_peer_id_file, add_search, complain, explain, kept_peer_id, output_lost, parse_server, say, seconds
     from p2pclient.deadline import told_if_slow
     from p2pclient.diagnosis import without_stun
+    from p2pclient.signals import end_by_signals
     from p2pclient.texts import printable
     from p2pclient.turn import parse_turn_url
 except ModuleNotFoundError as error:
@@ -168,10 +169,6 @@ def serve(game, once):
         pass
 
 
-def interrupt(number, frame):
-    raise KeyboardInterrupt
-
-
 def run(options, games):
     """Offer games, which are added to games, and serve their guests until it is time to end. The exit status."""
     status = 0
@@ -196,7 +193,7 @@ def run(options, games):
 def warn_without_stun(endpoint):
     """Say once what it means if no STUN server answers. One at another port than was guessed has a second."""
     end = p2pclient.Deadline(STUN_TIME)
-    while end.left() and without_stun(endpoint.candidates):
+    while end.left() and endpoint.candidates.nat == "no answer":
         time.sleep(0.05)
     if without_stun(endpoint.candidates):
         say(f"warning: {without_stun(endpoint.candidates)}")
@@ -216,8 +213,7 @@ def close_all(games):
 def main():
     options = parse_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):      # a shell starts what runs in its background with SIGINT ignored
-        signal.signal(number, interrupt)
+    end_by_signals()
     games, status = [], 0
     try:
         status = run(options, games)

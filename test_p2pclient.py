@@ -3130,6 +3130,21 @@ def test_nobody_is_told_that_udp_is_blocked_where_the_server_has_no_stun(start_s
     assert "never answered" in str(caught.value) and "not even from the STUN server" not in str(caught.value)
 
 
+def test_a_host_does_not_wait_for_the_answer_of_stun_where_the_server_tells_that_it_has_none(start_server, monkeypatch):
+    offered, answers = threading.Event(), []
+
+    def ask_stun(sock, servers, nat64):
+        if servers:
+            answers.append(offered.wait(WAIT))
+        return {}
+
+    monkeypatch.setattr(whereabouts, "ask_stun", ask_stun)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(start_server(no_stun=True))), "castle") as game:
+        offered.set()
+        wait_until(lambda: answers == [True])
+        assert game.endpoint.candidates.nat == "not asked" and game.endpoint.candidates.addresses
+
+
 def test_stun_at_another_port_is_found_when_the_server_tells(start_server, monkeypatch):
     monkeypatch.setattr(candidates, "STUN_PATIENCE", 0.2)
     server = start_server(stun_port=free_port())
@@ -4229,6 +4244,14 @@ def test_hosts_gather_candidates_at_once_and_a_missing_stun_server_is_one_warnin
     assert text.count("warning") == 1 and "warning: no STUN server answers, so players outside of this network may not get through" in text
 
 
+def test_hosts_of_a_server_without_stun_say_how_to_name_one_and_wait_for_none(start_server, program):
+    hosts = program("simulate_hosts.py", "--server", url_of(start_server(no_stun=True)))
+    hosts.has("3 games are on offer")
+    text = hosts.end(signal.SIGINT)[1]
+    assert "no answer" not in text and text.count("warning") == 1
+    assert "warning: there is no STUN server, so players outside of this network may not get through to this one; name one (--stun HOST:PORT)\n" in text
+
+
 def test_a_guest_asks_stun_once_for_all_games(start_server, program):
     url = url_of(start_server())
     program("simulate_hosts.py", "--server", url).has("3 games are on offer")
@@ -4294,6 +4317,37 @@ def test_a_program_whose_reader_is_gone_ends_quietly_and_leaves_nothing(start_se
         wait_until(lambda: server.registry.counts()["guests"] == 0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_programs_that_are_terminated_or_whose_terminal_closes_delete_their_games_and_leave(start_server, program, number):
+    server = start_server()
+    hosts = program("simulate_hosts.py", "--server", url_of(server))
+    hosts.has("3 games are on offer")
+    guest = program("simulate_guest.py", "--server", url_of(server), "--messages", "1000")
+    guest.has("message 1 of 1000: round trip")
+    assert guest.end(number)[0] == 1 and server.registry.counts()["guests"] == 0
+    assert hosts.end(number)[0] == 0 and server.registry.counts()["games"] == 0
+
+
+def test_programs_whose_terminal_is_gone_leave_nothing(start_server, program):
+    """It may send SIGHUP several times, and nothing can be written to it."""
+    server = start_server()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle"):
+        for script, line in (("simulate_hosts.py", "3 games are on offer"), ("simulate_guest.py", "  connected: ")):
+            terminal = program("-c", "import pty, sys; pty.spawn([sys.executable, *sys.argv[1:]])", script, "--server", url_of(server))
+            terminal.has(line)
+            terminal.end(signal.SIGKILL)
+            wait_until(lambda: (server.registry.counts()["games"], server.registry.counts()["guests"]) == (1, 0))
+
+
+def test_hosts_that_nohup_has_started_stay_when_the_terminal_closes(start_server, program):
+    url = url_of(start_server())
+    nohup = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    hosts = program("-c", nohup, "simulate_hosts.py", "--server", url, "--hosts", "1")
+    hosts.has("1 game is on offer")
+    hosts.process.send_signal(signal.SIGHUP)
+    assert program("simulate_guest.py", "--server", url).end()[0] == 0 and hosts.end(signal.SIGTERM)[0] == 0
+
+
 MANY_VOICES = """
 import sys, threading
 sys.setswitchinterval(1e-6)
@@ -4335,7 +4389,7 @@ def test_a_url_of_the_other_scheme_or_with_a_path_is_recognised(start_server, pr
     programs = [("simulate_guest.py",), ("simulate_guest.py", "--game", "castle"), ("simulate_hosts.py",), ("-m", "p2pclient", "check")]
     for each in [program(*arguments, "--server", typed.format(place)) for arguments in programs]:
         status, text = each.end()
-        assert status == 1 and f"a p2pserver answers at http://{place}: use that as --server" in text
+        assert status == 1 and re.search(rf"(_guest|_hosts|HTTP|not connected): a p2pserver answers at http://{place}: use that as --server \(.*\)\n", text)
 
 
 def test_http_on_https_is_recognised(start_server, program, certificate):  # noqa: F811
@@ -4343,6 +4397,15 @@ def test_http_on_https_is_recognised(start_server, program, certificate):  # noq
     for each in [program(script, "--server", url_of(server)) for script in ("simulate_guest.py", "simulate_hosts.py")]:
         status, text = each.end()
         assert status == 1 and "this port speaks TLS: use https://" in text
+
+
+@pytest.mark.parametrize("bundle", [None, "/nowhere", __file__])
+def test_a_certificate_or_bundle_that_cannot_be_used_is_told_with_what_to_do(start_server, program, certificate, bundle):  # noqa: F811
+    url = url_of(start_server(tls_cert=str(certificate))).replace("http:", "https:")
+    programs = [("simulate_guest.py",), ("simulate_hosts.py",), ("-m", "p2pclient", "check")]
+    for each in [program(*arguments, "--server", url, **({"REQUESTS_CA_BUNDLE": bundle} if bundle else {})) for arguments in programs]:
+        status, text = each.end()
+        assert status == 1 and "if the server's certificate is self-signed, set REQUESTS_CA_BUNDLE to its file (PEM)\n" in text
 
 
 def test_the_map_of_the_package_names_each_file_once():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import os
+import pty
 import re
 import shutil
 import signal
@@ -68,16 +70,22 @@ def offered(server):
 
 @contextlib.contextmanager
 def run_host(command, server):
-    """The name of its game, and the file with what it says; it ends with the block as by Ctrl-C or Enter, and takes its game along."""
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, text=True) as process:
+    """The name of its game, and what tells whether it has said something; it ends with the block as by Ctrl-C, and takes its game along."""
+    reading, terminal = pty.openpty()       # without a terminal mono does not tell a program of Ctrl-C
+    os.set_blocking(reading, False)
+    text = bytearray()
+
+    def has_said(words):
+        with contextlib.suppress(BlockingIOError):
+            text.extend(os.read(reading, 4096))
+        return words.encode() in text
+
+    with open(reading), open(terminal), subprocess.Popen(list(map(str, command)), stdin=terminal, stdout=terminal, stderr=terminal) as process:
         try:
             [name] = wait_until(lambda: offered(server))
-            yield name, process.stdout
+            yield name, has_said
         finally:
-            if command[0] == "mono":       # which does not tell a program of Ctrl-C unless it has a terminal
-                process.stdin.close()
-            else:
-                process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
             try:
                 process.wait(WAIT)
             finally:
@@ -99,10 +107,10 @@ def test_an_example_has_at_most_200_lines_of_at_most_120_characters(language):
 
 
 def test_an_example_joins_a_host_in_python(example, server, tmp_path):
-    with run_host([*simulator("hosts", server, tmp_path), "--hosts", "1", "--name", "castle"], server) as (name, said):
+    with run_host([*simulator("hosts", server, tmp_path), "--hosts", "1", "--name", "castle"], server) as (name, has_said):
         text = run_guest([*example, "join", name, server])
         assert re.findall(r"back came (.*)", text) == [f"hello {number}" for number in range(1, 6)]
-        wait_until(lambda: "connected: 127.0.0.1:" in said.readline())
+        wait_until(lambda: has_said("connected: 127.0.0.1:"))
 
 
 def test_a_guest_in_python_joins_an_example(example, server, tmp_path):
@@ -130,6 +138,44 @@ def test_an_example_publishes_its_own_address_and_where_stun_sees_it(example, se
         finally:
             guest.kill()
     assert len(set(addresses[0])) == 1
+
+
+def test_an_example_says_when_its_game_is_on_offer(example, server):
+    with run_host([*example, "host", "castle", server], server) as (_, has_said):
+        wait_until(lambda: has_said(f"castle is on offer at {server}"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["host"], ["castle", "host"]])
+def test_an_example_says_how_it_is_used(example, arguments):
+    done = subprocess.run([*map(str, example), *arguments], capture_output=True, text=True, timeout=WAIT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"usage: {example[1].name} host|join NAME [SERVER]\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("example", ["node"], indirect=True)
+def test_an_example_deletes_its_game_when_it_is_ended_or_its_terminal_closes(example, server, number):
+    with run(*map(str, example), "host", "castle", server, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: offered(server))
+        process.send_signal(number)
+        assert process.wait(WAIT) == 0 and offered(server) == []
+
+
+def test_a_host_runs_without_a_terminal(example, server):
+    with run(*map(str, example), "host", "castle", server, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL):
+        assert run_guest([*example, "join", *wait_until(lambda: offered(server)), server]).count("back came hello") == 5
+
+
+def test_an_example_needs_no_stun_on_one_machine(example):
+    with run_server("--no-stun") as server, run_host([*example, "host", "castle", server], server):
+        assert run_guest([*example, "join", "castle", server]).count("back came hello") == 5
+
+
+@pytest.mark.parametrize("example", ["node"], indirect=True)
+def test_an_example_says_that_it_cannot_reach_the_server(example):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    done = subprocess.run([*map(str, example), "join", "castle", server], capture_output=True, text=True, timeout=WAIT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"cannot reach {server}\n")
 
 
 def test_an_example_says_that_there_is_no_such_game(example, server):

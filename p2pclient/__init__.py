@@ -62,6 +62,7 @@ The files, from leaf to root; none needs one below it:
     repeater.py     a thread that calls the server again and again
     presence.py     what a guest keeps up at the server while it checks and plays
     games.py        HostedGame, join_game
+    signals.py      the signals by which a program is told to end
     commandline.py  what the doctor and the simulators share
     __main__.py     the doctor: python -m p2pclient check
 

@@ -21,6 +21,7 @@ from .relay import try_relay
 from .rendezvous import RendezvousClient, new_peer_id
 from .texts import printable
 
+NO_SERVER = ". Is the server started, the port open (TCP), the URL right?"
 NO_RELAY = "none is offered by this server (--turn-url): only needed where the NATs of both sides are hard"
 NO_PORT = "no router here forwards ports by itself (PCP, NAT-PMP, UPnP): only needed where the NAT is symmetric"
 
@@ -41,7 +42,7 @@ def check_server(base_url: str, stun_servers: Optional[Sequence[Address]] = None
         say(True, f"HTTP: p2pserver {health['version']} at {client.base_url} answers in {1000 * (time.monotonic() - began):.0f} ms")
         turn = client.register_game(name, peer_id, listed=False).turn       # which tells where it answers STUN, too
     except RendezvousError as error:
-        return say(False, f"HTTP: {explain(error, base_url)}. Is the server started, the port open (TCP), the URL right?")
+        return say(False, f"HTTP: {explain(error, base_url, NO_SERVER)}")
     servers = default_stun(client, stun_servers)
     endpoint = Endpoint(servers, client.on_loopback)
     found = endpoint.candidates

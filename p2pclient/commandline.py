@@ -20,6 +20,7 @@ from .addresses import Address
 from .answers import RendezvousError
 from .rendezvous import new_peer_id
 from .texts import printable
+from .transport import SELF_SIGNED
 
 try:
     import fcntl
@@ -65,12 +66,14 @@ def complain(line: str) -> None:
         print(f"{os.path.basename(sys.argv[0]).partition('.')[0]}: {printable(line)}", file=sys.stderr, flush=True)
 
 
-def explain(error: RendezvousError, url: str) -> str:
-    """The failure of a first call, with the URL that may have been meant."""
+def explain(error: RendezvousError, url: str, question: str = "") -> str:
+    """The failure of a first call, after the URL that may have been meant. question: follows where nothing is known to help."""
     url = url if "://" in url else "http://" + url
     has_path = urllib.parse.urlsplit(url).path.strip("/") != ""
     meant = better_url(url) if error.status == 0 or error.status in (404, 405) and has_path else ""
-    return f"{error}; a p2pserver answers at {meant}: use that as --server" if meant else str(error)
+    if meant:
+        return f"a p2pserver answers at {meant}: use that as --server ({error})"
+    return str(error) if SELF_SIGNED in str(error) else f"{error}{question}"
 
 
 def better_url(url: str) -> str:

@@ -62,8 +62,10 @@ def without_stun(candidates: Candidates) -> str:
     """What follows for a player if no STUN server has answered; "" if one has."""
     if candidates.mapped:
         return ""
-    return f"{NAT_KINDS[candidates.nat]}, so players outside of this network may not get through to this one; " \
-           "open the server's port for UDP, or name another STUN server (--stun)"
+    reason, advice = NAT_KINDS[candidates.nat], "open the server's port for UDP, or name another STUN server (--stun)"
+    if candidates.nat == "not asked":
+        reason, advice = "there is no STUN server", "name one (--stun HOST:PORT)"
+    return f"{reason}, so players outside of this network may not get through to this one; {advice}"
 
 
 def would_probing_help(own: Candidates, peer: PeerCandidates) -> bool:

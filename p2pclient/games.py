@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import threading
 import time
 from typing import Any, Callable, Dict, Optional, Sequence
@@ -52,11 +53,15 @@ class HostedGame:
         self._forwarding: Optional[Forwarding] = None
         self._relay: Optional[Relay] = None
         self._told_turn: Optional[TurnServer] = None        # by the rendezvous server
-        gathering = gather(client, stun_servers, keepalive=keepalive, report=report, prediction=prediction, probing=probing)
+        begin_gathering = functools.partial(gather, client, stun_servers, keepalive=keepalive, report=report, prediction=prediction, probing=probing)
+        gathering = begin_gathering()
         self.name = name
         try:
             registration = client.register_game(name, self._peer_id, info, listed)
             self.name, self._told_turn = registration.name, registration.turn
+            if stun_servers is None and registration.stun_ports == []:      # nobody answers where STUN was thought to be
+                gathering.add_done_callback(close_gathered)
+                gathering = begin_gathering()
             self.endpoint = gathering.result()
         except BaseException as error:      # Ctrl-C while it gathers, too
             gathering.add_done_callback(close_gathered)

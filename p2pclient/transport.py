@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import time
 import urllib.parse
 from typing import Any, Dict, NamedTuple, Optional, Tuple
@@ -19,6 +20,7 @@ from .texts import line_of
 MAX_ANSWER = 1_000_000  # bytes of a body
 MARGIN = 0.5            # seconds that an answer may be late to a call that is held for as long as its caller has time
 LONGEST_WAIT = 600.0    # seconds for which servers are asked to hold a call at the most
+SELF_SIGNED = "; if the server's certificate is self-signed, set REQUESTS_CA_BUNDLE to its file (PEM)"
 PASSING = (429, 502, 503, 504)
 
 
@@ -105,7 +107,8 @@ class Transport:
 
     def _unreachable(self, error: Exception) -> PassingFailure:
         cause = innermost(error)
-        failure = PassingFailure(0, f"cannot reach {self.base_url}{self._by_proxy()}: {plain_reason(cause)}")
+        advice = SELF_SIGNED if is_about_trust(error, cause) else ""
+        failure = PassingFailure(0, f"cannot reach {self.base_url}{self._by_proxy()}: {plain_reason(cause)}{advice}")
         failure.is_cut = isinstance(cause, (ConnectionResetError, urllib3.exceptions.IncompleteRead))     # what ends without an answer is among these
         return failure
 
@@ -182,6 +185,12 @@ def innermost(error: BaseException) -> BaseException:
         if inner is None:
             return error
         error = inner
+
+
+def is_about_trust(error: Exception, cause: BaseException) -> bool:
+    """Whether a certificate cannot be verified, or the file of those that are trusted cannot be read. cause: the innermost one of the error."""
+    is_unreadable = isinstance(error, requests.exceptions.SSLError) and getattr(cause, "library", "") != "SSL"
+    return isinstance(cause, ssl.SSLCertVerificationError) or is_unreadable or "CA certificate bundle" in str(cause)
 
 
 def plain_reason(cause: BaseException) -> str:

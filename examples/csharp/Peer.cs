@@ -1,10 +1,9 @@
-// mono peer.exe host|join NAME [SERVER]: a host that sends everything back until Enter, or a guest that says hello five
-// times, as docs/WIRE.md has it. It sends no P2P, is a plain peer: datagrams may be lost, doubled, reordered, forged.
-// A game should add: IPv6; private networks among the addresses to skip, and the budget over all sessions (Checks); the
-// way back after a silence (Silence); a file for a host's peerId. In Unity, each frame calls Update().
+// mono peer.exe host|join NAME [SERVER]: a host that sends everything back until Ctrl-C, or a guest that says hello
+// five times, as docs/WIRE.md has it. It sends no P2P, is a plain peer: datagrams may be lost, doubled, reordered,
+// forged. A game should add: IPv6; private networks among the addresses to skip, and the budget over all sessions
+// (Checks); the way back after a silence (Silence); a file for a host's peerId. In Unity, each frame calls Update().
 using System;
 using System.Collections.Generic;
-using System.IO;
 using System.Linq;
 using System.Net;
 using System.Net.Http;
@@ -40,7 +39,7 @@ public static class Peer {
     static readonly HttpClient http = new HttpClient { Timeout = TimeSpan.FromSeconds(15) };
     static readonly UdpClient udp = new UdpClient(0, AddressFamily.InterNetwork);
     static readonly Regex usable = new Regex(@"^\d+(\.\d+){3}:\d{4,5}$");
-    static bool isHost;
+    static bool isHost, isEnded;
     static string path, stun;
     static double callAt;
     static Task<Answer> call;
@@ -49,6 +48,7 @@ public static class Peer {
         try { udp.Send(data, data.Length, to.Split(':')[0], int.Parse(to.Split(':')[1])); } catch (Exception) { }
     }
     static byte[] RandomBytes(int count) { var bytes = new byte[count]; random.GetBytes(bytes); return bytes; }
+    static int Fail(string why) { Console.Error.WriteLine(why); return 1; }
     static byte[] Ascii(string text) => Encoding.ASCII.GetBytes(text);
     static byte[] Join(params byte[][] parts) => parts.SelectMany(part => part).ToArray();
     static byte[] UInt16(int number) => new[] { (byte)(number >> 8), (byte)number };
@@ -84,7 +84,7 @@ public static class Peer {
     }
 
     static async Task<Answer> Ask(HttpMethod method, string path) {
-        var body = new MemoryStream();
+        var body = new System.IO.MemoryStream();
         new DataContractJsonSerializer(typeof(Fields)).WriteObject(body, fields);
         var content = new StringContent(Encoding.UTF8.GetString(body.ToArray()), Encoding.UTF8, "application/json");
         var request = new HttpRequestMessage(method, "/games/" + path) { Content = content };
@@ -100,7 +100,7 @@ public static class Peer {
     // Takes the sessions of an answer, and asks STUN, whose answer the next call tells.
     static void Take(Answer answer) {
         (path, fields.after, callAt) = (isHost ? "poll" : "start", answer.cursor, Now + answer.pollAfter);
-        if (answer.stun != null) stun = http.BaseAddress.Host + ":" + answer.stun[0];
+        if (answer.stun?.Length > 0) stun = http.BaseAddress.Host + ":" + answer.stun[0];
         Send(Encode(Request, question, null), stun);
         foreach (var told in answer.guests ?? (answer.sessionId != null ? new[] { answer } : new Told[0])) {
             var user = told.sessionId + ":" + told.sessionId;
@@ -126,16 +126,14 @@ public static class Peer {
     }
 
     static void Receive(byte[] datagram, IPEndPoint sender) {
-        var from = sender.ToString();
-        var values = Decode(datagram, out var signed);
+        var (from, values) = (sender.ToString(), Decode(datagram, out var signed));
         if (values == null) sessions.Values.FirstOrDefault(each => each.Heard.Contains(from))?.Inbox.Enqueue(datagram);
         if (values == null) return;
         var (kind, transaction) = (ReadUInt16(datagram, 0), datagram.Skip(8).Take(12).ToArray());
         if (kind == Success && transaction.SequenceEqual(question)) {
             var value = Xor(values[MappedAddress]);
             var addresses = new[] { fields.addresses[0], string.Join(".", value.Skip(4)) + ":" + ReadUInt16(value, 2) };
-            if (!addresses.SequenceEqual(fields.addresses)) callAt = 0;
-            fields.addresses = addresses;
+            (callAt, fields.addresses) = (addresses.SequenceEqual(fields.addresses) ? callAt : 0, addresses);
         }
         var check = BitConverter.ToString(transaction) + from;
         var session = sessions.Values.FirstOrDefault(each => kind == Success && each.Sent.Contains(check));
@@ -151,8 +149,7 @@ public static class Peer {
         } else {
             session.Sent.Remove(check);
             session.Proven.Add(from);
-            session.Answered = Now;
-            if (!isHost) session.Nominated = session.Nominated ?? from;
+            (session.Answered, session.Nominated) = (Now, session.Nominated ?? (isHost ? null : from));
         }
         if (session.Selected == session.Nominated || !session.Proven.Contains(session.Nominated)) return;
         (session.Selected, session.Due) = (session.Nominated, 0);
@@ -175,16 +172,19 @@ public static class Peer {
     }
 
     public static int Main(string[] args) {
+        if (args.Length < 2 || args[0] != "host" && args[0] != "join")
+            return Fail("usage: peer.exe host|join NAME [SERVER]");
         (isHost, fields.name, path) = (args[0] == "host", args[1], args[0] == "host" ? "register" : "start");
         http.BaseAddress = new Uri(args.Length > 2 ? args[2] : "http://localhost:8000");
         var probe = new UdpClient(AddressFamily.InterNetwork);
         probe.Connect(http.BaseAddress.Host, 80);       // tells from which address we reach the server
         var own = ((IPEndPoint)probe.Client.LocalEndPoint).Address;
         fields.addresses = new[] { own + ":" + ((IPEndPoint)udp.Client.LocalEndPoint).Port };
+        Console.CancelKeyPress += (_, pressed) => isEnded = pressed.Cancel = true;
         try { Take(Ask(HttpMethod.Post, path).Result); }
-        catch (AggregateException error) { Console.Error.WriteLine(error.InnerException.Message); return 1; }
-        var enter = isHost ? Task.Run(() => Console.ReadLine()) : null;
-        for (var turn = 1; isHost ? !enter.IsCompleted : turn <= 5 && sessions.Count > 0; Task.Delay(10).Wait()) {
+        catch (AggregateException error) { return Fail(error.InnerException.Message); }
+        if (isHost) Console.WriteLine($"{args[1]} is on offer at {http.BaseAddress.OriginalString}");
+        for (var turn = 1; !isEnded && (isHost || turn <= 5 && sessions.Count > 0); Task.Delay(10).Wait()) {
             Update();
             foreach (var session in sessions.Values.Where(each => each.Selected != null)) {
                 if (!isHost && RandomBytes(1)[0] < 25) Send(Ascii("hello " + turn), session.Selected);  // ten a second

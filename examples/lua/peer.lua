@@ -14,6 +14,7 @@ local COOKIE, PEER_REFLEXIVE = "\33\18\164\66", "\110\255\255\255"
 local MASK = "\0\0\33\18" .. COOKIE      -- of XOR-MAPPED-ADDRESS: a zero, the family, port and IP address
 local urandom = assert(io.open("/dev/urandom", "rb"))
 http.TIMEOUT = 5
+io.stdout:setvbuf "line"
 math.randomseed(urandom:read(1):byte())
 
 local function uint16(number) return string.char(rshift(number, 8), band(number, 255)) end
@@ -82,6 +83,8 @@ local function decode(datagram)
 end
 
 local role, name, server = arg[1], arg[2], arg[3] or "http://localhost:8000"
+local function fail(why) io.stderr:write(why, "\n") os.exit(1) end
+if not name or role ~= "host" and role ~= "join" then fail "usage: peer.lua host|join NAME [SERVER]" end
 local is_host, sessions, cursor, call_at = role == "host", {}, nil, 0       -- a host has a session for each guest
 local checks = setmetatable({}, { __mode = "v" })       -- sessions by transaction and address, until the answer comes
 local heard = setmetatable({}, { __mode = "v" })        -- sessions by address from which something authentic came
@@ -112,7 +115,7 @@ local function call()
   cursor, call_at = answer and (answer.cursor or 0), socket.gettime() + (answer and answer.pollAfter or 5)
   if not answer then return why end       -- a host registers again
   stun_port = answer.stun and answer.stun[1] or stun_port
-  udp:sendto(encode(REQUEST, question, ""), server_ip, stun_port)
+  if stun_port then udp:sendto(encode(REQUEST, question, ""), server_ip, stun_port) end
   for _, told in ipairs(answer.guests or { answer.sessionId and answer }) do
     local session = sessions[told.sessionId] or { key = told.sessionKey, proven = {}, inbox = {}, turn = 0,
       due = 0, answered = socket.gettime() }
@@ -176,6 +179,7 @@ end
 local function play()
   local count, why = 1, call()
   if why then error(why, 0) end
+  if is_host then print(name .. " is on offer at " .. server) end
   while count <= 5 do
     update()
     if not (is_host or next(sessions)) then error("there is no connection", 0) end
@@ -183,10 +187,7 @@ local function play()
       while session.selected and #session.inbox > 0 do
         local data = table.remove(session.inbox, 1)
         if is_host then send(data, session.selected)
-        elseif data == "hello " .. count then
-          print("back came " .. data)
-          count = count + 1
-        end
+        elseif data == "hello " .. count then print("back came " .. data) count = count + 1 end
       end     -- about ten times a second, until it comes back:
       if not is_host and session.selected and math.random(10) == 1 then send("hello " .. count, session.selected) end
     end
@@ -196,4 +197,4 @@ end
 
 local done, why = pcall(play)       -- Ctrl-C is the error "interrupted!"
 request(is_host and "DELETE" or "POST", is_host and url.escape(name) or "leave", {})
-if not done and not why:find("interrupted!", 1, true) then io.stderr:write(why, "\n") os.exit(1) end
+if not done and not why:find("interrupted!", 1, true) then fail(why) end

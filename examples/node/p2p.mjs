@@ -2,14 +2,12 @@
  * It sends no P2P and is a plain peer: datagrams may be lost, doubled, reordered or forged, and the game copes.
  * A game should add: IPv6; private networks among the addresses to skip, and the budget over all sessions (WIRE.md,
  * Checks); the way back after a silence (Silence); a file for a host's peerId, to get its name back after a crash. */
-
 import { createHmac, randomBytes } from 'node:crypto'
 import { createSocket } from 'node:dgram'
 import { EventEmitter, once } from 'node:events'
 
-const REQUEST = 0x0001, SUCCESS = 0x0101
-const USERNAME = 0x0006, INTEGRITY = 0x0008, XOR_MAPPED_ADDRESS = 0x0020, PRIORITY = 0x0024
-const USE_CANDIDATE = 0x0025, FINGERPRINT = 0x8028, CONTROLLED = 0x8029, CONTROLLING = 0x802a
+const REQUEST = 0x0001, SUCCESS = 0x0101, USERNAME = 0x0006, INTEGRITY = 0x0008, XOR_MAPPED_ADDRESS = 0x0020
+const PRIORITY = 0x0024, USE_CANDIDATE = 0x0025, FINGERPRINT = 0x8028, CONTROLLED = 0x8029, CONTROLLING = 0x802a
 const COOKIE = Buffer.from('2112a442', 'hex'), PEER_REFLEXIVE = Buffer.from('6effffff', 'hex')
 const XOR_MASK = Buffer.from('000021122112a442', 'hex')       // for zero, family, port and IP address
 
@@ -83,8 +81,7 @@ export class Game extends EventEmitter {
   }
 
   send(session, data, address = session.selected) {
-    const [ip, port] = address.split(':')
-    this.socket.send(data, port, ip)
+    this.socket.send(data, ...address.split(':').reverse())     // port and IP address
   }
 
   async request(method, path, fields) {
@@ -104,7 +101,7 @@ export class Game extends EventEmitter {
     const answer = await this.request('POST', path, fields)
     Object.assign(this, { cursor: answer.cursor ?? 0, callAt: Date.now() + 1000 * answer.pollAfter })
     this.stunPort = answer.stun?.[0] ?? this.stunPort
-    this.socket.send(encode(REQUEST, this.question, []), this.stunPort, this.server.hostname)
+    if (this.stunPort) this.socket.send(encode(REQUEST, this.question, []), this.stunPort, this.server.hostname)
     for (const { sessionId: id, sessionKey: key, addresses } of answer.guests ?? (answer.sessionId ? [answer] : [])) {
       const session = this.sessions.get(id) ?? { id, key, checks: new Map(), heard: new Set(), proven: new Set(),
         inbox: [], turn: 0, due: 0, answered: Date.now() }
