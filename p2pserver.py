@@ -28,7 +28,7 @@ Bearer. Only a keyed digest of it is kept. Each pair of host and guest has a ses
 after, the cursor of an earlier answer, an answer tells what is new since. With wait, or Prefer: wait=N (RFC 7240), a poll waits
 for news and a start for addresses of the host; Preference-Applied in the answer says so.
 
-Threads: 1. One thread accepts and serves all connections; it never waits for a client. 2. A connection that must wait,
+Threads: 1. One thread accepts and serves all connections, in Server.service_actions(); it never waits for a client. 2. A connection that must wait,
 for bytes or for news of its game, is parked: it costs a record and no thread, until there is something to go on with.
 3. Under TLS each burst of a connection has a thread of ThreadingHTTPServer's, because OpenSSL may work for long. 4. One
 thread for each socket answers STUN, one writes the log. 5. All games live in the Registry behind its one lock; or, with
@@ -113,7 +113,7 @@ class Networks:
             self._networks.append(ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped else network)
 
     def __contains__(self, address: str) -> bool:
-        """Whether the text of an IP address is in one of them; that of who is unknown, which is empty, never is."""
+        """Whether an IP address, as text, is in one of them. An empty text, of an unknown client, never is."""
         return bool(address) and any(ipaddress.ip_address(address) in network for network in self._networks)
 
 
@@ -209,7 +209,7 @@ class Settings(argparse.Namespace):
 # ---- problems -------------------------------------------------------------------------------------------------------
 
 class Problem(ValueError):
-    """What a client, or who starts the server, is told went wrong. errors: the faults of the body by field; limit: which is reached, as /metrics
+    """What went wrong, for a client or whoever starts the server. errors: the faults of the body by field; limit: which is reached, as /metrics
     has it; headers: more header fields."""
 
     status = 400
@@ -1025,9 +1025,9 @@ class Answer(NamedTuple):
 def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, body: Dict[str, Any], *stored: bytes) -> Answer:
     """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds. body and stored: as in json_text().
 
-    That is later where it finds no place to wait, or was replaced: two hosts with one peerId would chase each other.
+    pollAfter is longer where a request that wishes to wait finds no place, or was replaced: else two hosts with one peerId would chase each other.
     """
-    server, has_no_place = request.server, not has_news and request.wake is not None    # or it would wait now
+    server, has_no_place = request.server, not has_news and request.wake is not None    # it wishes to wait, and has no waiter
     if has_no_place:
         server.tally(REFUSED, "waiting")
     is_busy = has_no_place or request.waiter is not None and request.waiter.is_busy
@@ -1036,7 +1036,7 @@ def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, b
 
 
 def session_body(session: Session) -> Dict[str, Any]:
-    """What one is told of the other but for the addresses."""
+    """What an answer tells of the other player, but for the addresses."""
     body = {"sessionId": session.session_id, "sessionKey": session.session_key}
     return {**body, "from": session.seen_at} if session.seen_at else body
 
@@ -1241,7 +1241,7 @@ def path_of(target: str) -> str:
 
 def find_head(buffer: bytearray, scanned: int) -> int:
     """Where the head at the start of the buffer ends, or -1 while it is not whole. scanned: the bytes that an earlier call has seen."""
-    # 22 begins a handshake (RFC 8446 section 5.1). It is told in HTTP, whose words some clients show; an alert has none.
+    # 22 begins a TLS handshake (RFC 8446 section 5.1). The answer is HTTP, because some clients show its words; a TLS alert has none.
     insist(BEGINNING.match(buffer), "this port speaks HTTP, not TLS: use http://" if buffer[:1] == b"\x16" else "the request line is malformed")
     insist(len(buffer) < MAX_REQUEST_LINE or b"\n" in buffer[:MAX_REQUEST_LINE], f"the request line has over {MAX_REQUEST_LINE} bytes", status=414)
     return find_empty_line(buffer, max(0, scanned - 3), MAX_HEAD)
@@ -1389,7 +1389,7 @@ class Tls:
 def head_text(now: int, status: int, cors_origin: str, fields: Tuple[Tuple[str, str], ...]) -> str:
     """The head of an answer, but for its last lines, which tell of the body: with what all have, and fields. now: seconds since 1970."""
     usual = {"Server": Handler.server_version, "Date": email.utils.formatdate(now, usegmt=True), "X-Content-Type-Options": "nosniff"}
-    if cors_origin:     # of a list of origins only the one that asks is told, in its own answer
+    if cors_origin:     # of a list of origins, send_answer() names the one that asks
         usual.update({"Vary": "Origin"} if "," in cors_origin else {"Access-Control-Allow-Origin": cors_origin})
         usual["Access-Control-Expose-Headers"] = "ETag, Location, Preference-Applied, Retry-After"
     lines = [f"{name}: {value}\r\n" for name, value in {**usual, "Cache-Control": "no-store", **dict(fields)}.items()]
@@ -1466,7 +1466,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not self.request.recv(1, socket.MSG_PEEK).isalpha():     # no message of TLS begins so
                 self.tls = Tls(self.server.tls, functools.partial(self.request.shutdown, socket.SHUT_RD))      # then the socket, too, is at its end
         while True:
-            yield from self.send_answer((yield from self.answer()))     # nothing of it stays here while the connection is idle
+            yield from self.send_answer((yield from self.answer()))     # no variable holds the answer while the connection is idle
             if self.close_connection:
                 break
             if not self.buffer:
@@ -1514,7 +1514,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def receive(self) -> Steps:
         """Wait for more of a request. Problem: it does not come to its end. Gone: no further one comes."""
-        data = None if self.reads else self.read()      # most clients ask at once; before a further read others have their turn
+        data = None if self.reads else self.read()      # most clients send as soon as they connect; before a further read others have their turn
         while data is None and not self.is_late:
             yield from self.send(b"")       # nothing, or under TLS what that has to say
             yield READ
@@ -1742,7 +1742,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = False
         self.tls = load_certificate(settings)
         self.limiter = RateLimiter(settings.rate, settings.burst)
-        self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how often a client without tokens is told so
+        self.refusals = RateLimiter(settings.rate, MAX_REFUSALS)        # how many times a client without tokens gets a 429
         self.began = time.monotonic()
         self.known_bodies: collections.OrderedDict[Any, Tuple[bytes, Dict[str, Any]]] = collections.OrderedDict()   # what has been found in bodies
         self.threads = threading.BoundedSemaphore(settings.max_threads)      # that serve connections under TLS
@@ -1790,7 +1790,7 @@ class Server(http.server.ThreadingHTTPServer):
             if error.errno != errno.EADDRNOTAVAIL or not self.listeners:    # else it has no IPv6, say: such addresses come last (RFC 6724 section 6)
                 self.server_close()
                 raise CannotStart(f"{kind} port {port} of {host} cannot be used: {error.strerror}; look at --host, --port and --stun-port") from None
-        # A client that asks two ports sees whether its router maps by destination. The second has a limiter of its own, as who asks asks both.
+        # A client that asks two ports sees whether its router maps by destination. The second has a limiter of its own, because clients ask both.
         first_port = settings.stun_port or settings.port        # 0: the system picks it, and the second one
         port, limiter = settings.second_stun_port or (first_port + 1 if first_port else 0), RateLimiter(settings.stun_rate, STUN_BURST)
         try:
@@ -1829,7 +1829,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         for server in (self, *self.stuns) if self._running else ():
             server.shutdown()
-        self.serve_ready(0.0)       # who has connected, and perhaps asked, is still served
+        self.serve_ready(0.0)       # clients that have connected, and perhaps asked, are still served
         ends_at = time.monotonic() + grace
         while self.connections and time.monotonic() < ends_at + 0.1:
             for connection in list(self.connections):       # what neither arrives nor is sent has no time any more
@@ -1872,7 +1872,7 @@ class Server(http.server.ThreadingHTTPServer):
         lines, is_debugging = [], log.isEnabledFor(logging.DEBUG)
         while self.registry.events:
             operation, name, detail, key = self.registry.events.popleft()
-            # Of a /56 the first address, and :: of who is unknown.
+            # The first address of a /56; :: for an unknown client.
             client = {"client": str(ipaddress.ip_address(key if len(key) == 4 else key.ljust(16, b"\0")))} if is_debugging else {}
             lines.append({"operation": operation, "name": name, "detail": detail, **client})
         log_fields("{client} " * is_debugging + "{operation} {name!r} {detail}", lines)
@@ -1888,7 +1888,7 @@ class Server(http.server.ThreadingHTTPServer):
     # A new connection.
 
     def accept_clients(self, listener: socket.socket) -> None:
-        """Accept new clients, but not too many before those that there are have their turn."""
+        """Accept new clients, but not too many before existing connections have their turn."""
         try:
             for _ in range(self.request_queue_size if self.stopping else ACCEPTED_AT_ONCE):
                 self.finish_request(*listener.accept())     # this makes a Handler
@@ -1923,8 +1923,8 @@ class Server(http.server.ThreadingHTTPServer):
             is_over = key is not None and self._connections_of[key] > self.settings.max_connections_per_client
         insist(not is_over, "there are too many connections from your address", TooMany, limit="connections_per_client")
 
-    # Connections that wait. One is served by a thread, or parked, and then the selector watches it for its events. Who parks one under TLS, or
-    # wakes one, puts it into the queue, because the selector is for the serving thread alone. One that is woken is served once it is parked.
+    # Connections that wait. A connection is served by a thread, or parked, and then the selector watches it for its events. The selector is for the
+    # serving thread alone: a thread that parks a connection under TLS, or wakes one, puts it into the queue. A woken one is served once it is parked.
 
     def serve_ready(self, seconds: float) -> None:
         """Wait for something at most so long, and serve what there is something for."""
