@@ -117,7 +117,7 @@ class Networks:
         return bool(address) and any(ipaddress.ip_address(address) in network for network in self._networks)
 
 
-IP_LIST = "[0-9A-Fa-f:./, ]*"
+IP_LIST = "([0-9A-Fa-f:./, ]|%[^/, ]+)*"      # the zone of a link-local address may be any text (RFC 4007 section 11)
 
 OPTIONS = (
     Option("host", "", "address to listen on, or a name: all its addresses; all addresses, IPv6 and IPv4, if not given"),
@@ -1458,9 +1458,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.admit(self)
         if self.server.tls:
             yield READ          # nothing of it is done in the thread that accepts
-            if self.request.recv(1, socket.MSG_PEEK).isalpha():     # no message of TLS begins so
-                self.problem = Problem("this port speaks TLS: use https://")
-            else:
+            if not self.request.recv(1, socket.MSG_PEEK).isalpha():     # no message of TLS begins so
                 self.tls = Tls(self.server.tls, functools.partial(self.request.shutdown, socket.SHUT_RD))      # then the socket, too, is at its end
         while True:
             yield from self.send_answer((yield from self.answer()))     # nothing of it stays here while the connection is idle
@@ -1525,6 +1523,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif not data:
             raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
         self.buffer += data
+        insist(self.tls or not self.server.tls, "this port speaks TLS: use https://")
 
     def read_ahead(self) -> None:
         """Read what comes while a poll or start waits: the next request. Gone."""
@@ -1692,7 +1691,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.deadline = time.monotonic() + (LINGER_TIME if self.problem else REQUEST_TIME if self.buffer else server.settings.idle_timeout)
 
     def send(self, data: bytes) -> Steps:
-        """Send bytes, as fast as the client reads them."""
+        """Send bytes, as fast as the client reads them. Gone: it does not."""
         for piece in self.tls.records(data) if self.tls else (data,):
             unsent = memoryview(piece)
             while unsent:
@@ -1701,6 +1700,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 except BlockingIOError:
                     self.deadline = time.monotonic() + SEND_TIME
                     yield WRITE
+                    if self.is_late:
+                        raise Gone from None
 
     def end_tls(self) -> None:
         """Say that no more is sent. What still comes is not decrypted."""
@@ -1934,7 +1935,7 @@ class Server(http.server.ThreadingHTTPServer):
         now = time.monotonic()
         self.next_look = now + len(self.connections) / LOOKS_PER_SECOND
         for connection in [each for each in list(self.connections) if each.deadline <= now and each.events]:
-            (self.close if connection.events == WRITE else self.go_on)(connection)      # the client does not read its answer
+            self.go_on(connection)
 
     def start_thread(self, connection: Handler) -> None:
         """Serve a parked connection in a thread of the base class's, once there are fewer than max_threads, none of which waits for its client."""
