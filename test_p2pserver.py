@@ -34,6 +34,7 @@ import time
 import types
 import unicodedata
 import urllib.parse
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -3495,6 +3496,21 @@ def test_a_client_that_does_not_read_is_cut_off_and_stops_nobody(serve, monkeypa
         wait_until(lambda: metrics(api)["connections",] <= 2)       # ours, and that of metrics
 
 
+def test_of_an_answer_that_its_client_does_not_read_nothing_is_kept(serve, monkeypatch):
+    """Not even until Python looks for cycles: it counts objects, and an answer is one, of however many megabytes."""
+    monkeypatch.setattr(p2pserver, "SEND_TIME", 0.3)
+    api = serve(max_guests=500)
+    many_guests(api)
+    gc.disable()
+    try:
+        with Deaf(api, poll("castle")):
+            kept = weakref.WeakSet(wait_until(lambda: [each for each in list(api.server.connections) if each.events == p2pserver.WRITE]))
+            wait_until(lambda: not kept & api.server.connections)
+            wait_until(lambda: not kept)
+    finally:
+        gc.enable()
+
+
 # ---- authorisation --------------------------------------------------------------------------------------------------
 
 WRONG = {
@@ -4248,9 +4264,11 @@ def test_a_client_over_its_rate_does_not_stop_others_on_the_connection_of_their_
     "an IPv4-mapped network": ("::ffff:10.1.2.3/104", "10.255.0.1", "11.0.0.1"),
     "all IPv4-mapped addresses": ("::ffff:0:0/96", "203.0.113.1", "2001:db8::1"),
     "IPv6, which is not IPv4": ("::/0", "2001:db8::1", "127.0.0.1"),
+    "a link-local address with its zone": ("10.0.0.1, fe80::1%wlp2s0", "fe80::1", "fe80::2"),
+    "a link-local network with a zone": ("fe80::1%eth0/64, 10.0.0.1", "fe80::2", "fe80:0:0:1::1"),
 }))
 def test_the_networks_of_proxies_have_a_member_by(text, member, stranger):
-    networks = p2pserver.Networks(text)
+    networks = Settings(trusted_proxies=text).proxies
     assert member in networks and stranger not in networks
 
 
@@ -4490,6 +4508,11 @@ def test_clients_that_do_not_finish_the_handshake_stop_nobody_and_are_cut_off(se
         with Tls(api, GET + END) as tls:
             assert tls.answer().status == 200
         assert all(raw.is_closed() for raw in silent)
+
+
+def test_a_plain_head_on_a_port_of_tls_has_an_answer_without_a_body(secure):
+    with Raw(secure(), b"HEAD" + GET[3:] + END) as raw:
+        assert raw.answer(head=True).status == 400 and raw.is_closed()
 
 
 @pytest.mark.parametrize("method", [b"GET", b"DELETE", b"PATCH", b"OPTIONS"])
