@@ -1829,11 +1829,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         for server in (self, *self.stuns) if self._running else ():
             server.shutdown()
-        self.serve_ready(0.0)       # clients that have connected, and perhaps asked, are still served
+        for _ in range(2):      # clients that have connected, and perhaps asked or begun a TLS handshake, are still served
+            self.serve_ready(0.0)
         ends_at = time.monotonic() + grace
         while self.connections and time.monotonic() < ends_at + 0.1:
             for connection in list(self.connections):       # what neither arrives nor is sent has no time any more
-                connection.deadline = min(connection.deadline, 0.0 if connection.events == READ and not connection.buffer else ends_at)
+                is_arriving = connection.buffer or connection.head is NO_HEAD and connection.reads      # or its handshake is
+                connection.deadline = min(connection.deadline, 0.0 if connection.events == READ and not is_arriving else ends_at)
             self.serve_late()
             self.serve_ready(0.05)
         for _ in range(self.settings.max_threads):      # each ends its burst

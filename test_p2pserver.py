@@ -4763,6 +4763,36 @@ def test_a_server_with_tls_stops_at_once_and_tells_its_clients(secure):
         assert idle.is_closed() and silent.is_closed()
 
 
+def test_a_client_in_its_tls_handshake_when_the_server_stops_is_still_answered(secure):
+    api = secure()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=CERTIFICATES[0])
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+
+    def do(step, *arguments):
+        """Do what may take more bytes of the server."""
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                return step(*arguments)
+            raw.send(outgoing.read())
+            data = raw.socket.recv(65536)
+            assert data, "the server has cut the connection"
+            incoming.write(data)
+
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    with Raw(api, outgoing.read()) as raw, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        incoming.write(raw.socket.recv(65536))
+        stopping = pool.submit(api.server.stop, WAIT)
+        assert is_silent(raw, 0.3) and api.server.stopping
+        do(tls.do_handshake)
+        tls.write(GET + END)
+        raw.send(outgoing.read())
+        assert do(tls.read, 65536).startswith(b"HTTP/1.1 503 ")
+        stopping.result(WAIT)
+
+
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 def test_metrics_count_what_there_is_and_what_has_happened(serve, clock):
