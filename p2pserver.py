@@ -1702,10 +1702,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 try:
                     unsent = unsent[self.request.send(unsent):]
                 except BlockingIOError:
-                    self.deadline = time.monotonic() + SEND_TIME
-                    yield WRITE
-                    if self.is_late:
-                        raise Gone from None
+                    yield from self.wait_to_send()
+
+    def wait_to_send(self) -> Steps:
+        """Wait until the client has read some of what was sent. Gone: it does not."""
+        self.deadline = time.monotonic() + SEND_TIME
+        yield WRITE
+        if self.is_late:
+            raise Gone
 
     def end_tls(self) -> None:
         """Say that no more is sent. What still comes is not decrypted."""
