@@ -4388,6 +4388,37 @@ class Tls(Raw):
         self.send(data)
 
 
+class TlsInMemory:
+    """The client's side of TLS, whose bytes a test carries itself. hello: those that begin the handshake."""
+
+    def __init__(self):
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=CERTIFICATES[0])
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
+        with pytest.raises(ssl.SSLWantReadError):
+            self.tls.do_handshake()
+        self.hello = self.outgoing.read()
+
+    def do(self, raw, step, *arguments, size=65536, pause=0.0):
+        """Do what may take more bytes of the server, of which size at the most are read at once, after a pause of seconds."""
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                return step(*arguments)
+            raw.send(self.outgoing.read())
+            is_silent(raw, WAIT)
+            time.sleep(pause)
+            data = raw.socket.recv(size)
+            assert data, "the server has cut the connection"
+            self.incoming.write(data)
+
+    def ask(self, raw, data):
+        """Finish the handshake, and send a request."""
+        self.do(raw, self.tls.do_handshake, size=2000)
+        self.tls.write(data)
+        raw.send(self.outgoing.read())
+
+
 @pytest.fixture
 def certificate(tmp_path):
     """A file with the first certificate and its key."""
@@ -4419,32 +4450,12 @@ def test_who_reads_some_of_a_record_of_tls_counts_as_one_who_reads(secure, monke
     for i in range(48):
         api.server.registry.register_game(f"game {i}", BY_HOST, info=b'{"text":"' + b"x" * 1000 + b'"}')
     api.server.listeners[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)       # which its connections have as well
-    incoming, outgoing, text = ssl.MemoryBIO(), ssl.MemoryBIO(), b""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(cadata=CERTIFICATES[0])
-    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
-
-    def do(step, *arguments):
-        """Do what may take more bytes of the server, of which a few are read after a while."""
-        while True:
-            with contextlib.suppress(ssl.SSLWantReadError):
-                return step(*arguments)
-            raw.socket.sendall(outgoing.read())
-            is_silent(raw, WAIT)
-            time.sleep(0.1 if step == tls.read else 0)
-            data = raw.socket.recv(2000)
-            assert data, "the server has cut the connection"
-            incoming.write(data)
-
-    with contextlib.suppress(ssl.SSLWantReadError):
-        tls.do_handshake()
-    with Deaf(api, outgoing.read()) as raw:
-        do(tls.do_handshake)
-        tls.write(LIST + END)
-        raw.socket.sendall(outgoing.read())
+    client, text = TlsInMemory(), b""
+    with Deaf(api, client.hello) as raw:
+        client.ask(raw, LIST + END)
         began = time.monotonic()
         while not text.endswith(b"]}\n"):
-            text += do(tls.read, 65536)
+            text += client.do(raw, client.tls.read, 65536, size=2000, pause=0.1)
         assert time.monotonic() - began > 2 * p2pserver.SEND_TIME and len(json.loads(text.partition(END + END)[2])["games"]) == 48
 
 
@@ -4531,10 +4542,7 @@ def test_plain_http_on_a_port_of_tls_is_told_to_use_https(method, secure):
 
 
 def test_tls_on_a_port_of_plain_http_is_told_what_the_port_speaks(api):
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    with pytest.raises(ssl.SSLWantReadError):
-        ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost").do_handshake()
-    with Raw(api, outgoing.read()) as raw:
+    with Raw(api, TlsInMemory().hello) as raw:
         answer = raw.answer()
         assert (answer.status, answer.headers["connection"]) == (400, "close") and "http://" in json.loads(answer.body)["detail"] and raw.is_closed()
 
@@ -4765,31 +4773,13 @@ def test_a_server_with_tls_stops_at_once_and_tells_its_clients(secure):
 
 def test_a_client_in_its_tls_handshake_when_the_server_stops_is_still_answered(secure):
     api = secure()
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(cadata=CERTIFICATES[0])
-    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
-
-    def do(step, *arguments):
-        """Do what may take more bytes of the server."""
-        while True:
-            with contextlib.suppress(ssl.SSLWantReadError):
-                return step(*arguments)
-            raw.send(outgoing.read())
-            data = raw.socket.recv(65536)
-            assert data, "the server has cut the connection"
-            incoming.write(data)
-
-    with pytest.raises(ssl.SSLWantReadError):
-        tls.do_handshake()
-    with Raw(api, outgoing.read()) as raw, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        incoming.write(raw.socket.recv(65536))
+    client = TlsInMemory()
+    with Raw(api, client.hello) as raw, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        client.incoming.write(raw.socket.recv(65536))
         stopping = pool.submit(api.server.stop, WAIT)
         assert is_silent(raw, 0.3) and api.server.stopping
-        do(tls.do_handshake)
-        tls.write(GET + END)
-        raw.send(outgoing.read())
-        assert do(tls.read, 65536).startswith(b"HTTP/1.1 503 ")
+        client.ask(raw, GET + END)
+        assert client.do(raw, client.tls.read, 65536).startswith(b"HTTP/1.1 503 ")
         stopping.result(WAIT)
 
 

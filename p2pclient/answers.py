@@ -16,7 +16,9 @@ MAX_CURSOR = 2 ** 63
 
 class RendezvousError(Exception):
     """The server refused a call, or could not be reached (status 0). errors: the faults of the request by field; retry_after: seconds that
-    the server asks to wait. What the server says is in them made harmless for a terminal."""
+    the server asks to wait; has_advice: the text says what helps. What the server says is in them made harmless for a terminal."""
+
+    has_advice = False
 
     def __init__(self, status: int, detail: str, errors: Optional[Dict[str, str]] = None, retry_after: float = 0) -> None:
         detail = line_of(detail)

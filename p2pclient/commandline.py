@@ -20,7 +20,6 @@ from .addresses import Address
 from .answers import RendezvousError
 from .rendezvous import new_peer_id
 from .texts import printable
-from .transport import SELF_SIGNED
 
 try:
     import fcntl
@@ -73,7 +72,7 @@ def explain(error: RendezvousError, url: str, question: str = "") -> str:
     meant = better_url(url) if error.status == 0 or error.status in (404, 405) and has_path else ""
     if meant:
         return f"a p2pserver answers at {meant}: use that as --server ({error})"
-    return str(error) if SELF_SIGNED in str(error) else f"{error}{question}"
+    return str(error) if error.has_advice else f"{error}{question}"
 
 
 def better_url(url: str) -> str:

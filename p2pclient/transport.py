@@ -107,8 +107,9 @@ class Transport:
 
     def _unreachable(self, error: Exception) -> PassingFailure:
         cause = innermost(error)
-        advice = SELF_SIGNED if is_about_trust(error, cause) else ""
-        failure = PassingFailure(0, f"cannot reach {self.base_url}{self._by_proxy()}: {plain_reason(cause)}{advice}")
+        has_advice = is_about_trust(error, cause)
+        failure = PassingFailure(0, f"cannot reach {self.base_url}{self._by_proxy()}: {plain_reason(cause)}{SELF_SIGNED if has_advice else ''}")
+        failure.has_advice = has_advice
         failure.is_cut = isinstance(cause, (ConnectionResetError, urllib3.exceptions.IncompleteRead))     # what ends without an answer is among these
         return failure
 
