@@ -243,8 +243,8 @@ class TooMany(Full):
     status = 429
 
 
-def insist(value: Any, detail: str, problem: Callable[..., Problem] = Problem, **more: Any) -> Any:
-    """The value, if it is true. Otherwise the problem."""
+def insist(value: Any, detail: str, problem: Callable[..., Exception] = Problem, **more: Any) -> Any:
+    """The value, if it is true. Otherwise the problem, with these details."""
     if not value:
         raise problem(detail, **more)
     return value
@@ -389,8 +389,7 @@ def validate(body: Mapping[str, Any], fields: Mapping[str, Check], scope: Scope)
             values[name] = check(body.get(name), scope)
         except ValueError as fault:
             faults[name] = str(fault) if name in body else f"is missing: it {fault}"
-    if faults:
-        raise Problem("; ".join(f"{name} {fault}" for name, fault in faults.items()), errors=faults)
+    insist(not faults, "; ".join([f"{name} {fault}" for name, fault in faults.items()]), errors=faults)
     return values
 
 
@@ -1355,8 +1354,7 @@ class Tls:
     def decrypt(self, data: bytes) -> Optional[bytes]:
         """Plaintext, None where data holds none, nothing at the end of the stream. OSError: no TLS, or too much without plaintext."""
         self._silent += len(data)
-        if self._silent > MAX_CIPHERTEXT:
-            raise OSError("the client sends TLS without any data")
+        insist(self._silent <= MAX_CIPHERTEXT, "the client sends TLS without any data", OSError)
         self._incoming.write(data)
         plaintext = b""
         try:
@@ -1523,9 +1521,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.charge(self.peer)       # many small pieces are work
         if not self.buffer and self.head is NO_HEAD:
             self.deadline = time.monotonic() + REQUEST_TIME
-            if not data:
-                raise Gone
-        elif not data:
+            insist(data, "no further request comes", Gone)
+        if not data:
             raise Problem("the request ended early, or did not come in time", 503 if self.server.stopping else 408 if self.is_late else 400)
         self.buffer += data
         insist(self.tls or not self.server.tls, "this port speaks TLS: use https://")
@@ -1533,8 +1530,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_ahead(self) -> None:
         """Read what comes while a poll or start waits: the next request. Gone."""
         data = self.read()
-        if data == b"" or len(self.buffer) > MAX_HEAD or self.reads > 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ:
-            raise Gone
+        is_good = data != b"" and len(self.buffer) <= MAX_HEAD and self.reads <= 2 * FREE_READS + len(self.buffer) // BYTES_PER_READ
+        insist(is_good, "it ends, or sends too much while its poll or start waits", Gone)
         self.buffer += data or b""
 
     def read(self) -> Optional[bytes]:
@@ -1702,14 +1699,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 try:
                     unsent = unsent[self.request.send(unsent):]
                 except BlockingIOError:
-                    yield from self.wait_to_send()
-
-    def wait_to_send(self) -> Steps:
-        """Wait until the client has read some of what was sent. Gone: it does not."""
-        self.deadline = time.monotonic() + SEND_TIME
-        yield WRITE
-        if self.is_late:
-            raise Gone
+                    self.deadline = time.monotonic() + SEND_TIME
+                    yield WRITE
+                    insist(not self.is_late, "the client does not read", Gone)
 
     def end_tls(self) -> None:
         """Say that no more is sent. What still comes is not decrypted."""
