@@ -2490,9 +2490,10 @@ def flood_of_heads(client, request):
 @pytest.mark.parametrize("handle", [dribble(b"X: y\r\n"), dribble(b"\r\nHTTP/1.1 100 Continue\r\n"), dribble(b"\r\n"), lambda client, request: None,
                                     flood_of_heads], ids=["head", "continue", "body", "silence", "flood"])
 def test_an_answer_that_never_ends_takes_no_longer_than_its_call(handle):
+    # Newer versions of Python give up themselves after 100 interim answers.
     with Script(handle) as server:
         client = p2pclient.RendezvousClient(server.url, timeout=0.5, patience=0)
-        with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(p2pclient.RendezvousError, match="timed out"):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(p2pclient.RendezvousError, match="timed out|interim responses"):
             pool.submit(client.list_games).result(WAIT)
 
 
