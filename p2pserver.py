@@ -137,7 +137,7 @@ OPTIONS = (
     Option("rate", 50.0, "requests a second of one client address, a failed authorisation counting as ten; 0 for no limit", 0, 1_000_000),
     Option("burst", 200, "requests at once of one client address, on top of --rate", 10, 1_000_000),
     Option("store", "", "Redis or Valkey by which servers share their games, as redis://host:6379/0; in memory if not given", pattern="(?s).*"),
-    Option("max_connections", 20000, "connections at once", 1, 10_000_000),
+    Option("max_connections", 400 if os.name == "nt" else 20000, "connections at once; 400 on Windows, whose select() takes 512 sockets", 1, 10_000_000),
     Option("max_connections_per_client", 256, "connections at once of one client address", 1, 10_000_000),
     Option("max_memory", 256, "megabytes of games and guests", 1, 1_000_000),
     Option("max_guests_per_client", 16, "guests of one game at once that come from one client address", 1, 100_000),
@@ -675,7 +675,7 @@ class Registry(GameRegistry):
             if guest is None:
                 insist(addresses is not None, f"the session with the game {name!r} is gone", NotFound)
                 self._check_room("guests", len(game.guests), sum([each.client == client for each in game.guests.values()]))
-                guest = Guest(game, digest, client, self._new_id(), self._new_id())
+                guest, after = Guest(game, digest, client, self._new_id(), self._new_id()), None    # the session itself is news
             present = addresses or guest.addresses
             has_moved = present != guest.addresses
             if has_moved:
@@ -1025,12 +1025,14 @@ def answer_with_ttl(request: Handler, status: int, ttl: float, has_news: bool, b
     """The answer to a poll or start with how long the game or guest is remembered and when to ask again, in seconds. body and stored: as in json_text().
 
     pollAfter is longer where a request that wishes to wait finds no place, or was replaced: else two hosts with one peerId would chase each other.
+    Who obeys it still comes in time.
     """
     server, has_no_place = request.server, not has_news and request.wake is not None    # it wishes to wait, and has no waiter
     if has_no_place:
         server.tally(REFUSED, "waiting")
     is_busy = has_no_place or request.waiter is not None and request.waiter.is_busy
-    body.update(expiresIn=ttl, pollAfter=server.settings.poll_after * (BUSY_FACTOR if is_busy else 1))
+    usual = server.settings.poll_after
+    body.update(expiresIn=ttl, pollAfter=min(usual * (BUSY_FACTOR if is_busy else 1), (usual + ttl) / 2))
     return Answer(status, json_text(body, *stored) + b"\n", {"Preference-Applied": f"wait={request.wait}"} if request.wait and not is_busy else {})
 
 
@@ -1569,9 +1571,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             outcome = self.outcome_of(self.perform)
         if (self.server.queue or self.buffer) and not self.waiter:
             # Others have their turn: where the next request came with this one, and a host that this one has woken, because else its guest's first
-            # datagram may reach it before it knows the guest.
+            # datagram may reach it before it knows the guest. More that comes meanwhile gives this connection no further turn.
             self.server.wake(self)
-            yield READ
+            yield NOTHING if self.buffer else READ
         return outcome
 
     def outcome_of(self, step: Callable[[], Outcome]) -> Optional[Outcome]:
@@ -1635,7 +1637,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if found is None:
             fields = validate(read_body(self.head, body), route.fields, Scope(is_local, server.settings.max_guests))
             found = peer_digest(fields.pop("peerId")), {name: value for name, value in fields.items() if value is not None}
-            if 0 < len(body) <= MAX_KNOWN_BODY:
+            if 0 < len(body) <= MAX_KNOWN_BODY and not {"replies", "dismiss"} & found[1].keys():     # of many small ones much is kept
                 server.known_bodies[key] = found
             if len(server.known_bodies) > MAX_KNOWN_BODIES:
                 server.known_bodies.popitem(last=False)
@@ -1828,7 +1830,7 @@ class Server(http.server.ThreadingHTTPServer):
         for _ in range(2):      # clients that have connected, and perhaps asked or begun a TLS handshake, are still served
             self.serve_ready(0.0)
         ends_at = time.monotonic() + grace
-        while self.connections and time.monotonic() < ends_at + 0.1:
+        while self.connections and (time.monotonic() < ends_at + 0.1 or any(each.events == NOTHING for each in list(self.connections))):
             for connection in list(self.connections):       # what neither arrives nor is sent has no time any more
                 is_arriving = connection.buffer or connection.head is NO_HEAD and connection.reads      # or its handshake is
                 connection.deadline = min(connection.deadline, 0.0 if connection.events == READ and not is_arriving else ends_at)

@@ -192,7 +192,7 @@ function ops.start_game()
   if has_moved then wake(g.key, '') end
   if is_new then event(op, g.name, 'guests: ' .. #g.guests, guest.client) end
   local offer = guest.reply or g              -- what the host has for this guest, or for all
-  local has_news = offer.addresses ~= '[]' and offer.changed > since()
+  local has_news = offer.addresses ~= '[]' and (is_new or offer.changed > since())        -- a new session is news itself
   local peers = {{id = guest.id, session_key = guest.session_key, addresses = offer.addresses, seen_at = g.seen_at}}
   return wait(key, {name = g.name, peers = peers, cursor = offer.changed, has_news = has_news, left = {}, gone = {}}, not has_moved)
 end
@@ -266,7 +266,6 @@ class RedisRegistry:
             self._given = pathlib.Path(path).read_text(encoding="utf-8").strip() if path else os.environ.get("P2P_STORE_SECRET", "")
             self._secret = p2pserver.keyed_digest(self._given, b"") if self._given else os.urandom(16)
             self._greet()
-            self.peer_digest = functools.partial(p2pserver.keyed_digest, secret=self._secret)
         except (redis.RedisError, ValueError, OSError) as error:
             raise CannotStart(f"the store that --store names cannot be used, Redis 6.2 or newer, or Valkey: {type(error).__name__}") from None
         for work in (self._work, self._listen):
@@ -381,6 +380,7 @@ class RedisRegistry:
         self._secret = bytes.fromhex(made) or self._secret
         if made and self._given or digest != p2pserver.keyed_digest("", self._secret).hex():
             raise CannotStart("the servers that share a store need the same P2P_STORE_SECRET")
+        self.peer_digest = functools.partial(p2pserver.keyed_digest, secret=self._secret)
         self._last, self._is_up = "0", True     # what is read of those to be woken
 
     def _work(self) -> None:

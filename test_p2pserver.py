@@ -20,6 +20,7 @@ import os
 import pathlib
 import random
 import re
+import runpy
 import select
 import shlex
 import shutil
@@ -405,6 +406,13 @@ def test_each_option_can_be_given_as_flag_and_in_the_environment(option):
              **({"P2P_TURN_URL": "turn:t", "P2P_TURN_SECRET": "s"} if option.name.startswith("turn") else {})}
     flags = [option.flag] if option.default is False else [option.flag, text]
     assert getattr(parse(*flags, **roomy), option.name) == getattr(parse(**{**roomy, option.variable: text}), option.name) == value
+
+
+def test_on_windows_the_server_has_no_more_connections_than_its_select_takes(monkeypatch):
+    """512 sockets (https://docs.python.org/3/library/asyncio-platforms.html): MAX_REFUSALS connections more than these are told so."""
+    monkeypatch.setattr(os, "name", "nt")
+    [most] = [option.default for option in runpy.run_path(str(SERVER))["OPTIONS"] if option.name == "max_connections"]
+    assert most + p2pserver.MAX_REFUSALS <= 500
 
 
 def test_the_defaults_are_those_of_the_contract():
@@ -1274,6 +1282,7 @@ def test_a_start_after_a_cursor_waits_for_what_is_newer(registry, wakes):
     registry.poll_game("castle", BY_HOST, ONE)
     known = registry.start_game("castle", BY_GUEST, TWO)
     first = registry.start_game("castle", BY_GUEST, TWO, after=known.cursor, wake=wakes[0]).waiter
+    registry.start_game("castle", BY_OTHER, TWO)
     second = registry.start_game("castle", BY_OTHER, TWO, after=known.cursor, wake=wakes[1]).waiter
     assert (first.after, second.after) == (known.cursor, known.cursor)
     registry.poll_game("castle", BY_HOST, ONE, replies={known.peers[0].session_id: TWO})
@@ -1281,6 +1290,17 @@ def test_a_start_after_a_cursor_waits_for_what_is_newer(registry, wakes):
     news = registry.start_game(first.name, first.digest, after=first.after)
     assert news.peers[0].addresses == TWO and news.cursor > known.cursor
     assert registry.start_game("castle", BY_GUEST, TWO, after=2 ** 50, wake=wakes[2]).waiter is None, "a cursor of another run hides nothing"
+
+
+def test_a_guest_whose_session_is_new_learns_of_it_at_once_also_with_the_cursor_of_the_one_before(registry, clock, wakes):
+    """Which it has left, or which has expired. Until then it could not talk to the host, who knows the new session already."""
+    registry.register_game("castle", BY_HOST)
+    registry.poll_game("castle", BY_HOST, ONE)
+    known = registry.start_game("castle", BY_GUEST, TWO)
+    for end in (lambda: registry.leave_game("castle", BY_GUEST), lambda: clock.tick(59) or registry.poll_game("castle", BY_HOST) and clock.tick(2)):
+        end()
+        again = registry.start_game("castle", BY_GUEST, TWO, after=known.cursor, wake=wakes[0])
+        assert again.waiter is None and again.peers[0].addresses == ONE and again.peers[0].session_id != known.peers[0].session_id
 
 
 def test_the_end_of_a_session_wakes_its_host(registry, clock, wakes):
@@ -2920,6 +2940,17 @@ def test_how_a_game_is_found_by(name, path, status, api):
         assert raw.answer().status == status
 
 
+def test_a_connection_that_pipelines_has_one_turn_at_a_time(serve):
+    """Else one of thousands of requests would wait in the queue thousands of times, before those of others."""
+    api, count, turns = serve(), 5000, set()
+    with Raw(api) as raw:
+        threading.Thread(target=raw.send, args=((GET + END) * count,), daemon=True).start()
+        for _ in range(count):
+            assert raw.answer().status == 200
+            turns.add(len(api.server.queue))
+    assert turns <= {0, 1}
+
+
 @pytest.mark.parametrize("pipelined", [False, True])
 def test_requests_on_one_connection_are_answered_in_their_order_where_pipelined_is(pipelined, api, name):
     requests_ = [GET + END, register(name), EMPTY, GET.replace(b"healthz", b"nothing") + END, register(name), GET + END]
@@ -3216,6 +3247,14 @@ def test_where_no_more_can_wait_the_answer_comes_at_once_and_asks_for_patience(s
         answer = api.poll_game("island", wait=20)
         assert answer.status_code == 200 and answer.json()["pollAfter"] > 2 and "Preference-Applied" not in answer.headers
         assert refused(api, "waiting") == 1
+
+
+@pytest.mark.parametrize("poll_after", [1.0, 3.9])
+def test_who_obeys_a_server_that_has_no_place_to_wait_does_not_expire(poll_after, serve):
+    api = serve(game_ttl=4.0, guest_ttl=4.0, poll_after=poll_after, max_waiting=0)
+    api.register_game("castle")
+    for answer in (api.poll_game("castle", wait=20, addresses=[]).json(), api.start_game("castle", wait=20).json()):
+        assert poll_after <= answer["pollAfter"] < answer["expiresIn"]
 
 
 def test_after_a_poll_that_waited_to_its_deadline_the_connection_goes_on(serve):

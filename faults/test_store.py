@@ -328,6 +328,25 @@ def test_a_store_that_restarts_empty_is_told_as_503_and_then_all_goes_on(store):
             assert call(servers[0], "POST", "/games/poll", {**MEETING, "after": 0}).json["cursor"] > cursor
 
 
+def test_a_server_that_finds_the_store_empty_later_than_others_goes_by_their_secret(store):
+    with serving("--store", store.url, "--no-stun") as late:
+        late.process.send_signal(signal.SIGSTOP)
+        store.stop()
+        store.start()
+        with serving("--store", store.url, "--no-stun") as other:
+            late.process.send_signal(signal.SIGCONT)
+            wait_until(lambda: status(late) == 200)
+            assert call(late, "POST", "/games/register", {"name": "castle", "peerId": "host"}).status == 201
+            assert call(other, "POST", "/games/poll", MEETING).status == 200
+
+
+def test_a_server_that_ends_answers_polls_that_wait_also_when_the_store_takes_a_second(relay):
+    with serving("--store", relay.url, "--no-stun") as server, waiting(server) as host:
+        relay.delay = 1.0
+        server.process.send_signal(signal.SIGTERM)
+        assert host.answer().status == 200 and server.process.wait(10) == 0
+
+
 def test_a_store_that_is_emptied_has_hosts_register_again_and_wakes_them_as_before(store):
     with sharing(store.url, 2) as (first, second), waiting(first) as host:
         for key in store.redis.scan_iter("p2p:*:wake:*"):
