@@ -2286,6 +2286,62 @@ def test_a_name_that_the_server_writes_otherwise_is_registered_again_too(start_s
     assert client.poll_game("Zoe\u0308", "ada", []).guests == [] and client.poll_game("Zo\u00eb", "ada", []).guests == []
 
 
+def delayed(client, monkeypatch, path, condition):
+    """Has a client's calls of a path wait for a condition before they go out. An event: one waits."""
+    once, waiting = client._transport._try, threading.Event()
+
+    def delay(method, called, *call):
+        if called == path:
+            waiting.set()
+            wait_until(condition)
+        return once(method, called, *call)
+
+    monkeypatch.setattr(client._transport, "_try", delay)
+    return waiting
+
+
+@pytest.mark.parametrize("call", [lambda client: client.renew_turn("castle"), lambda client: client.poll_game("castle", "ada", [])],
+                         ids=["a renewal", "a poll after a restart"])
+def test_a_registration_that_comes_to_the_server_after_its_game_was_deleted_leaves_no_game(start_server, monkeypatch, call):
+    first = start_server(port=free_port())
+    client, deleted = p2pclient.RendezvousClient(url_of(first)), threading.Event()
+    client.register_game("castle", "ada")
+    first.stop()
+    server = start_server(port=first.server_port)
+    late = delayed(client, monkeypatch, "/games/register", deleted.is_set)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        calling = pool.submit(call, client)
+        assert late.wait(WAIT)
+        with pytest.raises(p2pclient.RendezvousError, match="404"):
+            client.delete_game("castle", "ada")
+        deleted.set()
+        assert isinstance(calling.exception(WAIT), (p2pclient.RendezvousError, type(None)))
+    assert server.counters[p2pserver.REQUESTS, ("register_game", 201)] == 1 and server.registry.counts()["games"] == 0
+
+
+def test_a_poll_that_a_renaming_overtakes_does_not_register_the_old_name_again(start_server, monkeypatch):
+    """The poll is refused before the answer to the renaming has come."""
+    server = start_server()
+    client = p2pclient.RendezvousClient(url_of(server))
+    client.register_game("castle", "ada")
+    once = client._transport._try
+
+    def slow(method, path, *call):
+        reply = once(method, path, *call)
+        if method == "PATCH":
+            polling.append(pool.submit(client.poll_game, "castle", "ada", []))
+            wait_until(lambda: server.counters[p2pserver.REQUESTS, ("poll_game", 404)])
+        return reply
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        polling = []
+        monkeypatch.setattr(client._transport, "_try", slow)
+        client.update_game("castle", "ada", new_name="fortress")
+        assert polling[0].exception(WAIT).status == 404
+    assert [game.name for game in client.list_games()] == ["fortress"]
+    assert client.poll_game("fortress", "ada", []).name == "fortress"
+
+
 class Constant:
     """A server that gives one answer to everything, and counts how often."""
 
@@ -2904,24 +2960,56 @@ def test_a_guest_that_closes_its_connection_leaves_the_game(start_server, heard_
 
 def test_a_start_that_comes_to_the_server_after_its_guest_has_left_leaves_no_session(start_server, heard_good_byes, monkeypatch):
     """It begins a session anew, and the server would hold it for 25 seconds."""
-    server, late = start_server(), []
+    server = start_server()
     client = p2pclient.RendezvousClient(url_of(server))
-    once = client._transport._try
-
-    def overtaken(method, path, *call):
-        if path == "/games/start":
-            late.append(path)
-            wait_until(lambda: server.counters[p2pserver.REQUESTS, ("leave_game", 204)])
-        return once(method, path, *call)
-
     with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
         guest = p2pclient.join_game(client, "castle")
         wait_until(lambda: server.registry.counts()["waiting"] == 2)
+        late = delayed(client, monkeypatch, "/games/start", lambda: server.counters[p2pserver.REQUESTS, ("leave_game", 204)])
+        game.endpoint.forward("198.51.100.1:4000")      # which the guest hears, and then starts again
+        assert late.wait(WAIT)
+        guest.close()
+        assert server.registry.counts()["guests"] == 0 and server.counters[p2pserver.REQUESTS, ("leave_game", 204)] == 2
+
+
+def test_a_guest_that_has_moved_and_leaves_waits_for_its_earlier_start_too(start_server, heard_good_byes, monkeypatch):
+    """That one comes to the server last of all, and begins a session anew."""
+    server = start_server()
+    client = p2pclient.RendezvousClient(url_of(server))
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
+        guest = p2pclient.join_game(client, "castle")
+        wait_until(lambda: server.registry.counts()["waiting"] == 2)
+        left, once, late = threading.Event(), client._transport._try, []
+
+        def overtaken(method, path, *call):
+            if path == "/games/start" and not late:
+                late.append(path)
+                wait_until(left.is_set)
+            reply = once(method, path, *call)
+            if path == "/games/leave":
+                left.set()
+            return reply
+
         monkeypatch.setattr(client._transport, "_try", overtaken)
         game.endpoint.forward("198.51.100.1:4000")      # which the guest hears, and then starts again
         wait_until(lambda: late)
+        guest._endpoint.moved()
+        wait_until(lambda: server.registry.counts()["waiting"] == 2)
         guest.close()
         assert server.registry.counts()["guests"] == 0 and server.counters[p2pserver.REQUESTS, ("leave_game", 204)] == 2
+
+
+def test_a_game_that_closes_while_it_is_registered_again_is_deleted(start_server, heard_good_byes, monkeypatch):
+    """The registration comes to the restarted server after the deletion."""
+    first = start_server(port=free_port())
+    client, servers = p2pclient.RendezvousClient(url_of(first)), []
+    game = p2pclient.HostedGame(client, "castle")
+    late = delayed(client, monkeypatch, "/games/register", lambda: servers and servers[0].counters[p2pserver.REQUESTS, ("delete_game", 404)])
+    first.stop()
+    servers.append(start_server(port=first.server_port))
+    assert late.wait(WAIT)
+    game.close()
+    assert servers[0].counters[p2pserver.REQUESTS, ("register_game", 201)] == 1 and servers[0].registry.counts()["games"] == 0
 
 
 def test_a_guest_that_leaves_while_its_game_is_renamed_leaves_it_under_its_new_name(start_server, heard_good_byes, monkeypatch):

@@ -90,10 +90,11 @@ class HostedGame:
         forwards no port to it any more, and a relay is given back."""
         if self._forwarding:
             self._forwarding.end()
+        deadline = Deadline(CLOSE_TIME)
         if not self._repeater.ended:
             self._repeater.end()
             self._delete()      # which answers the poll that the server holds
-        self._repeater.join(0.4)
+        self._repeater.join(max(0.4, deadline.left()))      # a poll that has registered the game again has to delete it again
         self.endpoint.close()
         if self._relay:     # which has sent the last good-byes
             self._relay.end()
