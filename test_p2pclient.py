@@ -1455,18 +1455,16 @@ def test_servers_that_are_told_while_others_are_asked_are_asked_at_once(monkeypa
     watch = Watch(monkeypatch, servers=(STUN_A,), first=())
     watch.run(1.2, answering=())
     assert watch.it.is_asking
-    monkeypatch.setattr(whereabouts, "resolve", lambda servers, *_: list(servers))
-    watch.it.use_stun((STUN_A, STUN_B), (STUN_A,), watch.now)
+    watch.it.use_stun([STUN_A, STUN_B], watch.now)
     watch.run(0.05)
     assert watch.it.candidates.nat == "endpoint-independent"
 
 
-@pytest.mark.parametrize("told", [(STUN_A, STUN_B), ()])
+@pytest.mark.parametrize("told", [[STUN_A, STUN_B], []])
 def test_servers_that_were_guessed_are_asked_no_more_once_the_server_has_told_where_it_answers(monkeypatch, told):
     watch = Watch(monkeypatch, servers=(STUN_A,), first=())
     watch.run(1.2, answering=())
-    monkeypatch.setattr(whereabouts, "resolve", lambda servers, *_: list(servers))
-    watch.it.use_stun(told, (STUN_A,), watch.now)
+    watch.it.use_stun(told, watch.now)
     watch.asked.clear()
     watch.run(14)
     assert len(watch.asked) == len(told)
@@ -1577,6 +1575,28 @@ def test_stun_servers_that_are_told_wake_the_thread_that_asks_them(endpoint, lon
         stun_server.settimeout(WAIT)
         it.use_stun([stun_server.getsockname()], instead_of=[])
         assert stun.decode(stun_server.recv(2048)).kind == stun.REQUEST
+
+
+def test_a_slow_look_up_of_told_stun_servers_holds_up_no_connection(endpoint, monkeypatch):
+    hosts, guests = pair(endpoint(), endpoint())
+    real, asked, came, in_time = socket.getaddrinfo, threading.Event(), threading.Event(), []
+
+    def slow(name, *more, **options):
+        if name == "slow.test":
+            asked.set()
+            in_time.append(came.wait(WAIT))
+            name = "127.0.0.1"
+        return real(name, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        telling = pool.submit(hosts._endpoint.use_stun, [("slow.test", 3478)], [])
+        assert asked.wait(WAIT)
+        guests.send(b"hello")
+        assert hosts.recv(5) == b"hello"
+        came.set()
+        telling.result(WAIT)
+    assert in_time == [True]
 
 
 def pair(host, guest, session_id="session", key="key"):

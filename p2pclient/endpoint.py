@@ -51,7 +51,7 @@ class Endpoint:
                  moved: Callable[[], None] = lambda: None, public_address: str = "", prediction: bool = True, probing: bool = False) -> None:
         if public_address and parse_candidate(public_address) is None:
             raise ValueError(f"{public_address!r} is not an address such as 203.0.113.7:5000")
-        self.moved = moved
+        self.moved, self._stun_servers = moved, list(stun_servers)
         self.socket = sock or open_socket()
         self.socket.setblocking(False)
         self._whereabouts = Whereabouts(self.socket, stun_servers, loopback, keepalive, [public_address] if public_address else [], report, time.monotonic,
@@ -94,10 +94,12 @@ class Endpoint:
                 self._begin(start.session_id, start.session_key, start.addresses, is_guest=True, seen_at=start.seen_at)
 
     def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address]) -> None:
-        """Ask these STUN servers from now on, if those others were asked until now."""
-        with self._lock:
-            self._whereabouts.use_stun(servers, instead_of, time.monotonic())
-        self._wake()
+        """Ask these STUN servers from now on, if those others were asked until now. Looks up their names, which may take seconds."""
+        if self._stun_servers == list(instead_of) != list(servers):
+            self._stun_servers, found = list(servers), self._whereabouts.look_up(servers)
+            with self._lock:
+                self._whereabouts.use_stun(found, time.monotonic())
+            self._wake()
 
     def forward(self, address: str, is_relay: bool = False) -> bool:
         """Publish an address that the router says it forwards to the socket, or a relay's, or with "" none any more. Whether it is published."""
@@ -166,9 +168,7 @@ class Endpoint:
         for sending in farewells:
             time.sleep(LAST_FAREWELLS / len(farewells))
             self._send([sending])
-        with self._lock:
-            self._closed = True
-            self._accepted.notify_all()
+        self._closed = True
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -302,7 +302,6 @@ class Endpoint:
             self._take_content(datagram, source, now)
         elif self._whereabouts.awaits(message.transaction):
             self._whereabouts.receive(message, source, now)
-            self._tell_if_moved()
         elif message.fingerprint:
             self._take_check(message, source, now)
 

@@ -37,7 +37,7 @@ class Whereabouts:
         self._relay = ""                                   # where a relay stands by for it
         self._maps_by_destination: Dict[str, bool] = {}    # whether the NAT at a public IP address does, as a second socket has shown
         self._asked = bool(stun_servers)
-        self._servers = resolve(stun_servers, sock.family == socket.AF_INET6, self.nat64)
+        self._servers = self.look_up(stun_servers)
         self._own = gather_addresses(sock, loopback, self._servers)
         self._query = StunQuery([])
         self.candidates = dataclasses.replace(candidates_from(self._own, ask_stun(sock, self._servers, self.nat64), self._asked, public), probing=probing)
@@ -63,15 +63,16 @@ class Whereabouts:
         self.candidates = self.candidates.without_loopback()
         return had
 
-    def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address], now: float) -> None:
-        """Ask these servers from the next tick() on, if those others were asked until now. No answer of others that were only guessed means nothing."""
-        ipv6 = self._socket.family == socket.AF_INET6
-        found, guessed = resolve(servers, ipv6, self.nat64), resolve(instead_of, ipv6, self.nat64)
-        if self._servers == guessed != found:
-            self._servers, self._asked, self._next_question = found, bool(found), now
-            self.is_asking, self._resend_at = False, float("inf")
-            if not found and self.candidates.nat == "no answer":
-                self.candidates = dataclasses.replace(self.candidates, nat="not asked")
+    def look_up(self, servers: Sequence[Address]) -> List[Address]:
+        """The IP addresses of STUN servers. Asks DNS, which may take seconds."""
+        return resolve(servers, self._socket.family == socket.AF_INET6, self.nat64)
+
+    def use_stun(self, found: List[Address], now: float) -> None:
+        """Ask the servers at these IP addresses from the next tick() on. No answer of others that were only guessed means nothing."""
+        self._servers, self._asked, self._next_question = found, bool(found), now
+        self.is_asking, self._resend_at = False, float("inf")
+        if not found and self.candidates.nat == "no answer":
+            self.candidates = dataclasses.replace(self.candidates, nat="not asked")
 
     def forward(self, address: str, is_relay: bool = False) -> bool:
         """Publish an address that the router says it forwards to the socket, or one at which a relay stands by, or with "" none any more. Whether it is
