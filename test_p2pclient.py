@@ -1455,7 +1455,7 @@ def test_servers_that_are_told_while_others_are_asked_are_asked_at_once(monkeypa
     watch = Watch(monkeypatch, servers=(STUN_A,), first=())
     watch.run(1.2, answering=())
     assert watch.it.is_asking
-    watch.it.use_stun([STUN_A, STUN_B], watch.now)
+    watch.it.use_stun([STUN_A, STUN_B], True, watch.now)
     watch.run(0.05)
     assert watch.it.candidates.nat == "endpoint-independent"
 
@@ -1464,7 +1464,7 @@ def test_servers_that_are_told_while_others_are_asked_are_asked_at_once(monkeypa
 def test_servers_that_were_guessed_are_asked_no_more_once_the_server_has_told_where_it_answers(monkeypatch, told):
     watch = Watch(monkeypatch, servers=(STUN_A,), first=())
     watch.run(1.2, answering=())
-    watch.it.use_stun(told, watch.now)
+    watch.it.use_stun(told, bool(told), watch.now)
     watch.asked.clear()
     watch.run(14)
     assert len(watch.asked) == len(told)
@@ -3257,6 +3257,23 @@ def test_stun_at_another_port_is_found_when_the_server_tells(start_server, monke
     monkeypatch.setattr(candidates, "STUN_PATIENCE", 0.2)
     server = start_server(stun_port=free_port())
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle") as game:
+        wait_until(lambda: game.endpoint.candidates.mapped)
+
+
+def test_a_host_whose_network_comes_as_it_registers_looks_up_its_stun_servers_again(start_server, monkeypatch):
+    server, real, asked = start_server(), socket.getaddrinfo, []
+
+    def look_up(name, *more, **options):
+        if name != "example.test":
+            return real(name, *more, **options)
+        asked.append(name)
+        if len(asked) == 1 or not server.counters[p2pserver.REQUESTS, ("register_game", 201)] and socket.SOCK_DGRAM in more:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return real("127.0.0.1", *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    client, stun_server = p2pclient.RendezvousClient(f"http://example.test:{server.server_port}"), ("example.test", server.stuns[0].server_address[1])
+    with p2pclient.HostedGame(client, "castle", stun_servers=[stun_server]) as game:
         wait_until(lambda: game.endpoint.candidates.mapped)
 
 

@@ -91,10 +91,11 @@ from .answers import RendezvousError  # noqa: E402
 from .connection import Connection, PeerLost  # noqa: E402
 from .deadline import Deadline  # noqa: E402
 from .diagnosis import ConnectFailed, describe  # noqa: E402
-from .endpoint import KEEPALIVE, Endpoint  # noqa: E402
+from .endpoint import Endpoint  # noqa: E402
 from .games import HostedGame, join_game  # noqa: E402
 from .rendezvous import GameInfo, Guest, Poll, Registration, RendezvousClient, Start, new_peer_id  # noqa: E402
 from .turn import TurnServer  # noqa: E402
+from .whereabouts import KEEPALIVE  # noqa: E402
 
 __all__ = ["KEEPALIVE", "ConnectFailed", "Connection", "Deadline", "Endpoint", "GameInfo", "Guest", "HostedGame", "PeerLost", "Poll", "Registration",
            "RendezvousClient", "RendezvousError", "Start", "TurnServer", "describe", "join_game", "new_peer_id"]

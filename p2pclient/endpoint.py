@@ -25,8 +25,7 @@ from .rendezvous import Guest, Start
 from .sockets import open_socket, plain_source, send_to
 from .stun import ERROR, SUCCESS, USERNAME, Message, decode
 from .texts import log
-from .whereabouts import KEEPALIVE as KEEPALIVE
-from .whereabouts import Whereabouts
+from .whereabouts import KEEPALIVE, Whereabouts
 
 MAX_SESSIONS = 64           # with guests at once, whatever the server says
 LAST_FAREWELLS = 0.04       # seconds in which all good-byes are repeated when the endpoint is closed
@@ -94,11 +93,12 @@ class Endpoint:
                 self._begin(start.session_id, start.session_key, start.addresses, is_guest=True, seen_at=start.seen_at)
 
     def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address]) -> None:
-        """Ask these STUN servers from now on, if those others were asked until now. Looks up their names, which may take seconds."""
-        if self._stun_servers == list(instead_of) != list(servers):
-            self._stun_servers, found = list(servers), self._whereabouts.look_up(servers)
+        """Ask these STUN servers from now on, if those others were asked until now. Looks up names that are new or were not found, which may take seconds."""
+        wanted = list(servers) if self._stun_servers == list(instead_of) else self._stun_servers
+        if wanted != self._stun_servers or not self._whereabouts.servers:
+            self._stun_servers, found = wanted, self._whereabouts.look_up(wanted)
             with self._lock:
-                self._whereabouts.use_stun(found, time.monotonic())
+                self._whereabouts.use_stun(found, bool(wanted), time.monotonic())
             self._wake()
 
     def forward(self, address: str, is_relay: bool = False) -> bool:

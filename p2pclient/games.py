@@ -14,7 +14,7 @@ from .answers import RendezvousError
 from .connection import Connection
 from .deadline import Deadline, told_if_slow
 from .diagnosis import ConnectFailed
-from .endpoint import KEEPALIVE, Endpoint
+from .endpoint import Endpoint
 from .forwarding import Forwarding
 from .presence import CLOSE_TIME, FAILED_PAUSE, WAIT, Presence, pause_after
 from .relay import Relay
@@ -23,6 +23,7 @@ from .repeater import Repeater, pause_between
 from .texts import line_of, log
 from .transport import MARGIN
 from .turn import TurnServer
+from .whereabouts import KEEPALIVE
 
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
 UNHEARD_TIME = 3.0      # seconds after which a guest is told what it waits for
@@ -233,8 +234,7 @@ def close_gathered(gathering: concurrent.futures.Future[Endpoint]) -> None:
 
 def use_told_stun(client: RendezvousClient, endpoint: Endpoint) -> None:
     """By now the server has told where it answers STUN, if at all: an endpoint that has asked where it was thought to be asks there."""
-    if client.stun_servers != client.likely_stun:
-        endpoint.use_stun(client.stun_servers, instead_of=client.likely_stun)
+    endpoint.use_stun(client.stun_servers, instead_of=client.likely_stun)
 
 
 def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint, peer_id: str, deadline: Deadline) -> Start:
