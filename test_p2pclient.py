@@ -3238,19 +3238,35 @@ def test_nobody_is_told_that_udp_is_blocked_where_the_server_has_no_stun(start_s
     assert "never answered" in str(caught.value) and "not even from the STUN server" not in str(caught.value)
 
 
-def test_a_host_does_not_wait_for_the_answer_of_stun_where_the_server_tells_that_it_has_none(start_server, monkeypatch):
-    offered, answers = threading.Event(), []
+@pytest.fixture
+def late_stun(monkeypatch):
+    """STUN is silent until the event, and then gives no answer either. answers: whether that came in time."""
+    come, answers = threading.Event(), []
 
     def ask_stun(sock, servers, nat64):
         if servers:
-            answers.append(offered.wait(WAIT))
+            answers.append(come.wait(WAIT))
         return {}
 
     monkeypatch.setattr(whereabouts, "ask_stun", ask_stun)
+    return come, answers
+
+
+def test_a_host_does_not_wait_for_the_answer_of_stun_where_the_server_tells_that_it_has_none(start_server, late_stun):
+    offered, answers = late_stun
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(start_server(no_stun=True))), "castle") as game:
         offered.set()
         wait_until(lambda: answers == [True])
         assert game.endpoint.candidates.nat == "not asked" and game.endpoint.candidates.addresses
+
+
+def test_a_guest_does_not_wait_for_the_answer_of_stun_where_the_server_tells_that_it_has_none(start_server, late_stun):
+    joined, answers = late_stun
+    url = url_of(start_server(no_stun=True))
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle") as game, p2pclient.join_game(p2pclient.RendezvousClient(url), "castle") as guest:
+        joined.set()
+        assert guest._endpoint.candidates.nat == "not asked" and game.accept(5).session_id == guest.session_id
+        wait_until(lambda: answers == [True, True])
 
 
 def test_stun_at_another_port_is_found_when_the_server_tells(start_server, monkeypatch):

@@ -26,6 +26,7 @@ from .turn import TurnServer
 from .whereabouts import KEEPALIVE
 
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
+STUN_TIME = 0.5         # seconds of STUN's silence after which a guest has the rendezvous server tell whether it answers STUN at all
 UNHEARD_TIME = 3.0      # seconds after which a guest is told what it waits for
 REFUSED = (400, 403, 404, 409)      # the name is somebody else's now, or we are not understood
 
@@ -181,10 +182,14 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
     RendezvousError: no such game, or so; ConnectFailed says why there is no way.
     """
     deadline, peer_id = Deadline(timeout), peer_id or new_peer_id()
-    gathering = gather(client, stun_servers, prediction=prediction, probing=probing) if endpoint is None else None
+    begin_gathering = functools.partial(gather, client, stun_servers, prediction=prediction, probing=probing)
+    gathering = begin_gathering() if endpoint is None else None
     own, presence = endpoint, None
     try:
         client.connect(deadline.left())
+        if gathering and stun_servers is None and is_without_stun(client, name, peer_id, gathering, deadline):
+            gathering.add_done_callback(close_gathered)
+            gathering = begin_gathering()
         own = gathered(gathering, deadline) if gathering else endpoint
         assert own
         with told_if_slow(UNHEARD_TIME, report, f"no address of the host for {UNHEARD_TIME:g} seconds: the host or the server is silent; still waiting"):
@@ -230,6 +235,13 @@ def gathered(gathering: concurrent.futures.Future[Endpoint], deadline: Deadline)
 def close_gathered(gathering: concurrent.futures.Future[Endpoint]) -> None:
     if not gathering.exception():
         gathering.result().close()
+
+
+def is_without_stun(client: RendezvousClient, name: str, peer_id: str, gathering: concurrent.futures.Future[Endpoint], deadline: Deadline) -> bool:
+    """Whether the rendezvous server tells that nobody answers STUN there. It is asked, by a first start, where STUN is silent. RendezvousError."""
+    if concurrent.futures.wait([gathering], min(STUN_TIME, deadline.left())).done or deadline.left() < MARGIN:
+        return False
+    return client.start_game(name, peer_id, [], within=deadline.left()).stun_ports == []
 
 
 def use_told_stun(client: RendezvousClient, endpoint: Endpoint) -> None:
