@@ -1599,6 +1599,23 @@ def test_a_slow_look_up_of_told_stun_servers_holds_up_no_connection(endpoint, mo
     assert in_time == [True]
 
 
+def test_what_a_callback_raises_ends_no_connection(endpoint, monkeypatch):
+    called = []
+
+    def fail(*arguments):
+        called.append(arguments)
+        raise RuntimeError("a callback that fails")
+
+    host = endpoint(report=fail, moved=fail)
+    hosts, guests = pair(host, endpoint())
+    host.forward("198.51.100.1:4000")
+    monkeypatch.setattr(checks, "CHECK_TIME", 0.1)
+    host.expect(p2pclient.Guest("another session", "key", ["127.0.0.1:9"]))
+    wait_until(lambda: set(called) == {(), ("a guest could not be reached: no check got through in both directions",)})
+    guests.send(b"hello")
+    assert hosts.recv(5) == b"hello"
+
+
 def pair(host, guest, session_id="session", key="key"):
     """Connect two endpoints as a server would have them do; the host's and the guest's connection."""
     host.expect(p2pclient.Guest(session_id, key, guest.candidates.addresses[:1]))

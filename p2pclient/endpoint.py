@@ -24,7 +24,7 @@ from .probing import Methods
 from .rendezvous import Guest, Start
 from .sockets import open_socket, plain_source, send_to
 from .stun import ERROR, SUCCESS, USERNAME, Message, decode
-from .texts import log
+from .texts import harmless, log
 from .whereabouts import KEEPALIVE, Whereabouts
 
 MAX_SESSIONS = 64           # with guests at once, whatever the server says
@@ -41,7 +41,7 @@ class Endpoint:
     by this alone; keepalive, consent_interval: seconds; report: takes a line for each thing that happens; public_address: "ip:port" that is
     forwarded to the socket by a router; moved: called in the endpoint's thread, and not to block, when the candidates have changed, and
     every few seconds while a peer is silent: then tell the server our candidates, and expect() or renew() what it tells of the peer's. It may
-    be set later. prediction, probing: how a peer behind a symmetric NAT is searched for (probing.py).
+    be set later. What moved and report raise is logged. prediction, probing: how a peer behind a symmetric NAT is searched for (probing.py).
     The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. ValueError: public_address is none.
     """
 
@@ -50,7 +50,7 @@ class Endpoint:
                  moved: Callable[[], None] = lambda: None, public_address: str = "", prediction: bool = True, probing: bool = False) -> None:
         if public_address and parse_candidate(public_address) is None:
             raise ValueError(f"{public_address!r} is not an address such as 203.0.113.7:5000")
-        self.moved, self._stun_servers = moved, list(stun_servers)
+        self.moved, self._stun_servers, report = moved, list(stun_servers), harmless(report)
         self.socket = sock or open_socket()
         self.socket.setblocking(False)
         self._whereabouts = Whereabouts(self.socket, stun_servers, loopback, keepalive, [public_address] if public_address else [], report, time.monotonic,
@@ -279,7 +279,7 @@ class Endpoint:
         """Call moved() if the candidates have changed, or if a peer is silent and STUN has been asked."""
         if self._whereabouts.is_news or self._must_call and not self._whereabouts.is_asking:
             self._whereabouts.is_news = self._must_call = False
-            self.moved()
+            harmless(self.moved)()
 
     def _read(self, sock: socket.socket) -> None:
         """Take what has come, up to a hundred datagrams before others have their turn."""

@@ -20,7 +20,7 @@ from .presence import CLOSE_TIME, FAILED_PAUSE, WAIT, Presence, pause_after
 from .relay import Relay
 from .rendezvous import Poll, RendezvousClient, Start, new_peer_id
 from .repeater import Repeater, pause_between
-from .texts import line_of, log
+from .texts import harmless, line_of, log
 from .transport import MARGIN
 from .turn import TurnServer
 from .whereabouts import KEEPALIVE
@@ -48,7 +48,7 @@ class HostedGame:
                  report: Callable[[str], None] = log.info, peer_id: Optional[str] = None, port_mapping: bool = True,
                  prediction: bool = True, probing: bool = False, relay: bool = True, turn: Optional[TurnServer] = None) -> None:
         self._peer_id = peer_id or new_peer_id()
-        self._client, self._report = client, report
+        self._client, self._say = client, harmless(report)
         self._cursor: Optional[int] = None
         self._trouble = ""          # why the latest poll failed, in a word
         self._repeater = Repeater("host", self._poll, self._failed)
@@ -162,13 +162,6 @@ class HostedGame:
                       f"{error}; trying again" if isinstance(error, RendezvousError) else f"{trouble}: {line_of(error)}; trying again")
         self._trouble = trouble
         return pause_after(error)
-
-    def _say(self, line: str) -> None:
-        """Report, if that works: it is not ours, and must not end the polling."""
-        try:
-            self._report(line)
-        except Exception:
-            log.exception("a report failed: %s", line)
 
 
 def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequence[Address]] = None, timeout: float = 30.0,
