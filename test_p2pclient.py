@@ -3141,6 +3141,17 @@ def test_a_guest_that_moves_tells_its_host_where_it_is(start_server):
         assert [each.session_id for each in told] == [guest.session_id]
 
 
+def test_a_guest_that_has_joined_another_game_over_its_endpoint_still_tells_where_it_is_when_the_first_connection_is_closed(start_server, endpoint):
+    url, own = url_of(start_server()), endpoint()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle"), p2pclient.HostedGame(p2pclient.RendezvousClient(url), "fortress") as game:
+        first = p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", endpoint=own)
+        with p2pclient.join_game(p2pclient.RendezvousClient(url), "fortress", endpoint=own):
+            hosts = game.accept(5)
+            first.close()
+            own.forward("198.51.100.1:4000")
+            wait_until(lambda: ("198.51.100.1", 4000) in hosts.session.remotes)
+
+
 def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_not_begun_anew(start_server, monkeypatch):
     monkeypatch.setattr(presence, "REFUSED_PAUSE", 0.1)
     port = free_port()
@@ -3348,6 +3359,20 @@ def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):
     threading.Timer(0.2, host.delete_game, ("castle", "ada")).start()
     with pytest.raises(p2pclient.ConnectFailed, match="the host is gone"):
         p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle")
+
+
+def test_a_host_that_is_silent_is_not_said_to_be_gone_because_the_server_is(start_server, monkeypatch):
+    monkeypatch.setattr(checks, "CHECK_TIME", 1)
+    server = start_server()
+    host = p2pclient.RendezvousClient(url_of(server))
+    host.register_game("castle", "ada")
+    host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(p2pclient.join_game, p2pclient.RendezvousClient(url_of(server), patience=0.1), "castle")
+        wait_until(lambda: server.counters[p2pserver.REQUESTS, ("start_game", 200)] or server.registry.counts()["waiting"])
+        server.stop()
+        with pytest.raises(p2pclient.ConnectFailed, match="the host never answered"):
+            joining.result(WAIT)
 
 
 def test_the_doctor_finds_all_well(start_server):

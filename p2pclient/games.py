@@ -281,10 +281,12 @@ def connect_or_explain(client: RendezvousClient, endpoint: Endpoint, start: Star
         with told_if_slow(UNHEARD_TIME, report, line):
             return endpoint.connect(start)
     except ConnectFailed as failure:
-        with contextlib.suppress(RendezvousError):
+        try:
             client.get_game(start.name, within=CLOSE_TIME)
-            raise
-        raise ConnectFailed("the host is gone: its game is no longer offered") from failure
+        except RendezvousError as error:
+            if error.status == 404:
+                raise ConnectFailed("the host is gone: its game is no longer offered") from failure
+        raise
 
 
 def default_stun(client: RendezvousClient, stun_servers: Optional[Sequence[Address]]) -> Sequence[Address]:
