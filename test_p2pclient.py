@@ -10,6 +10,7 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -1485,6 +1486,17 @@ def test_a_new_address_of_this_machine_is_news_without_stun_too(monkeypatch):
     watch.own = ["10.0.0.7:5000"]
     watch.run(3.2)
     assert watch.news() and watch.it.candidates.addresses == ["10.0.0.7:5000"]
+
+
+def test_with_too_many_open_files_a_machine_keeps_the_addresses_that_it_had(monkeypatch):
+    watch = Watch(monkeypatch, servers=())
+
+    def fail(*arguments):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(whereabouts, "gather_addresses", fail)
+    watch.run(4)
+    assert not watch.news() and watch.it.candidates.addresses == [OWN]
 
 
 def test_a_keep_alive_that_nobody_answers_is_put_again_soon_and_then_less_often(monkeypatch):

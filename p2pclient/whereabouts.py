@@ -139,7 +139,10 @@ class Whereabouts:
             self._resend_at = now + OTHERS_RESEND
 
     def _look(self, now: float) -> None:
-        own = gather_addresses(self._socket, self.loopback, self.servers)
+        try:
+            own = gather_addresses(self._socket, self.loopback, self.servers)
+        except OSError:     # there are too many open files: nothing can be told now
+            return
         if own != self._own:
             self._own, self._next_question = own, now
             self._update(self.candidates.seen)
