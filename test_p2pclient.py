@@ -2659,7 +2659,7 @@ def name_leads_to(monkeypatch):
 
 
 def test_an_address_of_a_name_that_leads_nowhere_costs_its_time_once(start_server, black_hole, name_leads_to, monkeypatch):
-    monkeypatch.setattr(transport, "CONNECT_TIME", 0.5)
+    monkeypatch.setattr(tcp, "CONNECT_TIME", 0.5)
     server = start_server()
     name_leads_to("::1", "127.0.0.1")
     client = p2pclient.RendezvousClient(f"http://example.test:{server.server_port}", patience=0)
@@ -2669,6 +2669,39 @@ def test_an_address_of_a_name_that_leads_nowhere_costs_its_time_once(start_serve
     with Script(answering({"games": []}), "::1", server.server_port) as elsewhere:
         client.reconnect()
         assert client.list_games() == [] and not elsewhere.clients
+
+
+@pytest.fixture
+def slow_dns(monkeypatch):
+    """The name example.test is found after the event, at 127.0.0.1."""
+    real, answered = socket.getaddrinfo, threading.Event()
+
+    def look_up(host, *more, **options):
+        return real("127.0.0.1" if host == "example.test" and answered.wait(WAIT) else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    yield answered
+    answered.set()
+
+
+def test_a_server_whose_name_is_found_late_is_reached(start_server, slow_dns, monkeypatch):
+    """As where the first name server of two is dead: the system gives it five seconds."""
+    monkeypatch.setattr(tcp, "CONNECT_TIME", 0.1)
+    client = p2pclient.RendezvousClient(f"http://example.test:{start_server().server_port}", patience=0)
+    threading.Timer(1, slow_dns.set).start()
+    assert client.list_games() == []
+
+
+def test_a_call_within_a_time_ends_with_it_however_slow_the_look_up_of_a_name_is(slow_dns):
+    client = p2pclient.RendezvousClient("http://example.test:8000")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(p2pclient.RendezvousError, match="the name was not found in time"):
+        pool.submit(client.leave_game, "castle", "ben", within=0.5).result(WAIT / 2)
+
+
+def test_what_is_no_name_of_a_host_is_an_error_of_ours_and_no_stun_server():
+    with pytest.raises(p2pclient.RendezvousError, match="this is no name of a host"):
+        p2pclient.RendezvousClient("http://a..b:8000", patience=0).list_games()
+    assert sockets.resolve([("a..b", 3478), ("127.0.0.1", 3478)]) == [("127.0.0.1", 3478)]
 
 
 def test_a_server_whose_name_leads_elsewhere_by_now_is_found(start_server, name_leads_to):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import threading
 import time
 from typing import Any, Callable, Dict, Optional, Sequence
 
 from .addresses import Address
 from .answers import RendezvousError
 from .connection import Connection
-from .deadline import Deadline, told_if_slow
+from .deadline import Deadline, begin, told_if_slow
 from .diagnosis import ConnectFailed
 from .endpoint import Endpoint
 from .forwarding import Forwarding
@@ -206,16 +205,7 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
 
 def gather(client: RendezvousClient, stun_servers: Optional[Sequence[Address]], **options: Any) -> concurrent.futures.Future[Endpoint]:
     """An Endpoint to come: it asks STUN servers while its caller asks the rendezvous server."""
-    future: concurrent.futures.Future[Endpoint] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(Endpoint(default_stun(client, stun_servers), client.on_loopback, **options))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="gather", daemon=True).start()
-    return future
+    return begin("gather", lambda: Endpoint(default_stun(client, stun_servers), client.on_loopback, **options))
 
 
 def gathered(gathering: concurrent.futures.Future[Endpoint], deadline: Deadline) -> Endpoint:
