@@ -2894,6 +2894,36 @@ def test_a_host_does_not_hammer_a_server_that_is_sick(start_server, monkeypatch)
             assert sick.count <= 2
 
 
+def test_a_game_that_is_interrupted_while_names_are_looked_up_is_deleted(start_server, heard_good_byes, monkeypatch):
+    server, real = start_server(), socket.getaddrinfo
+
+    def look_up(host, *more, **options):
+        if host == "example.test" and server.registry.counts()["games"] and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return real("127.0.0.1" if host == "example.test" else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(KeyboardInterrupt):
+        p2pclient.HostedGame(p2pclient.RendezvousClient(f"http://example.test:{server.server_port}"), "castle")
+    assert server.registry.counts()["games"] == 0
+    wait_until(lambda: not any(thread.name in ("host", "endpoint") for thread in threading.enumerate()))
+
+
+def test_a_game_may_be_closed_by_its_own_report(start_server):
+    """Here by the thread of the relay, which then cannot wait for itself."""
+    url, made, closed = url_of(start_server()), threading.Event(), []
+
+    def report(line):
+        made.wait(WAIT)
+        game.close()
+        closed.append(line)
+
+    game = p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle", report=report, turn=turn.TurnServer(("127.0.0.1", 0), "", ""))
+    made.set()
+    wait_until(lambda: closed)
+    assert p2pclient.RendezvousClient(url).list_games() == []
+
+
 def test_a_taken_name_is_told_at_once(start_server):
     url = url_of(start_server())
     p2pclient.RendezvousClient(url).register_game("castle", "ada")

@@ -64,18 +64,19 @@ class HostedGame:
                 gathering.add_done_callback(close_gathered)
                 gathering = begin_gathering()
             self.endpoint = gathering.result()
-        except BaseException as error:      # Ctrl-C while it gathers, too
+            use_told_stun(client, self.endpoint)
+            on_loopback = client.on_loopback
+        except BaseException as error:      # Ctrl-C while it gathers or looks names up, too
             gathering.add_done_callback(close_gathered)
             if not isinstance(error, RendezvousError):
                 self._delete()
             raise
         self.endpoint.moved = self._moved
-        use_told_stun(client, self.endpoint)
         self._repeater.begin_anew()
-        if port_mapping and not client.on_loopback:
+        if port_mapping and not on_loopback:
             self._forwarding = Forwarding(self.endpoint.socket.getsockname()[1], self.endpoint.forward, self._say)
         if relay and (turn or self._told_turn):
-            self._relay = Relay(self.endpoint, (lambda is_refused: turn) if turn else self._turn, client.on_loopback, self._say)
+            self._relay = Relay(self.endpoint, (lambda is_refused: turn) if turn else self._turn, on_loopback, self._say)
             self.endpoint.send_relayed = self._relay.send
 
     def accept(self, timeout: Optional[float] = None) -> Connection:
