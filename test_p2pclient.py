@@ -4332,6 +4332,33 @@ def test_a_relay_whose_server_begins_anew_is_taken_again_once_we_look(relayed, m
         assert "error 437" in lines[1] and lines[0] == lines[2]
 
 
+def test_a_relay_that_is_not_given_is_asked_for_less_and_less_often_also_after_a_move(endpoint, monkeypatch):
+    monkeypatch.setattr(relay, "LEAST_PAUSE", 0.01)
+    asked = []
+    it = relay.Relay(endpoint(), lambda is_refused: asked.append(time.monotonic()), True, print)
+    it.ask_soon()
+    wait_until(lambda: len(asked) > 8)
+    it.end()
+    it.join(WAIT)
+    assert gaps(asked)[7] > 1       # seconds: 0.01, doubled with each time
+
+
+def test_a_relay_for_which_there_are_too_many_open_files_is_taken_later(relayed, monkeypatch):
+    monkeypatch.setattr(relay, "LEAST_PAUSE", 0.05)
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+
+    def open_socket():
+        if failures:
+            raise failures.pop()
+        return sockets.open_socket()
+
+    monkeypatch.setattr(relay, "open_socket", open_socket)
+    with TurnDouble() as double:
+        host, _, lines = relayed(double.server)
+        wait_until(lambda: host.candidates.relay)
+        assert lines[0] == "no relay: [Errno 24] Too many open files"
+
+
 def test_a_host_takes_the_relay_that_its_server_hands_it_and_registers_again_when_it_is_refused(start_server, monkeypatch):
     """The TURN server knows the second credentials alone."""
     monkeypatch.setattr(relay, "LEAST_PAUSE", 0.05)
