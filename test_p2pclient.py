@@ -1964,6 +1964,19 @@ def test_a_good_bye_that_is_lost_is_said_again(endpoint, is_closed):
     assert len(said) > 1
 
 
+def test_good_byes_are_repeated_by_the_socket_that_reaches_the_peer_also_when_the_endpoint_is_closed(endpoint, monkeypatch):
+    """A further socket, as behind a symmetric router."""
+    host, guest = endpoint(), endpoint()
+    hosts, _ = pair(host, guest)
+    with host._lock:
+        branch = host._branches._socket_of("session", 1)
+        host._branches.routes[hosts.session.selected] = branch
+    sent, real = [], p2pclient.endpoint.send_to
+    monkeypatch.setattr(p2pclient.endpoint, "send_to", lambda sock, *rest: (is_goodbye(*rest[:2]) and sent.append(sock), real(sock, *rest)))
+    host.close()
+    assert sent[:3] == 3 * [branch]
+
+
 def test_a_good_bye_wakes_the_thread_that_says_it_again(endpoint, long_sleep):
     host, guest = endpoint(consent_interval=300), endpoint(consent_interval=300)
     _, guests = pair(host, guest)

@@ -164,7 +164,7 @@ class Endpoint:
         with self._lock:
             for connection in list(self._connections.values()):
                 self.end(connection)
-            farewells = self._farewells.take()
+            farewells = self._farewells.left()
         for sending in farewells:
             time.sleep(LAST_FAREWELLS / len(farewells))
             self._send([sending])
