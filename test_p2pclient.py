@@ -2937,6 +2937,23 @@ def test_a_game_may_be_closed_by_its_own_report(start_server):
     assert p2pclient.RendezvousClient(url).list_games() == []
 
 
+def test_a_host_that_moves_when_no_thread_can_be_begun_still_hears_of_its_guests(start_server, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    server = start_server()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle") as game:
+        wait_until(lambda: server.registry.counts()["waiting"])
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError):
+                game._moved()
+            with pytest.raises(p2pclient.RendezvousError, match="can't start new thread"):
+                p2pclient.RendezvousClient(url_of(server), patience=0).list_games()
+        with p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle"):
+            game.accept(5)
+
+
 def test_a_taken_name_is_told_at_once(start_server):
     url = url_of(start_server())
     p2pclient.RendezvousClient(url).register_game("castle", "ada")

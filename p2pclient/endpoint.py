@@ -38,9 +38,9 @@ class Endpoint:
     """One UDP socket with all its sessions. A host has one for all its guests; a guest has one for the game it joins, and may have it long before.
 
     stun_servers: (host, port) each; loopback: whether peers may be on this very machine; sock: a bound UDP socket of one's own, which is then read
-    by this alone; keepalive, consent_interval: seconds; report: takes a line for each thing that happens; public_address: "ip:port" that is
-    forwarded to the socket by a router; moved: called in the endpoint's thread, and not to block, when the candidates have changed, and
-    every few seconds while a peer is silent: then tell the server our candidates, and expect() or renew() what it tells of the peer's. It may
+    by this alone; keepalive, consent_interval: seconds; report: takes a line for each thing that happens, and is not to block; public_address:
+    "ip:port" that is forwarded to the socket by a router; moved: called in the endpoint's thread, and not to block, when the candidates have changed,
+    and every few seconds while a peer is silent: then tell the server our candidates, and expect() or renew() what it tells of the peer's. It may
     be set later. What moved and report raise is logged. prediction, probing: how a peer behind a symmetric NAT is searched for (probing.py).
     The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. ValueError: public_address is none.
     """

@@ -34,8 +34,8 @@ class Repeater:
         """Call in a new thread; does not block. The answer to the call that the server holds may never come: a router that forgot the mappings of
         UDP has forgotten our connection to the server too."""
         if not self.ended:
-            thread = self._current = threading.Thread(target=self._run, name=self._name, daemon=True)
-            thread.start()
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            thread.start()      # if there can be no more threads, the one before goes on
             self._threads = [each for each in [*self._threads, thread] if each.is_alive()]
 
     def pause(self) -> None:
@@ -54,8 +54,10 @@ class Repeater:
         return not any(thread.is_alive() for thread in others)
 
     def _run(self) -> None:
+        this = self._current = threading.current_thread()
+
         def is_current() -> bool:
-            return not self.ended and self._current is threading.current_thread()
+            return not self.ended and self._current is this
 
         self._ended.wait(self._begun + LEAST_INTERVAL - time.monotonic())
         self._begun = time.monotonic()

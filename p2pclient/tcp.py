@@ -40,6 +40,8 @@ def look_up(address: Address, seconds: float) -> List[Any]:
         raise OSError("the name was not found in time") from None
     except UnicodeError:
         raise OSError("this is no name of a host") from None
+    except RuntimeError as error:       # there can be no more threads
+        raise OSError(str(error)) from None
 
 
 def connect(address: Address, seconds: float) -> socket.socket:
