@@ -2717,6 +2717,18 @@ def test_what_is_no_name_of_a_host_is_an_error_of_ours_and_no_stun_server():
     assert sockets.resolve([("a..b", 3478), ("127.0.0.1", 3478)]) == [("127.0.0.1", 3478)]
 
 
+def test_a_connection_that_is_reset_while_it_is_made_is_an_error_of_ours(start_server, monkeypatch):
+    """As by a server that stops at this moment."""
+    class Reset(socket.socket):
+        def connect(self, address):
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    client = p2pclient.RendezvousClient(url_of(start_server()), patience=0)
+    monkeypatch.setattr(socket, "socket", Reset)
+    with pytest.raises(p2pclient.RendezvousError, match="cannot reach .*: Connection reset by peer"):
+        client.list_games()
+
+
 def test_a_server_whose_name_leads_elsewhere_by_now_is_found(start_server, name_leads_to):
     first = start_server()
     name_leads_to("127.0.0.1")

@@ -121,7 +121,10 @@ class HttpsConnection(urllib3.connection.HTTPSConnection):
 
 def new_connection(connection: Any) -> socket.socket:
     address = connection._dns_host, connection.port
-    return _early.pop(address, None) or connect(address, connection.timeout)
+    try:
+        return _early.pop(address, None) or connect(address, connection.timeout)
+    except OSError as error:    # urllib3 takes a bare ECONNRESET for one of a connection that was made, and goes on
+        raise urllib3.exceptions.NewConnectionError(connection, str(error)) from error
 
 
 class HttpPool(urllib3.HTTPConnectionPool):
