@@ -50,7 +50,7 @@ The files, from leaf to root; none needs one below it:
     whereabouts.py  a socket's candidates, kept up to date
     probing.py      the search for a peer behind a symmetric NAT, without socket or clock
     diagnosis.py    why there is no connection, in words
-    texts.py        the log, and texts from the network, made harmless for it
+    texts.py        the log, and texts from the network and callbacks of the game, made harmless
     answers.py      what the server answers, checked field by field, and its refusals
     tcp.py          connections to the server, and the time that an answer may take
     transport.py    one HTTP call, with repetition and errors
