@@ -46,7 +46,7 @@ class HostedGame:
                  stun_servers: Optional[Sequence[Address]] = None, keepalive: float = KEEPALIVE,
                  report: Callable[[str], None] = log.info, peer_id: Optional[str] = None, port_mapping: bool = True,
                  prediction: bool = True, probing: bool = False, relay: bool = True, turn: Optional[TurnServer] = None) -> None:
-        self._peer_id = peer_id or new_peer_id()
+        self.name, self._peer_id = name, peer_id or new_peer_id()
         self._client, self._say = client, harmless(report)
         self._cursor: Optional[int] = None
         self._trouble = ""          # why the latest poll failed, in a word
@@ -56,7 +56,6 @@ class HostedGame:
         self._told_turn: Optional[TurnServer] = None        # by the rendezvous server
         begin_gathering = functools.partial(gather, client, stun_servers, keepalive=keepalive, report=report, prediction=prediction, probing=probing)
         gathering = begin_gathering()
-        self.name = name
         try:
             registration = client.register_game(name, self._peer_id, info, listed)
             self.name, self._told_turn = registration.name, registration.turn
