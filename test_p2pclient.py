@@ -3438,6 +3438,20 @@ def test_a_host_whose_network_comes_as_it_registers_looks_up_its_stun_servers_ag
         wait_until(lambda: game.endpoint.candidates.mapped)
 
 
+def test_a_host_asks_stun_where_the_name_of_a_server_that_has_moved_leads_by_now(start_server, name_leads_to, monkeypatch):
+    monkeypatch.setattr(presence, "FAILED_PAUSE", 0.1)
+    ports = {"port": free_port(), "stun_port": free_port()}
+    first = start_server(**ports)
+    name_leads_to("127.0.0.1")
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(f"http://example.test:{ports['port']}", patience=0.1), "castle") as game:
+        wait_until(lambda: ("127.0.0.1", ports["stun_port"]) in game.endpoint.candidates.seen)
+        name_leads_to("127.0.0.2")
+        first.stop()
+        wait_until(lambda: game._trouble)
+        start_server(host="127.0.0.2", **ports)
+        wait_until(lambda: ("127.0.0.2", ports["stun_port"]) in game.endpoint.candidates.seen)
+
+
 def test_who_joins_a_silent_host_is_told_so(start_server, monkeypatch):
     monkeypatch.setattr(games, "UNHEARD_TIME", 0.2)
     monkeypatch.setattr(checks, "CHECK_TIME", 1)

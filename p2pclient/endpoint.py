@@ -92,10 +92,10 @@ class Endpoint:
             if start.session_id in self._connections:
                 self._begin(start.session_id, start.session_key, start.addresses, is_guest=True, seen_at=start.seen_at)
 
-    def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address]) -> None:
-        """Ask these STUN servers from now on, if those others were asked until now. Looks up names that are new or were not found, which may take seconds."""
+    def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address], is_back: bool = False) -> None:
+        """Ask these STUN servers, if it was those until now. May take seconds: it looks up new names, lost ones, and all of them if the server is_back."""
         wanted = list(servers) if self._stun_servers == list(instead_of) else self._stun_servers
-        if wanted != self._stun_servers or not self._whereabouts.servers:
+        if is_back or wanted != self._stun_servers or not self._whereabouts.servers:
             self._stun_servers, found = wanted, self._whereabouts.look_up(wanted)
             with self._lock:
                 self._whereabouts.use_stun(found, bool(wanted), time.monotonic())

@@ -145,6 +145,7 @@ class HostedGame:
         """Take the answer to a poll of name that took passed seconds. Seconds until the next one."""
         if self._trouble:
             self._say("the game is offered again" if self._trouble == "refused" else "the server is back")
+            use_told_stun(self._client, self.endpoint, is_back=True)
         self._trouble, self._cursor = "", poll.cursor
         if self.name == name:
             self.name = poll.name
@@ -227,9 +228,9 @@ def is_without_stun(client: RendezvousClient, name: str, peer_id: str, gathering
     return client.start_game(name, peer_id, [], within=deadline.left()).stun_ports == []
 
 
-def use_told_stun(client: RendezvousClient, endpoint: Endpoint) -> None:
+def use_told_stun(client: RendezvousClient, endpoint: Endpoint, is_back: bool = False) -> None:
     """By now the server has told where it answers STUN, if at all: an endpoint that has asked where it was thought to be asks there."""
-    endpoint.use_stun(client.stun_servers, instead_of=client.likely_stun)
+    endpoint.use_stun(client.stun_servers, instead_of=client.likely_stun, is_back=is_back)
 
 
 def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint, peer_id: str, deadline: Deadline) -> Start:

@@ -45,8 +45,8 @@ def look_up(address: Address, seconds: float) -> List[Any]:
 
 
 def connect(address: Address, seconds: float) -> socket.socket:
-    """A connection with a host and port, in so many seconds. Once the name is found, each of its IP addresses has two, all of them four, or what is left; the
-    one that worked last has its turn first. The name is looked up each time, for it may lead elsewhere by now. OSError."""
+    """A connection with a host and port, in so many seconds. Once the name is found, each of its IP addresses has two, all of them four, or what is
+    left; the one that worked last has its turn first. The name is looked up each time, for it may lead elsewhere by now. OSError."""
     whole, failure = Deadline(seconds), OSError("the name was found too late")
     found = look_up(address, seconds)
     each_has = min(CONNECT_TIME, whole.left() / 2)

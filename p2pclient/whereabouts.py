@@ -24,8 +24,8 @@ ASK_AGAIN = 1.0             # seconds after which a question that nobody has ans
 class Whereabouts:
     """The candidates of a socket. It is told the time and what came, and returns what to send.
 
-    The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. servers: their IP addresses; candidates: as of now; is_news: these
-    have changed since somebody set this to False; report: takes a line when the public address has changed.
+    The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. servers: their IP addresses; candidates: as of now; is_news:
+    these have changed since somebody set this to False; report: takes a line when the public address has changed.
     """
 
     def __init__(self, sock: socket.socket, stun_servers: Sequence[Address], loopback: bool, keepalive: float, public: Sequence[str],
@@ -68,9 +68,10 @@ class Whereabouts:
         return resolve(servers, self._socket.family == socket.AF_INET6, self.nat64)
 
     def use_stun(self, found: List[Address], is_any: bool, now: float) -> None:
-        """Ask the servers at these IP addresses from the next tick() on. is_any: there are servers, whether their names were found or not; if there are
-        none, no answer of others that were only guessed means nothing."""
-        self.servers, self._asked, self._next_question = found, is_any, now
+        """Ask the servers at these IP addresses from the next tick() on. is_any: there are servers, and if none is found, those of before are asked;
+        if there are none, no answer of others that were only guessed means nothing."""
+        self.servers = (found or self.servers) if is_any else []
+        self._asked, self._next_question = is_any, now
         self.is_asking, self._resend_at = False, float("inf")
         if not is_any and self.candidates.nat == "no answer":
             self.candidates = dataclasses.replace(self.candidates, nat="not asked")
