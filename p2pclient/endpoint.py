@@ -93,7 +93,7 @@ class Endpoint:
                 self._begin(start.session_id, start.session_key, start.addresses, is_guest=True, seen_at=start.seen_at)
 
     def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address], is_back: bool = False) -> None:
-        """Ask these STUN servers, if it was those until now. May take seconds: it looks up new names, lost ones, and all of them if the server is_back."""
+        """Ask these STUN servers, if it was those until now. May take seconds: it looks up new names, lost ones, and all if the server is_back."""
         wanted = list(servers) if self._stun_servers == list(instead_of) else self._stun_servers
         if is_back or wanted != self._stun_servers or not self._whereabouts.servers:
             self._stun_servers, found = wanted, self._whereabouts.look_up(wanted)

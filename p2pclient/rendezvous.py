@@ -212,8 +212,8 @@ class RendezvousClient:
             self._transport.call("DELETE", game_path(name), {"peerId": peer_id}, within=within)
 
     def _register_again(self, name: str) -> Optional[Body]:
-        """The answer to another registration of a game of ours; None if it is not ours. A game that is deleted meanwhile is deleted again, for this may
-        have come to the server later."""
+        """The answer to another registration of a game of ours; None if it is not ours. A game that is deleted meanwhile is deleted again, for this
+        may have come to the server later."""
         with self._registering:
             registered = self._registered.get(name)
             answer = self._transport.call("POST", "/games/register", registered).body if registered else None
