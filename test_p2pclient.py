@@ -10,6 +10,7 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -1455,18 +1456,16 @@ def test_servers_that_are_told_while_others_are_asked_are_asked_at_once(monkeypa
     watch = Watch(monkeypatch, servers=(STUN_A,), first=())
     watch.run(1.2, answering=())
     assert watch.it.is_asking
-    monkeypatch.setattr(whereabouts, "resolve", lambda servers, *_: list(servers))
-    watch.it.use_stun((STUN_A, STUN_B), (STUN_A,), watch.now)
+    watch.it.use_stun([STUN_A, STUN_B], True, watch.now)
     watch.run(0.05)
     assert watch.it.candidates.nat == "endpoint-independent"
 
 
-@pytest.mark.parametrize("told", [(STUN_A, STUN_B), ()])
+@pytest.mark.parametrize("told", [[STUN_A, STUN_B], []])
 def test_servers_that_were_guessed_are_asked_no_more_once_the_server_has_told_where_it_answers(monkeypatch, told):
     watch = Watch(monkeypatch, servers=(STUN_A,), first=())
     watch.run(1.2, answering=())
-    monkeypatch.setattr(whereabouts, "resolve", lambda servers, *_: list(servers))
-    watch.it.use_stun(told, (STUN_A,), watch.now)
+    watch.it.use_stun(told, bool(told), watch.now)
     watch.asked.clear()
     watch.run(14)
     assert len(watch.asked) == len(told)
@@ -1487,6 +1486,17 @@ def test_a_new_address_of_this_machine_is_news_without_stun_too(monkeypatch):
     watch.own = ["10.0.0.7:5000"]
     watch.run(3.2)
     assert watch.news() and watch.it.candidates.addresses == ["10.0.0.7:5000"]
+
+
+def test_with_too_many_open_files_a_machine_keeps_the_addresses_that_it_had(monkeypatch):
+    watch = Watch(monkeypatch, servers=())
+
+    def fail(*arguments):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(whereabouts, "gather_addresses", fail)
+    watch.run(4)
+    assert not watch.news() and watch.it.candidates.addresses == [OWN]
 
 
 def test_a_keep_alive_that_nobody_answers_is_put_again_soon_and_then_less_often(monkeypatch):
@@ -1577,6 +1587,45 @@ def test_stun_servers_that_are_told_wake_the_thread_that_asks_them(endpoint, lon
         stun_server.settimeout(WAIT)
         it.use_stun([stun_server.getsockname()], instead_of=[])
         assert stun.decode(stun_server.recv(2048)).kind == stun.REQUEST
+
+
+def test_a_slow_look_up_of_told_stun_servers_holds_up_no_connection(endpoint, monkeypatch):
+    hosts, guests = pair(endpoint(), endpoint())
+    real, asked, came, in_time = socket.getaddrinfo, threading.Event(), threading.Event(), []
+
+    def slow(name, *more, **options):
+        if name == "slow.test":
+            asked.set()
+            in_time.append(came.wait(WAIT))
+            name = "127.0.0.1"
+        return real(name, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        telling = pool.submit(hosts._endpoint.use_stun, [("slow.test", 3478)], [])
+        assert asked.wait(WAIT)
+        guests.send(b"hello")
+        assert hosts.recv(5) == b"hello"
+        came.set()
+        telling.result(WAIT)
+    assert in_time == [True]
+
+
+def test_what_a_callback_raises_ends_no_connection(endpoint, monkeypatch):
+    called = []
+
+    def fail(*arguments):
+        called.append(arguments)
+        raise RuntimeError("a callback that fails")
+
+    host = endpoint(report=fail, moved=fail)
+    hosts, guests = pair(host, endpoint())
+    host.forward("198.51.100.1:4000")
+    monkeypatch.setattr(checks, "CHECK_TIME", 0.1)
+    host.expect(p2pclient.Guest("another session", "key", ["127.0.0.1:9"]))
+    wait_until(lambda: set(called) == {(), ("a guest could not be reached: no check got through in both directions",)})
+    guests.send(b"hello")
+    assert hosts.recv(5) == b"hello"
 
 
 def pair(host, guest, session_id="session", key="key"):
@@ -1913,6 +1962,19 @@ def test_a_good_bye_that_is_lost_is_said_again(endpoint, is_closed):
     with pytest.raises(p2pclient.PeerLost, match="has left"):
         hosts.recv(5)
     assert len(said) > 1
+
+
+def test_good_byes_are_repeated_by_the_socket_that_reaches_the_peer_also_when_the_endpoint_is_closed(endpoint, monkeypatch):
+    """A further socket, as behind a symmetric router."""
+    host, guest = endpoint(), endpoint()
+    hosts, _ = pair(host, guest)
+    with host._lock:
+        branch = host._branches._socket_of("session", 1)
+        host._branches.routes[hosts.session.selected] = branch
+    sent, real = [], p2pclient.endpoint.send_to
+    monkeypatch.setattr(p2pclient.endpoint, "send_to", lambda sock, *rest: (is_goodbye(*rest[:2]) and sent.append(sock), real(sock, *rest)))
+    host.close()
+    assert sent[:3] == 3 * [branch]
 
 
 def test_a_good_bye_wakes_the_thread_that_says_it_again(endpoint, long_sleep):
@@ -2286,6 +2348,62 @@ def test_a_name_that_the_server_writes_otherwise_is_registered_again_too(start_s
     assert client.poll_game("Zoe\u0308", "ada", []).guests == [] and client.poll_game("Zo\u00eb", "ada", []).guests == []
 
 
+def delayed(client, monkeypatch, path, condition):
+    """Has a client's calls of a path wait for a condition before they go out. An event: one waits."""
+    once, waiting = client._transport._try, threading.Event()
+
+    def delay(method, called, *call):
+        if called == path:
+            waiting.set()
+            wait_until(condition)
+        return once(method, called, *call)
+
+    monkeypatch.setattr(client._transport, "_try", delay)
+    return waiting
+
+
+@pytest.mark.parametrize("call", [lambda client: client.renew_turn("castle"), lambda client: client.poll_game("castle", "ada", [])],
+                         ids=["a renewal", "a poll after a restart"])
+def test_a_registration_that_comes_to_the_server_after_its_game_was_deleted_leaves_no_game(start_server, monkeypatch, call):
+    first = start_server(port=free_port())
+    client, deleted = p2pclient.RendezvousClient(url_of(first)), threading.Event()
+    client.register_game("castle", "ada")
+    first.stop()
+    server = start_server(port=first.server_port)
+    late = delayed(client, monkeypatch, "/games/register", deleted.is_set)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        calling = pool.submit(call, client)
+        assert late.wait(WAIT)
+        with pytest.raises(p2pclient.RendezvousError, match="404"):
+            client.delete_game("castle", "ada")
+        deleted.set()
+        assert isinstance(calling.exception(WAIT), (p2pclient.RendezvousError, type(None)))
+    assert server.counters[p2pserver.REQUESTS, ("register_game", 201)] == 1 and server.registry.counts()["games"] == 0
+
+
+def test_a_poll_that_a_renaming_overtakes_does_not_register_the_old_name_again(start_server, monkeypatch):
+    """The poll is refused before the answer to the renaming has come."""
+    server = start_server()
+    client = p2pclient.RendezvousClient(url_of(server))
+    client.register_game("castle", "ada")
+    once = client._transport._try
+
+    def slow(method, path, *call):
+        reply = once(method, path, *call)
+        if method == "PATCH":
+            polling.append(pool.submit(client.poll_game, "castle", "ada", []))
+            wait_until(lambda: server.counters[p2pserver.REQUESTS, ("poll_game", 404)])
+        return reply
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        polling = []
+        monkeypatch.setattr(client._transport, "_try", slow)
+        client.update_game("castle", "ada", new_name="fortress")
+        assert polling[0].exception(WAIT).status == 404
+    assert [game.name for game in client.list_games()] == ["fortress"]
+    assert client.poll_game("fortress", "ada", []).name == "fortress"
+
+
 class Constant:
     """A server that gives one answer to everything, and counts how often."""
 
@@ -2555,7 +2673,7 @@ def name_leads_to(monkeypatch):
 
 
 def test_an_address_of_a_name_that_leads_nowhere_costs_its_time_once(start_server, black_hole, name_leads_to, monkeypatch):
-    monkeypatch.setattr(transport, "CONNECT_TIME", 0.5)
+    monkeypatch.setattr(tcp, "CONNECT_TIME", 0.5)
     server = start_server()
     name_leads_to("::1", "127.0.0.1")
     client = p2pclient.RendezvousClient(f"http://example.test:{server.server_port}", patience=0)
@@ -2565,6 +2683,51 @@ def test_an_address_of_a_name_that_leads_nowhere_costs_its_time_once(start_serve
     with Script(answering({"games": []}), "::1", server.server_port) as elsewhere:
         client.reconnect()
         assert client.list_games() == [] and not elsewhere.clients
+
+
+@pytest.fixture
+def slow_dns(monkeypatch):
+    """The name example.test is found after the event, at 127.0.0.1."""
+    real, answered = socket.getaddrinfo, threading.Event()
+
+    def look_up(host, *more, **options):
+        return real("127.0.0.1" if host == "example.test" and answered.wait(WAIT) else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    yield answered
+    answered.set()
+
+
+def test_a_server_whose_name_is_found_late_is_reached(start_server, slow_dns, monkeypatch):
+    """As where the first name server of two is dead: the system gives it five seconds."""
+    monkeypatch.setattr(tcp, "CONNECT_TIME", 0.1)
+    client = p2pclient.RendezvousClient(f"http://example.test:{start_server().server_port}", patience=0)
+    threading.Timer(1, slow_dns.set).start()
+    assert client.list_games() == []
+
+
+def test_a_call_within_a_time_ends_with_it_however_slow_the_look_up_of_a_name_is(slow_dns):
+    client = p2pclient.RendezvousClient("http://example.test:8000")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(p2pclient.RendezvousError, match="the name was not found in time"):
+        pool.submit(client.leave_game, "castle", "ben", within=0.5).result(WAIT / 2)
+
+
+def test_what_is_no_name_of_a_host_is_an_error_of_ours_and_no_stun_server():
+    with pytest.raises(p2pclient.RendezvousError, match="this is no name of a host"):
+        p2pclient.RendezvousClient("http://a..b:8000", patience=0).list_games()
+    assert sockets.resolve([("a..b", 3478), ("127.0.0.1", 3478)]) == [("127.0.0.1", 3478)]
+
+
+def test_a_connection_that_is_reset_while_it_is_made_is_an_error_of_ours(start_server, monkeypatch):
+    """As by a server that stops at this moment."""
+    class Reset(socket.socket):
+        def connect(self, address):
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    client = p2pclient.RendezvousClient(url_of(start_server()), patience=0)
+    monkeypatch.setattr(socket, "socket", Reset)
+    with pytest.raises(p2pclient.RendezvousError, match="cannot reach .*: Connection reset by peer"):
+        client.list_games()
 
 
 def test_a_server_whose_name_leads_elsewhere_by_now_is_found(start_server, name_leads_to):
@@ -2757,6 +2920,53 @@ def test_a_host_does_not_hammer_a_server_that_is_sick(start_server, monkeypatch)
             assert sick.count <= 2
 
 
+def test_a_game_that_is_interrupted_while_names_are_looked_up_is_deleted(start_server, heard_good_byes, monkeypatch):
+    server, real = start_server(), socket.getaddrinfo
+
+    def look_up(host, *more, **options):
+        if host == "example.test" and server.registry.counts()["games"] and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return real("127.0.0.1" if host == "example.test" else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(KeyboardInterrupt):
+        p2pclient.HostedGame(p2pclient.RendezvousClient(f"http://example.test:{server.server_port}"), "castle")
+    assert server.registry.counts()["games"] == 0
+    wait_until(lambda: not any(thread.name in ("host", "endpoint") for thread in threading.enumerate()))
+
+
+def test_a_game_may_be_closed_by_its_own_report(start_server):
+    """Here by the thread of the relay, which then cannot wait for itself."""
+    url, made, closed = url_of(start_server()), threading.Event(), []
+
+    def report(line):
+        made.wait(WAIT)
+        game.close()
+        closed.append(line)
+
+    game = p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle", report=report, turn=turn.TurnServer(("127.0.0.1", 0), "", ""))
+    made.set()
+    wait_until(lambda: closed)
+    assert p2pclient.RendezvousClient(url).list_games() == []
+
+
+def test_a_host_that_moves_when_no_thread_can_be_begun_still_hears_of_its_guests(start_server, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    server = start_server()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle") as game:
+        wait_until(lambda: server.registry.counts()["waiting"])
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError):
+                game._moved()
+            with pytest.raises(p2pclient.RendezvousError, match="can't start new thread"):
+                p2pclient.RendezvousClient(url_of(server), patience=0).list_games()
+        with p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle"):
+            game.accept(5)
+
+
 def test_a_taken_name_is_told_at_once(start_server):
     url = url_of(start_server())
     p2pclient.RendezvousClient(url).register_game("castle", "ada")
@@ -2905,24 +3115,56 @@ def test_a_guest_that_closes_its_connection_leaves_the_game(start_server, heard_
 
 def test_a_start_that_comes_to_the_server_after_its_guest_has_left_leaves_no_session(start_server, heard_good_byes, monkeypatch):
     """It begins a session anew, and the server would hold it for 25 seconds."""
-    server, late = start_server(), []
+    server = start_server()
     client = p2pclient.RendezvousClient(url_of(server))
-    once = client._transport._try
-
-    def overtaken(method, path, *call):
-        if path == "/games/start":
-            late.append(path)
-            wait_until(lambda: server.counters[p2pserver.REQUESTS, ("leave_game", 204)])
-        return once(method, path, *call)
-
     with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
         guest = p2pclient.join_game(client, "castle")
         wait_until(lambda: server.registry.counts()["waiting"] == 2)
+        late = delayed(client, monkeypatch, "/games/start", lambda: server.counters[p2pserver.REQUESTS, ("leave_game", 204)])
+        game.endpoint.forward("198.51.100.1:4000")      # which the guest hears, and then starts again
+        assert late.wait(WAIT)
+        guest.close()
+        assert server.registry.counts()["guests"] == 0 and server.counters[p2pserver.REQUESTS, ("leave_game", 204)] == 2
+
+
+def test_a_guest_that_has_moved_and_leaves_waits_for_its_earlier_start_too(start_server, heard_good_byes, monkeypatch):
+    """That one comes to the server last of all, and begins a session anew."""
+    server = start_server()
+    client = p2pclient.RendezvousClient(url_of(server))
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(client.base_url), "castle") as game:
+        guest = p2pclient.join_game(client, "castle")
+        wait_until(lambda: server.registry.counts()["waiting"] == 2)
+        left, once, late = threading.Event(), client._transport._try, []
+
+        def overtaken(method, path, *call):
+            if path == "/games/start" and not late:
+                late.append(path)
+                wait_until(left.is_set)
+            reply = once(method, path, *call)
+            if path == "/games/leave":
+                left.set()
+            return reply
+
         monkeypatch.setattr(client._transport, "_try", overtaken)
         game.endpoint.forward("198.51.100.1:4000")      # which the guest hears, and then starts again
         wait_until(lambda: late)
+        guest._endpoint.moved()
+        wait_until(lambda: server.registry.counts()["waiting"] == 2)
         guest.close()
         assert server.registry.counts()["guests"] == 0 and server.counters[p2pserver.REQUESTS, ("leave_game", 204)] == 2
+
+
+def test_a_game_that_closes_while_it_is_registered_again_is_deleted(start_server, heard_good_byes, monkeypatch):
+    """The registration comes to the restarted server after the deletion."""
+    first = start_server(port=free_port())
+    client, servers = p2pclient.RendezvousClient(url_of(first)), []
+    game = p2pclient.HostedGame(client, "castle")
+    late = delayed(client, monkeypatch, "/games/register", lambda: servers and servers[0].counters[p2pserver.REQUESTS, ("delete_game", 404)])
+    first.stop()
+    servers.append(start_server(port=first.server_port))
+    assert late.wait(WAIT)
+    game.close()
+    assert servers[0].counters[p2pserver.REQUESTS, ("register_game", 201)] == 1 and servers[0].registry.counts()["games"] == 0
 
 
 def test_a_guest_that_leaves_while_its_game_is_renamed_leaves_it_under_its_new_name(start_server, heard_good_byes, monkeypatch):
@@ -3015,6 +3257,17 @@ def test_a_guest_that_moves_tells_its_host_where_it_is(start_server):
         told = wait_until(lambda: [each for each in p2pclient.RendezvousClient(url).poll_game("castle", "ada", ["127.0.0.1:4000"]).guests
                                    if each.addresses[0] == "127.0.0.1:5000"])
         assert [each.session_id for each in told] == [guest.session_id]
+
+
+def test_a_guest_that_has_joined_another_game_over_its_endpoint_still_tells_where_it_is_when_the_first_connection_is_closed(start_server, endpoint):
+    url, own = url_of(start_server()), endpoint()
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle"), p2pclient.HostedGame(p2pclient.RendezvousClient(url), "fortress") as game:
+        first = p2pclient.join_game(p2pclient.RendezvousClient(url), "castle", endpoint=own)
+        with p2pclient.join_game(p2pclient.RendezvousClient(url), "fortress", endpoint=own):
+            hosts = game.accept(5)
+            first.close()
+            own.forward("198.51.100.1:4000")
+            wait_until(lambda: ("198.51.100.1", 4000) in hosts.session.remotes)
 
 
 def test_a_session_that_a_restarted_server_has_lost_ends_no_connection_and_is_not_begun_anew(start_server, monkeypatch):
@@ -3131,19 +3384,35 @@ def test_nobody_is_told_that_udp_is_blocked_where_the_server_has_no_stun(start_s
     assert "never answered" in str(caught.value) and "not even from the STUN server" not in str(caught.value)
 
 
-def test_a_host_does_not_wait_for_the_answer_of_stun_where_the_server_tells_that_it_has_none(start_server, monkeypatch):
-    offered, answers = threading.Event(), []
+@pytest.fixture
+def late_stun(monkeypatch):
+    """STUN is silent until the event, and then gives no answer either. answers: whether that came in time."""
+    come, answers = threading.Event(), []
 
     def ask_stun(sock, servers, nat64):
         if servers:
-            answers.append(offered.wait(WAIT))
+            answers.append(come.wait(WAIT))
         return {}
 
     monkeypatch.setattr(whereabouts, "ask_stun", ask_stun)
+    return come, answers
+
+
+def test_a_host_does_not_wait_for_the_answer_of_stun_where_the_server_tells_that_it_has_none(start_server, late_stun):
+    offered, answers = late_stun
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(start_server(no_stun=True))), "castle") as game:
         offered.set()
         wait_until(lambda: answers == [True])
         assert game.endpoint.candidates.nat == "not asked" and game.endpoint.candidates.addresses
+
+
+def test_a_guest_does_not_wait_for_the_answer_of_stun_where_the_server_tells_that_it_has_none(start_server, late_stun):
+    joined, answers = late_stun
+    url = url_of(start_server(no_stun=True))
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle") as game, p2pclient.join_game(p2pclient.RendezvousClient(url), "castle") as guest:
+        joined.set()
+        assert guest._endpoint.candidates.nat == "not asked" and game.accept(5).session_id == guest.session_id
+        wait_until(lambda: answers == [True, True])
 
 
 def test_stun_at_another_port_is_found_when_the_server_tells(start_server, monkeypatch):
@@ -3151,6 +3420,37 @@ def test_stun_at_another_port_is_found_when_the_server_tells(start_server, monke
     server = start_server(stun_port=free_port())
     with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(server)), "castle") as game:
         wait_until(lambda: game.endpoint.candidates.mapped)
+
+
+def test_a_host_whose_network_comes_as_it_registers_looks_up_its_stun_servers_again(start_server, monkeypatch):
+    server, real, asked = start_server(), socket.getaddrinfo, []
+
+    def look_up(name, *more, **options):
+        if name != "example.test":
+            return real(name, *more, **options)
+        asked.append(name)
+        if len(asked) == 1 or not server.counters[p2pserver.REQUESTS, ("register_game", 201)] and socket.SOCK_DGRAM in more:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return real("127.0.0.1", *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    client, stun_server = p2pclient.RendezvousClient(f"http://example.test:{server.server_port}"), ("example.test", server.stuns[0].server_address[1])
+    with p2pclient.HostedGame(client, "castle", stun_servers=[stun_server]) as game:
+        wait_until(lambda: game.endpoint.candidates.mapped)
+
+
+def test_a_host_asks_stun_where_the_name_of_a_server_that_has_moved_leads_by_now(start_server, name_leads_to, monkeypatch):
+    monkeypatch.setattr(presence, "FAILED_PAUSE", 0.1)
+    ports = {"port": free_port(), "stun_port": free_port()}
+    first = start_server(**ports)
+    name_leads_to("127.0.0.1")
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(f"http://example.test:{ports['port']}", patience=0.1), "castle") as game:
+        wait_until(lambda: ("127.0.0.1", ports["stun_port"]) in game.endpoint.candidates.seen)
+        name_leads_to("127.0.0.2")
+        first.stop()
+        wait_until(lambda: game._trouble)
+        start_server(host="127.0.0.2", **ports)
+        wait_until(lambda: ("127.0.0.2", ports["stun_port"]) in game.endpoint.candidates.seen)
 
 
 def test_who_joins_a_silent_host_is_told_so(start_server, monkeypatch):
@@ -3191,6 +3491,20 @@ def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):
     threading.Timer(0.2, host.delete_game, ("castle", "ada")).start()
     with pytest.raises(p2pclient.ConnectFailed, match="the host is gone"):
         p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle")
+
+
+def test_a_host_that_is_silent_is_not_said_to_be_gone_because_the_server_is(start_server, monkeypatch):
+    monkeypatch.setattr(checks, "CHECK_TIME", 1)
+    server = start_server()
+    host = p2pclient.RendezvousClient(url_of(server))
+    host.register_game("castle", "ada")
+    host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(p2pclient.join_game, p2pclient.RendezvousClient(url_of(server), patience=0.1), "castle")
+        wait_until(lambda: server.counters[p2pserver.REQUESTS, ("start_game", 200)] or server.registry.counts()["waiting"])
+        server.stop()
+        with pytest.raises(p2pclient.ConnectFailed, match="the host never answered"):
+            joining.result(WAIT)
 
 
 def test_the_doctor_finds_all_well(start_server):
@@ -4073,6 +4387,33 @@ def test_a_relay_whose_server_begins_anew_is_taken_again_once_we_look(relayed, m
         it.ask_soon()
         wait_until(lambda: len(lines) == 3)
         assert "error 437" in lines[1] and lines[0] == lines[2]
+
+
+def test_a_relay_that_is_not_given_is_asked_for_less_and_less_often_also_after_a_move(endpoint, monkeypatch):
+    monkeypatch.setattr(relay, "LEAST_PAUSE", 0.01)
+    asked = []
+    it = relay.Relay(endpoint(), lambda is_refused: asked.append(time.monotonic()), True, print)
+    it.ask_soon()
+    wait_until(lambda: len(asked) > 8)
+    it.end()
+    it.join(WAIT)
+    assert gaps(asked)[7] > 1       # seconds: 0.01, doubled with each time
+
+
+def test_a_relay_for_which_there_are_too_many_open_files_is_taken_later(relayed, monkeypatch):
+    monkeypatch.setattr(relay, "LEAST_PAUSE", 0.05)
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+
+    def open_socket():
+        if failures:
+            raise failures.pop()
+        return sockets.open_socket()
+
+    monkeypatch.setattr(relay, "open_socket", open_socket)
+    with TurnDouble() as double:
+        host, _, lines = relayed(double.server)
+        wait_until(lambda: host.candidates.relay)
+        assert lines[0] == "no relay: [Errno 24] Too many open files"
 
 
 def test_a_host_takes_the_relay_that_its_server_hands_it_and_registers_again_when_it_is_refused(start_server, monkeypatch):

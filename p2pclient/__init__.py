@@ -50,7 +50,7 @@ The files, from leaf to root; none needs one below it:
     whereabouts.py  a socket's candidates, kept up to date
     probing.py      the search for a peer behind a symmetric NAT, without socket or clock
     diagnosis.py    why there is no connection, in words
-    texts.py        the log, and texts from the network, made harmless for it
+    texts.py        the log, and texts from the network and callbacks of the game, made harmless
     answers.py      what the server answers, checked field by field, and its refusals
     tcp.py          connections to the server, and the time that an answer may take
     transport.py    one HTTP call, with repetition and errors
@@ -91,10 +91,11 @@ from .answers import RendezvousError  # noqa: E402
 from .connection import Connection, PeerLost  # noqa: E402
 from .deadline import Deadline  # noqa: E402
 from .diagnosis import ConnectFailed, describe  # noqa: E402
-from .endpoint import KEEPALIVE, Endpoint  # noqa: E402
+from .endpoint import Endpoint  # noqa: E402
 from .games import HostedGame, join_game  # noqa: E402
 from .rendezvous import GameInfo, Guest, Poll, Registration, RendezvousClient, Start, new_peer_id  # noqa: E402
 from .turn import TurnServer  # noqa: E402
+from .whereabouts import KEEPALIVE  # noqa: E402
 
 __all__ = ["KEEPALIVE", "ConnectFailed", "Connection", "Deadline", "Endpoint", "GameInfo", "Guest", "HostedGame", "PeerLost", "Poll", "Registration",
            "RendezvousClient", "RendezvousError", "Start", "TurnServer", "describe", "join_game", "new_peer_id"]

@@ -25,7 +25,8 @@ class Background:
 
     def join(self, seconds: float = GIVE_BACK_TIME) -> None:
         """Wait until it is given back."""
-        self._thread.join(seconds)
+        if self._thread is not threading.current_thread():      # a game that is closed by its own report
+            self._thread.join(seconds)
 
     def _run(self) -> None:
         raise NotImplementedError

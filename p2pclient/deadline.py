@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import threading
 import time
-from typing import Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional, TypeVar
+
+Result = TypeVar("Result")
 
 
 class Deadline:
@@ -16,6 +19,20 @@ class Deadline:
 
     def left(self) -> float:
         return 1e9 if self._end is None else max(0.0, self._end - time.monotonic())
+
+
+def begin(name: str, function: Callable[..., Result], *arguments: Any, **options: Any) -> concurrent.futures.Future[Result]:
+    """What a call gives, to come: a thread of this name makes it, for whose end nobody has to wait."""
+    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 @contextlib.contextmanager

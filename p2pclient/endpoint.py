@@ -24,9 +24,8 @@ from .probing import Methods
 from .rendezvous import Guest, Start
 from .sockets import open_socket, plain_source, send_to
 from .stun import ERROR, SUCCESS, USERNAME, Message, decode
-from .texts import log
-from .whereabouts import KEEPALIVE as KEEPALIVE
-from .whereabouts import Whereabouts
+from .texts import harmless, log
+from .whereabouts import KEEPALIVE, Whereabouts
 
 MAX_SESSIONS = 64           # with guests at once, whatever the server says
 LAST_FAREWELLS = 0.04       # seconds in which all good-byes are repeated when the endpoint is closed
@@ -39,10 +38,10 @@ class Endpoint:
     """One UDP socket with all its sessions. A host has one for all its guests; a guest has one for the game it joins, and may have it long before.
 
     stun_servers: (host, port) each; loopback: whether peers may be on this very machine; sock: a bound UDP socket of one's own, which is then read
-    by this alone; keepalive, consent_interval: seconds; report: takes a line for each thing that happens; public_address: "ip:port" that is
-    forwarded to the socket by a router; moved: called in the endpoint's thread, and not to block, when the candidates have changed, and
-    every few seconds while a peer is silent: then tell the server our candidates, and expect() or renew() what it tells of the peer's. It may
-    be set later. prediction, probing: how a peer behind a symmetric NAT is searched for (probing.py).
+    by this alone; keepalive, consent_interval: seconds; report: takes a line for each thing that happens, and is not to block; public_address:
+    "ip:port" that is forwarded to the socket by a router; moved: called in the endpoint's thread, and not to block, when the candidates have changed,
+    and every few seconds while a peer is silent: then tell the server our candidates, and expect() or renew() what it tells of the peer's. It may
+    be set later. What moved and report raise is logged. prediction, probing: how a peer behind a symmetric NAT is searched for (probing.py).
     The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. ValueError: public_address is none.
     """
 
@@ -51,7 +50,7 @@ class Endpoint:
                  moved: Callable[[], None] = lambda: None, public_address: str = "", prediction: bool = True, probing: bool = False) -> None:
         if public_address and parse_candidate(public_address) is None:
             raise ValueError(f"{public_address!r} is not an address such as 203.0.113.7:5000")
-        self.moved = moved
+        self.moved, self._stun_servers, report = moved, list(stun_servers), harmless(report)
         self.socket = sock or open_socket()
         self.socket.setblocking(False)
         self._whereabouts = Whereabouts(self.socket, stun_servers, loopback, keepalive, [public_address] if public_address else [], report, time.monotonic,
@@ -93,11 +92,14 @@ class Endpoint:
             if start.session_id in self._connections:
                 self._begin(start.session_id, start.session_key, start.addresses, is_guest=True, seen_at=start.seen_at)
 
-    def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address]) -> None:
-        """Ask these STUN servers from now on, if those others were asked until now."""
-        with self._lock:
-            self._whereabouts.use_stun(servers, instead_of, time.monotonic())
-        self._wake()
+    def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address], is_back: bool = False) -> None:
+        """Ask these STUN servers, if it was those until now. May take seconds: it looks up new names, lost ones, and all if the server is_back."""
+        wanted = list(servers) if self._stun_servers == list(instead_of) else self._stun_servers
+        if is_back or wanted != self._stun_servers or not self._whereabouts.servers:
+            self._stun_servers, found = wanted, self._whereabouts.look_up(wanted)
+            with self._lock:
+                self._whereabouts.use_stun(found, bool(wanted), time.monotonic())
+            self._wake()
 
     def forward(self, address: str, is_relay: bool = False) -> bool:
         """Publish an address that the router says it forwards to the socket, or a relay's, or with "" none any more. Whether it is published."""
@@ -162,13 +164,11 @@ class Endpoint:
         with self._lock:
             for connection in list(self._connections.values()):
                 self.end(connection)
-            farewells = self._farewells.take()
+            farewells = self._farewells.left()
         for sending in farewells:
             time.sleep(LAST_FAREWELLS / len(farewells))
             self._send([sending])
-        with self._lock:
-            self._closed = True
-            self._accepted.notify_all()
+        self._closed = True
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -279,7 +279,7 @@ class Endpoint:
         """Call moved() if the candidates have changed, or if a peer is silent and STUN has been asked."""
         if self._whereabouts.is_news or self._must_call and not self._whereabouts.is_asking:
             self._whereabouts.is_news = self._must_call = False
-            self.moved()
+            harmless(self.moved)()
 
     def _read(self, sock: socket.socket) -> None:
         """Take what has come, up to a hundred datagrams before others have their turn."""
@@ -302,7 +302,6 @@ class Endpoint:
             self._take_content(datagram, source, now)
         elif self._whereabouts.awaits(message.transaction):
             self._whereabouts.receive(message, source, now)
-            self._tell_if_moved()
         elif message.fingerprint:
             self._take_check(message, source, now)
 

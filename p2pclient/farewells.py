@@ -27,8 +27,13 @@ class Farewells:
         """Take a good-bye that was said for the first time."""
         self._waiting += [(now + pause, goodbye) for pause in PAUSES if goodbye]
 
-    def take(self, now: float = float("inf")) -> List[Sending]:
-        """What is to be said again by now; without a time, all that is left."""
-        due = sorted([each for each in self._waiting if each[0] <= now], key=lambda each: each[0])
-        self._waiting = [each for each in self._waiting if each[0] > now]
+    def left(self, until: float = float("inf")) -> List[Sending]:
+        """What is to be said again until then, earliest first."""
+        due = sorted([each for each in self._waiting if each[0] <= until], key=lambda each: each[0])
         return [sending for _, goodbye in due for sending in goodbye]
+
+    def take(self, now: float) -> List[Sending]:
+        """What is to be said again by now, and then counts as said."""
+        due = self.left(now)
+        self._waiting = [each for each in self._waiting if each[0] > now]
+        return due

@@ -5,26 +5,27 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import threading
 import time
 from typing import Any, Callable, Dict, Optional, Sequence
 
 from .addresses import Address
 from .answers import RendezvousError
 from .connection import Connection
-from .deadline import Deadline, told_if_slow
+from .deadline import Deadline, begin, told_if_slow
 from .diagnosis import ConnectFailed
-from .endpoint import KEEPALIVE, Endpoint
+from .endpoint import Endpoint
 from .forwarding import Forwarding
 from .presence import CLOSE_TIME, FAILED_PAUSE, WAIT, Presence, pause_after
 from .relay import Relay
 from .rendezvous import Poll, RendezvousClient, Start, new_peer_id
 from .repeater import Repeater, pause_between
-from .texts import line_of, log
+from .texts import harmless, line_of, log
 from .transport import MARGIN
 from .turn import TurnServer
+from .whereabouts import KEEPALIVE
 
 RETURN_TIME = 3 * FAILED_PAUSE      # seconds that a guest gives its host to come back after a restart of the server
+STUN_TIME = 0.5         # seconds of STUN's silence after which a guest has the rendezvous server tell whether it answers STUN at all
 UNHEARD_TIME = 3.0      # seconds after which a guest is told what it waits for
 REFUSED = (400, 403, 404, 409)      # the name is somebody else's now, or we are not understood
 
@@ -45,8 +46,8 @@ class HostedGame:
                  stun_servers: Optional[Sequence[Address]] = None, keepalive: float = KEEPALIVE,
                  report: Callable[[str], None] = log.info, peer_id: Optional[str] = None, port_mapping: bool = True,
                  prediction: bool = True, probing: bool = False, relay: bool = True, turn: Optional[TurnServer] = None) -> None:
-        self._peer_id = peer_id or new_peer_id()
-        self._client, self._report = client, report
+        self.name, self._peer_id = name, peer_id or new_peer_id()
+        self._client, self._say = client, harmless(report)
         self._cursor: Optional[int] = None
         self._trouble = ""          # why the latest poll failed, in a word
         self._repeater = Repeater("host", self._poll, self._failed)
@@ -55,7 +56,6 @@ class HostedGame:
         self._told_turn: Optional[TurnServer] = None        # by the rendezvous server
         begin_gathering = functools.partial(gather, client, stun_servers, keepalive=keepalive, report=report, prediction=prediction, probing=probing)
         gathering = begin_gathering()
-        self.name = name
         try:
             registration = client.register_game(name, self._peer_id, info, listed)
             self.name, self._told_turn = registration.name, registration.turn
@@ -63,18 +63,19 @@ class HostedGame:
                 gathering.add_done_callback(close_gathered)
                 gathering = begin_gathering()
             self.endpoint = gathering.result()
-        except BaseException as error:      # Ctrl-C while it gathers, too
+            use_told_stun(client, self.endpoint)
+            on_loopback = client.on_loopback
+        except BaseException as error:      # Ctrl-C while it gathers or looks names up, too
             gathering.add_done_callback(close_gathered)
             if not isinstance(error, RendezvousError):
                 self._delete()
             raise
         self.endpoint.moved = self._moved
-        use_told_stun(client, self.endpoint)
         self._repeater.begin_anew()
-        if port_mapping and not client.on_loopback:
+        if port_mapping and not on_loopback:
             self._forwarding = Forwarding(self.endpoint.socket.getsockname()[1], self.endpoint.forward, self._say)
         if relay and (turn or self._told_turn):
-            self._relay = Relay(self.endpoint, (lambda is_refused: turn) if turn else self._turn, client.on_loopback, self._say)
+            self._relay = Relay(self.endpoint, (lambda is_refused: turn) if turn else self._turn, on_loopback, self._say)
             self.endpoint.send_relayed = self._relay.send
 
     def accept(self, timeout: Optional[float] = None) -> Connection:
@@ -90,10 +91,11 @@ class HostedGame:
         forwards no port to it any more, and a relay is given back."""
         if self._forwarding:
             self._forwarding.end()
+        deadline = Deadline(CLOSE_TIME)
         if not self._repeater.ended:
             self._repeater.end()
             self._delete()      # which answers the poll that the server holds
-        self._repeater.join(0.4)
+        self._repeater.join(max(0.4, deadline.left()))      # a poll that has registered the game again has to delete it again
         self.endpoint.close()
         if self._relay:     # which has sent the last good-byes
             self._relay.end()
@@ -143,6 +145,7 @@ class HostedGame:
         """Take the answer to a poll of name that took passed seconds. Seconds until the next one."""
         if self._trouble:
             self._say("the game is offered again" if self._trouble == "refused" else "the server is back")
+            use_told_stun(self._client, self.endpoint, is_back=True)
         self._trouble, self._cursor = "", poll.cursor
         if self.name == name:
             self.name = poll.name
@@ -160,13 +163,6 @@ class HostedGame:
         self._trouble = trouble
         return pause_after(error)
 
-    def _say(self, line: str) -> None:
-        """Report, if that works: it is not ours, and must not end the polling."""
-        try:
-            self._report(line)
-        except Exception:
-            log.exception("a report failed: %s", line)
-
 
 def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequence[Address]] = None, timeout: float = 30.0,
               endpoint: Optional[Endpoint] = None, peer_id: Optional[str] = None, report: Callable[[str], None] = log.info,
@@ -179,10 +175,14 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
     RendezvousError: no such game, or so; ConnectFailed says why there is no way.
     """
     deadline, peer_id = Deadline(timeout), peer_id or new_peer_id()
-    gathering = gather(client, stun_servers, prediction=prediction, probing=probing) if endpoint is None else None
+    begin_gathering = functools.partial(gather, client, stun_servers, prediction=prediction, probing=probing)
+    gathering = begin_gathering() if endpoint is None else None
     own, presence = endpoint, None
     try:
         client.connect(deadline.left())
+        if gathering and stun_servers is None and is_without_stun(client, name, peer_id, gathering, deadline):
+            gathering.add_done_callback(close_gathered)
+            gathering = begin_gathering()
         own = gathered(gathering, deadline) if gathering else endpoint
         assert own
         with told_if_slow(UNHEARD_TIME, report, f"no address of the host for {UNHEARD_TIME:g} seconds: the host or the server is silent; still waiting"):
@@ -206,16 +206,7 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
 
 def gather(client: RendezvousClient, stun_servers: Optional[Sequence[Address]], **options: Any) -> concurrent.futures.Future[Endpoint]:
     """An Endpoint to come: it asks STUN servers while its caller asks the rendezvous server."""
-    future: concurrent.futures.Future[Endpoint] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(Endpoint(default_stun(client, stun_servers), client.on_loopback, **options))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="gather", daemon=True).start()
-    return future
+    return begin("gather", lambda: Endpoint(default_stun(client, stun_servers), client.on_loopback, **options))
 
 
 def gathered(gathering: concurrent.futures.Future[Endpoint], deadline: Deadline) -> Endpoint:
@@ -230,10 +221,16 @@ def close_gathered(gathering: concurrent.futures.Future[Endpoint]) -> None:
         gathering.result().close()
 
 
-def use_told_stun(client: RendezvousClient, endpoint: Endpoint) -> None:
+def is_without_stun(client: RendezvousClient, name: str, peer_id: str, gathering: concurrent.futures.Future[Endpoint], deadline: Deadline) -> bool:
+    """Whether the rendezvous server tells that nobody answers STUN there. It is asked, by a first start, where STUN is silent. RendezvousError."""
+    if concurrent.futures.wait([gathering], min(STUN_TIME, deadline.left())).done or deadline.left() < MARGIN:
+        return False
+    return client.start_game(name, peer_id, [], within=deadline.left()).stun_ports == []
+
+
+def use_told_stun(client: RendezvousClient, endpoint: Endpoint, is_back: bool = False) -> None:
     """By now the server has told where it answers STUN, if at all: an endpoint that has asked where it was thought to be asks there."""
-    if client.stun_servers != client.likely_stun:
-        endpoint.use_stun(client.stun_servers, instead_of=client.likely_stun)
+    endpoint.use_stun(client.stun_servers, instead_of=client.likely_stun, is_back=is_back)
 
 
 def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint, peer_id: str, deadline: Deadline) -> Start:
@@ -275,10 +272,12 @@ def connect_or_explain(client: RendezvousClient, endpoint: Endpoint, start: Star
         with told_if_slow(UNHEARD_TIME, report, line):
             return endpoint.connect(start)
     except ConnectFailed as failure:
-        with contextlib.suppress(RendezvousError):
+        try:
             client.get_game(start.name, within=CLOSE_TIME)
-            raise
-        raise ConnectFailed("the host is gone: its game is no longer offered") from failure
+        except RendezvousError as error:
+            if error.status == 404:
+                raise ConnectFailed("the host is gone: its game is no longer offered") from failure
+        raise
 
 
 def default_stun(client: RendezvousClient, stun_servers: Optional[Sequence[Address]]) -> Sequence[Address]:

@@ -44,7 +44,6 @@ class Presence:
         if self._repeater.ended:        # the game is left, and the same peerId may have joined it again
             self._repeater.join(0.4)
             return
-        self._endpoint.moved = lambda: None
         self._repeater.end()
         deadline = Deadline(CLOSE_TIME)
         self._leave(deadline.left())

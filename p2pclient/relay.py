@@ -59,20 +59,18 @@ class Relay(Background):
     def _run(self) -> None:
         pause = LEAST_PAUSE
         while not self._ended.is_set():
+            self._woken.clear()
             pause = LEAST_PAUSE if self._try() else min(2 * pause, MOST_PAUSE)
             self._rest(pause, LEAST_PAUSE)
 
     def _try(self) -> bool:
         """Ask the server for a relay, and keep it while that works. Whether there was one."""
         try:
-            server = self._server(self._is_refused)
-        except Exception as error:      # the rendezvous server, of which it is asked, may be away
+            server, nat64 = self._server(self._is_refused), find_nat64()
+            return server is not None and any(self._keep(server, address, nat64) for address in self._usable(server, nat64))
+        except Exception as error:      # the rendezvous server, of which it is asked, may be away, or there are too many open files
             self._say(f"no relay: {error}")
             return False
-        if server is None:
-            return False
-        nat64 = find_nat64()
-        return any(self._keep(server, address, nat64) for address in self._usable(server, nat64))
 
     def _usable(self, server: TurnServer, nat64: Optional[Nat64]) -> Iterable[Address]:
         """The server's addresses, by the same rules as for a peer's: none in a private network that this machine is not in."""

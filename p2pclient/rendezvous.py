@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 import unicodedata
 import urllib.parse
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ class RendezvousClient:
         self.stun_ports: Optional[List[int]] = None     # what it said
         # What this client registered, so that it can do so again when a restarted server has forgotten it.
         self._registered: Dict[str, Dict[str, Any]] = {}
+        self._registering = threading.Lock()            # held by who registers a game again, and by who renames one
 
     @property
     def on_loopback(self) -> bool:
@@ -139,8 +141,8 @@ class RendezvousClient:
 
     def renew_turn(self, name: str) -> Optional[TurnServer]:
         """New credentials for the relay: by registering a game of ours again, which changes nothing else of it."""
-        registered = self._registered.get(normal(name))
-        return turn_server(self._transport.call("POST", "/games/register", registered).body) if registered else None
+        answer = self._register_again(normal(name))
+        return None if answer is None else turn_server(answer)
 
     def poll_game(self, name: str, peer_id: str, addresses: Sequence[Any], after: Optional[int] = None,
                   replies: Optional[Mapping[str, Sequence[Any]]] = None, wait: float = 0, dismiss: Optional[Sequence[str]] = None) -> Poll:
@@ -153,9 +155,8 @@ class RendezvousClient:
         try:
             _, answer, waited = self._transport.call("POST", "/games/poll", body, wait)
         except RendezvousError as error:
-            if error.status != 404 or name not in self._registered:
+            if error.status != 404 or self._register_again(name) is None:
                 raise
-            self._transport.call("POST", "/games/register", self._registered[name])
             body.pop("after", None)
             _, answer, waited = self._transport.call("POST", "/games/poll", body)
         guests = [Guest(guest.identifier("sessionId"), guest.identifier("sessionKey"), guest.members("addresses"), guest.ip("from"))
@@ -194,21 +195,14 @@ class RendezvousClient:
                     listed: Optional[bool] = None) -> GameInfo:
         """Rename or describe one's own game."""
         body = without_none(peerId=peer_id, name=new_name, info=info, listed=listed)
-        # A poll of another thread that the renaming overtakes must not register the old name again.
-        name = normal(name)
-        registered = self._registered.pop(name, None)
-        try:
+        with self._registering:     # a poll of another thread that the renaming overtakes must not register the old name again
             try:
                 answer = self._transport.call("PATCH", game_path(name), body).body
             except RepeatedNotFound:    # a first try whose answer was lost may have renamed it: only its owner may update the new name
                 answer = self._transport.call("PATCH", game_path(new_name or name), body).body
-        except RendezvousError:
+            game, registered = game_info(answer), self._registered.pop(normal(name), None)
             if registered:
-                self._registered[name] = registered
-            raise
-        game = game_info(answer)
-        if registered:
-            self._registered[game.name] = {**registered, **body, "name": game.name}
+                self._registered[game.name] = {**registered, **body, "name": game.name}
         return game
 
     def delete_game(self, name: str, peer_id: str, within: Optional[float] = None) -> None:
@@ -216,6 +210,17 @@ class RendezvousClient:
         self._registered.pop(normal(name), None)
         with contextlib.suppress(RepeatedNotFound):     # a first try whose answer was lost has done it
             self._transport.call("DELETE", game_path(name), {"peerId": peer_id}, within=within)
+
+    def _register_again(self, name: str) -> Optional[Body]:
+        """The answer to another registration of a game of ours; None if it is not ours. A game that is deleted meanwhile is deleted again, for this
+        may have come to the server later."""
+        with self._registering:
+            registered = self._registered.get(name)
+            answer = self._transport.call("POST", "/games/register", registered).body if registered else None
+        if registered and name not in self._registered:
+            with contextlib.suppress(RendezvousError):
+                self.delete_game(name, registered["peerId"])
+        return answer
 
     def health(self) -> Dict[str, Any]:
         """What the server says of itself: status, version, games, guests."""

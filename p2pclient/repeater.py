@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Callable
+from typing import Callable, List, Optional
+
+from .deadline import Deadline
 
 LEAST_INTERVAL = 1.0    # seconds between two beginnings, so that none of many at once is lost, and only the last is made
 LEAST_HOLD = 1.0        # seconds after which an answer without news shows that the server holds calls indeed
@@ -20,9 +22,9 @@ class Repeater:
     def __init__(self, name: str, ask: Callable[[Callable[[], bool]], float], failed: Callable[[Exception], float]) -> None:
         self._name, self._ask, self._failed = name, ask, failed
         self._ended = threading.Event()
-        self._generation = 0        # of the thread that calls; an earlier one ends when it notices
+        self._current: Optional[threading.Thread] = None    # which calls; an earlier one ends when it notices
+        self._threads: List[threading.Thread] = []          # that wait for answers yet
         self._begun = float("-inf")
-        self._thread = threading.Thread()
 
     @property
     def ended(self) -> bool:
@@ -32,27 +34,30 @@ class Repeater:
         """Call in a new thread; does not block. The answer to the call that the server holds may never come: a router that forgot the mappings of
         UDP has forgotten our connection to the server too."""
         if not self.ended:
-            self._generation += 1
-            self._thread = threading.Thread(target=self._run, args=(self._generation,), name=self._name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            thread.start()      # if there can be no more threads, the one before goes on
+            self._threads = [each for each in [*self._threads, thread] if each.is_alive()]
 
     def pause(self) -> None:
         """Make no further call until it is begun anew."""
-        self._generation += 1
+        self._current = None
 
     def end(self) -> None:
         """Make no further call."""
         self._ended.set()
 
     def join(self, seconds: float) -> bool:
-        """Wait for the thread, which waits for the answer to its call. Whether it has ended."""
-        if self._thread.ident and self._thread is not threading.current_thread():
-            self._thread.join(seconds)
-        return not self._thread.is_alive()
+        """Wait for the threads, each of which waits for the answer to its call. Whether they have ended."""
+        deadline, others = Deadline(seconds), [each for each in self._threads if each is not threading.current_thread()]
+        for thread in others:
+            thread.join(deadline.left())
+        return not any(thread.is_alive() for thread in others)
 
-    def _run(self, generation: int) -> None:
+    def _run(self) -> None:
+        this = self._current = threading.current_thread()
+
         def is_current() -> bool:
-            return not self.ended and generation == self._generation
+            return not self.ended and self._current is this
 
         self._ended.wait(self._begun + LEAST_INTERVAL - time.monotonic())
         self._begun = time.monotonic()

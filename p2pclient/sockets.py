@@ -105,7 +105,7 @@ def resolve(servers: Sequence[Address], ipv6: bool = True, nat64: Optional[Nat64
     """The IP addresses of servers, all of each to which there is a way; none of those whose name is unknown."""
     found: List[Address] = []
     for host, port in servers:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
             found += [plain(each[4]) for each in socket.getaddrinfo(host, port, 0 if ipv6 else socket.AF_INET, socket.SOCK_DGRAM)]
     if nat64:       # DNS64 gives a server's IPv4 address as IPv6 one
         found = [plain_source(address, nat64) for address in found]

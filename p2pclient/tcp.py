@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import http.client
 import io
@@ -13,7 +14,7 @@ import urllib3
 import urllib3.connection
 
 from .addresses import Address
-from .deadline import Deadline
+from .deadline import Deadline, begin
 
 CONNECT_TIME = 2.0      # seconds for one IP address of a server; where one family leads nowhere, the other has its turn then
 # A server that a router has forgotten is noticed 9 seconds after its last word: 5 of silence, and two probes 2 apart without an answer.
@@ -31,11 +32,25 @@ def keep_alive_options() -> List[Tuple[int, int, int]]:
             *[(socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in wanted if hasattr(socket, name)]]
 
 
+def look_up(address: Address, seconds: float) -> List[Any]:
+    """What getaddrinfo gives for a host and port. The system takes its own time for a name, so another thread asks it. OSError."""
+    try:
+        return begin("look-up", socket.getaddrinfo, address[0].strip("[]"), address[1], 0, socket.SOCK_STREAM).result(seconds)
+    except concurrent.futures.TimeoutError:
+        raise OSError("the name was not found in time") from None
+    except UnicodeError:
+        raise OSError("this is no name of a host") from None
+    except RuntimeError as error:       # there can be no more threads
+        raise OSError(str(error)) from None
+
+
 def connect(address: Address, seconds: float) -> socket.socket:
-    """A connection with a host and port. Each of its IP addresses has so many seconds, all of them twice as many; the one that worked last
-    has its turn first. The name is looked up each time, for it may lead elsewhere by now. OSError."""
-    deadline, failure = Deadline(2 * seconds), OSError("the name has no address")
-    found = socket.getaddrinfo(address[0].strip("[]"), address[1], 0, socket.SOCK_STREAM)
+    """A connection with a host and port, in so many seconds. Once the name is found, each of its IP addresses has two, all of them four, or what is
+    left; the one that worked last has its turn first. The name is looked up each time, for it may lead elsewhere by now. OSError."""
+    whole, failure = Deadline(seconds), OSError("the name was found too late")
+    found = look_up(address, seconds)
+    each_has = min(CONNECT_TIME, whole.left() / 2)
+    deadline = Deadline(2 * each_has)
     for family, kind, protocol, _, target in sorted(found, key=lambda each: each[4][0] != _worked.get(address)):
         if not deadline.left():
             break
@@ -44,7 +59,7 @@ def connect(address: Address, seconds: float) -> socket.socket:
             for option in keep_alive_options():
                 with contextlib.suppress(OSError):
                     sock.setsockopt(*option)
-            sock.settimeout(min(seconds, deadline.left() or seconds))
+            sock.settimeout(min(each_has, deadline.left() or each_has))
             sock.connect(target)
         except OSError as error:
             failure = error
@@ -106,7 +121,10 @@ class HttpsConnection(urllib3.connection.HTTPSConnection):
 
 def new_connection(connection: Any) -> socket.socket:
     address = connection._dns_host, connection.port
-    return _early.pop(address, None) or connect(address, connection.timeout)
+    try:
+        return _early.pop(address, None) or connect(address, connection.timeout)
+    except OSError as error:    # urllib3 takes a bare ECONNRESET for one of a connection that was made, and goes on
+        raise urllib3.exceptions.NewConnectionError(connection, str(error)) from error
 
 
 class HttpPool(urllib3.HTTPConnectionPool):

@@ -1,8 +1,9 @@
-"""The log, and texts from the network, made harmless for it."""
+"""The log, and texts from the network and callbacks of the game, made harmless."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any, Callable
 
 log = logging.getLogger("p2pclient")
 
@@ -18,3 +19,13 @@ def line_of(text: object) -> str:
     """The same in one line of bounded length."""
     line = printable(str(text)[:MAX_LINE + 1])
     return line if len(line) <= MAX_LINE else line[:MAX_LINE] + " ..."
+
+
+def harmless(callback: Callable[..., None]) -> Callable[..., None]:
+    """A callback of the game's, but what it raises is logged: it must not end the thread that calls it."""
+    def call(*arguments: Any) -> None:
+        try:
+            callback(*arguments)
+        except Exception:
+            log.exception("a callback failed: %s", arguments)
+    return call

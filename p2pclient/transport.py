@@ -79,7 +79,7 @@ class Transport:
     def connect(self, within: Optional[float] = None) -> None:
         """Make a connection for the next call, where there is none yet: that takes a round trip."""
         if self._own_session and not self._connected and not self._proxy():
-            connect_early(self.address, connect_time(Deadline(within).left()))
+            connect_early(self.address, min(self._timeout, Deadline(within).left()))
 
     def reconnect(self) -> None:
         """Use no connection of before: a router may have forgotten them."""
@@ -89,7 +89,8 @@ class Transport:
         """repeated: an earlier try may have reached the server. PassingFailure: to try again may help."""
         headers = {"Accept-Encoding": "identity", **({"Prefer": f"wait={held}"} if held else {})}
         left = max(0.01, deadline.left())
-        timeout: Any = urllib3.Timeout(connect=connect_time(left), read=self._timeout + held, total=left)
+        connect = min(left, self._timeout if self._own_session else CONNECT_TIME)
+        timeout: Any = urllib3.Timeout(connect=connect, read=self._timeout + held, total=left)
         try:
             with contextlib.closing(self._session.request(
                     method, self.base_url + path, json=body, headers=headers, timeout=timeout, allow_redirects=False, stream=True,
@@ -122,11 +123,6 @@ class Transport:
 
     def _by_proxy(self) -> str:
         return f" by the proxy {self._proxy()} (HTTP_PROXY, HTTPS_PROXY, NO_PROXY)" if self._proxy() else ""
-
-
-def connect_time(left: float) -> float:
-    """Seconds for each IP address, of which two have their turn."""
-    return min(CONNECT_TIME, max(left, 0.01) / 2)
 
 
 def is_this_machine(host: str) -> bool:

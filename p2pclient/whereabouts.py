@@ -24,8 +24,8 @@ ASK_AGAIN = 1.0             # seconds after which a question that nobody has ans
 class Whereabouts:
     """The candidates of a socket. It is told the time and what came, and returns what to send.
 
-    The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. candidates: as of now; is_news: they have changed since
-    somebody set this to False; report: takes a line when the public address has changed.
+    The constructor asks the STUN servers, which takes 3.5 seconds if they do not answer. servers: their IP addresses; candidates: as of now; is_news:
+    these have changed since somebody set this to False; report: takes a line when the public address has changed.
     """
 
     def __init__(self, sock: socket.socket, stun_servers: Sequence[Address], loopback: bool, keepalive: float, public: Sequence[str],
@@ -37,41 +37,44 @@ class Whereabouts:
         self._relay = ""                                   # where a relay stands by for it
         self._maps_by_destination: Dict[str, bool] = {}    # whether the NAT at a public IP address does, as a second socket has shown
         self._asked = bool(stun_servers)
-        self._servers = resolve(stun_servers, sock.family == socket.AF_INET6, self.nat64)
-        self._own = gather_addresses(sock, loopback, self._servers)
+        self.servers = self.look_up(stun_servers)
+        self._own = gather_addresses(sock, loopback, self.servers)
         self._query = StunQuery([])
-        self.candidates = dataclasses.replace(candidates_from(self._own, ask_stun(sock, self._servers, self.nat64), self._asked, public), probing=probing)
+        self.candidates = dataclasses.replace(candidates_from(self._own, ask_stun(sock, self.servers, self.nat64), self._asked, public), probing=probing)
         self.begin_attempt()
         self._keepalive, self._pause = keepalive, ASK_AGAIN
         self._asked_at = now()
         self._own_then = self._own                          # our own addresses when STUN answered last
         self._next_look = self._asked_at + LOOK_INTERVAL
         answers = len(self.candidates.seen)
-        self._next_question = self._asked_at + (keepalive if answers == len(self._servers) else ASK_AGAIN if not answers else 0.0)
+        self._next_question = self._asked_at + (keepalive if answers == len(self.servers) else ASK_AGAIN if not answers else 0.0)
         self._resend_at = float("inf")
 
     @property
     def due(self) -> float:
         """When tick() is to be called next."""
-        question = self._asked_at + GIVE_UP if self.is_asking else self._next_question if self._servers else float("inf")
+        question = self._asked_at + GIVE_UP if self.is_asking else self._next_question if self.servers else float("inf")
         return min(self._next_look, question, self._resend_at)
 
     def leave_loopback(self) -> bool:
         """Publish no loopback addresses from now on; False if there were none."""
         had, self.loopback = self.loopback, False
-        self._own = gather_addresses(self._socket, False, self._servers)
+        self._own = gather_addresses(self._socket, False, self.servers)
         self.candidates = self.candidates.without_loopback()
         return had
 
-    def use_stun(self, servers: Sequence[Address], instead_of: Sequence[Address], now: float) -> None:
-        """Ask these servers from the next tick() on, if those others were asked until now. No answer of others that were only guessed means nothing."""
-        ipv6 = self._socket.family == socket.AF_INET6
-        found, guessed = resolve(servers, ipv6, self.nat64), resolve(instead_of, ipv6, self.nat64)
-        if self._servers == guessed != found:
-            self._servers, self._asked, self._next_question = found, bool(found), now
-            self.is_asking, self._resend_at = False, float("inf")
-            if not found and self.candidates.nat == "no answer":
-                self.candidates = dataclasses.replace(self.candidates, nat="not asked")
+    def look_up(self, servers: Sequence[Address]) -> List[Address]:
+        """The IP addresses of STUN servers. Asks DNS, which may take seconds."""
+        return resolve(servers, self._socket.family == socket.AF_INET6, self.nat64)
+
+    def use_stun(self, found: List[Address], is_any: bool, now: float) -> None:
+        """Ask the servers at these IP addresses from the next tick() on. is_any: there are servers, and if none is found, those of before are asked;
+        if there are none, no answer of others that were only guessed means nothing."""
+        self.servers = (found or self.servers) if is_any else []
+        self._asked, self._next_question = is_any, now
+        self.is_asking, self._resend_at = False, float("inf")
+        if not is_any and self.candidates.nat == "no answer":
+            self.candidates = dataclasses.replace(self.candidates, nat="not asked")
 
     def forward(self, address: str, is_relay: bool = False) -> bool:
         """Publish an address that the router says it forwards to the socket, or one at which a relay stands by, or with "" none any more. Whether it is
@@ -116,8 +119,8 @@ class Whereabouts:
             self._look(now)
         if self.is_asking and now >= self._asked_at + GIVE_UP:
             self._conclude(now)
-        if not self.is_asking and self._servers and now >= self._next_question:
-            self._query, self.is_asking = StunQuery(self._servers), True
+        if not self.is_asking and self.servers and now >= self._next_question:
+            self._query, self.is_asking = StunQuery(self.servers), True
             self._asked_at, self._resend_at = now, now + RESEND
             return self._query.requests()
         if now >= self._resend_at:
@@ -137,7 +140,10 @@ class Whereabouts:
             self._resend_at = now + OTHERS_RESEND
 
     def _look(self, now: float) -> None:
-        own = gather_addresses(self._socket, self.loopback, self._servers)
+        try:
+            own = gather_addresses(self._socket, self.loopback, self.servers)
+        except OSError:     # there are too many open files: nothing can be told now
+            return
         if own != self._own:
             self._own, self._next_question = own, now
             self._update(self.candidates.seen)
