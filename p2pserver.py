@@ -177,7 +177,7 @@ MAX_REFUSALS = 100              # refusals that a client, or the server in all, 
 ACCEPTED_AT_ONCE = 64           # new clients
 REQUEST_TIME = 10.0             # seconds for a request to arrive, from its first byte to its last, and for a TLS handshake
 SEND_TIME = 10.0                # seconds in which a client must read some of an answer
-LINGER_TIME = 2.0               # seconds that a refused request may go on arriving before its connection is closed
+LINGER_TIME = 2.0               # seconds that more may arrive before a connection is closed
 RETRY_AFTER, RESTARTED_AFTER = 10, 1     # seconds, where a full server or game may have room again, and where another server takes over
 POLL_FACTOR = 4                 # times --max-body may be in a poll, whose replies can be many
 BUSY_FACTOR = 5                 # times as long between two polls is advised to a client for which no place to wait is left
@@ -1308,7 +1308,7 @@ def decode_chunks(buffer: bytearray, length: int, limit: int) -> Tuple[int, bool
         chunk = insist(CHUNK.match(buffer, length), "the size of a chunk is malformed")
         start, size = chunk.end(), int(chunk[1], 16)
         insist(length + size <= limit, f"the body has more than {limit} bytes", status=413)
-        end = start + size if size else 2 + find_empty_line(buffer, start - 2, start + MAX_TRAILER)     # of the data, or of the trailers
+        end = start + size if size else 2 + find_empty_line(buffer, max(length, start - 2), start + MAX_TRAILER)    # of the data, or of the trailers
         insist(end < start or b"\r\n".startswith(bytes(buffer[end:end + 2])), "a chunk is longer than its size")
         if not start <= end <= len(buffer) - 2:
             return length, True
@@ -1471,7 +1471,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 break
             if not self.buffer:
                 yield READ
-        if self.problem:    # to close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)
+        if self.problem or self.buffer:     # to close with bytes unread would reset the connection, and the answer could be lost (RFC 9112 section 9.6)
             self.end_tls()
             self.request.shutdown(socket.SHUT_WR)
             while self.read() != b"" and not self.is_late:
@@ -1509,7 +1509,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not is_chunked and len(buffer) >= length:
                 break
             yield from self.receive()
-        self.body = bytes(buffer[:length])
+        self.body, self.reads = bytes(buffer[:length]), 0       # what comes while it waits is counted anew
         del buffer[:length]
 
     def receive(self) -> Steps:
@@ -1691,7 +1691,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.forget_request()
         for piece in (head, data) if len(data) >= BYTES_PER_TOKEN else (head + data,):      # connections share a long list
             yield from self.send(piece)
-        self.deadline = time.monotonic() + (LINGER_TIME if self.problem else REQUEST_TIME if self.buffer else server.settings.idle_timeout)
+        self.deadline = time.monotonic() + (LINGER_TIME if self.close_connection else REQUEST_TIME if self.buffer else server.settings.idle_timeout)
 
     def send(self, data: bytes) -> Steps:
         """Send bytes, as fast as the client reads them. Gone: it does not."""
@@ -1773,9 +1773,9 @@ class Server(http.server.ThreadingHTTPServer):
         host = settings.host or ("::" if dualstack else "0.0.0.0")
         kind, port = "TCP", settings.port
         try:
-            for family, address in dict.fromkeys([(row[0], row[4]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]):
+            for family, address in dict.fromkeys([(row[0], row[4]) for row in socket.getaddrinfo(host.encode(), None, type=socket.SOCK_STREAM)]):
                 kind, port = "TCP", self.server_port or settings.port
-                listener = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and host == "::",
+                listener = socket.create_server((address[0], port, *address[2:]), family=family, dualstack_ipv6=dualstack and address[0] == "::",
                                                 backlog=self.request_queue_size)
                 listener.setblocking(False)
                 self.listeners.append(listener)
@@ -1832,7 +1832,7 @@ class Server(http.server.ThreadingHTTPServer):
         ends_at = time.monotonic() + grace
         while self.connections and (time.monotonic() < ends_at + 0.1 or any(each.events == NOTHING for each in list(self.connections))):
             for connection in list(self.connections):       # what neither arrives nor is sent has no time any more
-                is_arriving = connection.buffer or connection.head is NO_HEAD and connection.reads      # or its handshake is
+                is_arriving = connection.buffer or connection.reads and not connection.waiter       # or its handshake is
                 connection.deadline = min(connection.deadline, 0.0 if connection.events == READ and not is_arriving else ends_at)
             self.serve_late()
             self.serve_ready(0.05)

@@ -2951,6 +2951,24 @@ def test_a_connection_that_pipelines_has_one_turn_at_a_time(serve):
     assert turns <= {0, 1}
 
 
+@pytest.mark.parametrize("end", ["\n", "\r"])
+def test_a_chunked_body_may_end_with_a_newline_wherever_its_framing_stops(end, api, name):
+    body = json.dumps({"name": name, "peerId": HOST}).encode() + end.encode()
+    with Raw(api, POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0" % (len(body), body)) as raw:
+        assert is_silent(raw)
+        raw.send(b"\r\n\r\n")
+        assert raw.answer().status == 201
+
+
+def test_an_answer_that_ends_its_connection_comes_whole_whatever_the_client_has_sent_behind(serve):
+    """RFC 9112 section 9.6: to close with bytes unread resets the connection."""
+    api = serve()
+    for i in range(2000):
+        api.server.registry.register_game(f"game {i}", b"%016d" % i, info=b'{"a":"%s"}' % (b"x" * 900))
+    with Deaf(api, LIST + b"Connection: close\r\n\r\n" + b"x" * 40_000) as raw:
+        assert len(json.loads(raw.answer().body)["games"]) == 2000
+
+
 @pytest.mark.parametrize("pipelined", [False, True])
 def test_requests_on_one_connection_are_answered_in_their_order_where_pipelined_is(pipelined, api, name):
     requests_ = [GET + END, register(name), EMPTY, GET.replace(b"healthz", b"nothing") + END, register(name), GET + END]
@@ -3276,6 +3294,22 @@ def test_a_poll_that_waits_and_asked_to_close_is_answered_though_more_bytes_come
         assert is_silent(raw)
         api.start_game("castle")
         assert raw.answer().status == 200 and raw.is_closed()
+
+
+def test_a_poll_whose_body_came_in_many_pieces_is_answered_after_it_has_waited(serve):
+    """As segments of TCP bring a long one."""
+    api = serve()
+    api.register_game("castle")
+    data = poll("castle", ignored="x" * 30_000, wait=20)
+    with Raw(api) as raw:
+        raw.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        for start in range(0, len(data), 1000):
+            raw.send(data[start:start + 1000])
+            time.sleep(0.005)       # so that the server reads most of them alone
+        wait_until(lambda: waiters(api))
+        api.start_game("castle")
+        answer = raw.answer()
+        assert answer.status == 200 and len(json.loads(answer.body)["guests"]) == 1
 
 
 def test_a_poll_that_a_second_one_has_replaced_is_told_not_to_follow_at_once_and_the_second_waits(serve):
@@ -4937,6 +4971,19 @@ def test_a_log_whose_disk_is_full_keeps_nobody_from_being_served():
         assert process.wait(WAIT) == 0
 
 
+def test_stop_answers_a_request_whose_body_comes_within_the_grace(serve):
+    """Many clients send head and body apart, and one that expects 100 Continue has to."""
+    api = serve()
+    head, body = post(b"/games/register", {"name": "castle", "peerId": HOST}, b"Expect: 100-continue").split(b"\r\n\r\n")
+    with Raw(api, head + b"\r\n\r\n") as raw, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert raw.answer().status == 100
+        stopping = pool.submit(api.server.stop, WAIT)
+        assert is_silent(raw, 0.3) and api.server.stopping
+        raw.send(body)
+        assert raw.answer().status == 201
+        stopping.result(WAIT)
+
+
 # ---- start and stop -------------------------------------------------------------------------------------------------
 
 def test_stop_answers_the_requests_in_progress_and_health_with_503(serve, clock, gate):
@@ -5115,6 +5162,18 @@ def in_world(tmp_path):
         return command
 
     return world
+
+
+def test_a_host_that_is_no_name_is_said_in_words():
+    with pytest.raises(p2pserver.CannotStart, match=r"TCP port 0 of a\.\.b cannot be used"):
+        p2pserver.Server(Settings(host="a..b", port=0))
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
+def test_all_spellings_of_all_addresses_are_one(serve):
+    api = serve(host="0::0")
+    with Raw(api, GET + END) as raw:     # over IPv4
+        assert raw.answer().status == 200
 
 
 def test_a_server_on_a_name_listens_on_every_address_that_it_resolves_to(in_world):
