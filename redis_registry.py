@@ -112,11 +112,11 @@ local function remove(g, guest, operation)  -- a guest; or the game with its gue
   else
     going[#going + 1] = g
     call('HDEL', P .. 'names', g.name)
-    call('ZREMRANGEBYSCORE', P .. 'lines', g.key, g.key)
+    if call('ZREMRANGEBYSCORE', P .. 'lines', g.key, g.key) > 0 then call('SET', P .. 'list', version) end
     if call('HINCRBY', P .. 'clients', g.client, -1) == 0 then call('HDEL', P .. 'clients', g.client) end
     call('INCRBY', P .. 'stored', -g.size)
     call('DEL', P .. 'game:' .. g.key)
-    call('MSET', P .. 'list', version, P .. 'cursor', version)
+    call('SET', P .. 'cursor', version)
   end
   event(operation, g.name, guest and 'guests: ' .. #g.guests or '', (guest or g).client)
   for _, entry in ipairs(going) do
@@ -282,11 +282,11 @@ class RedisRegistry:
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
                   dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
         pairs = replies and list(replies.items())
-        return self._meet("poll_game", name, digest, after, wake, addresses=addresses, replies=pairs, dismiss=list(dismiss), seen_at=seen_at or None)
+        return self._meet("poll_game", name, digest, after, wake, addresses=addresses, replies=pairs, dismiss=list(dismiss), seen_at=seen_at)
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
                    wake: Wake = None) -> News:
-        news = self._meet("start_game", name, digest, after, wake, addresses=addresses, client=client, seen_at=seen_at or None,
+        news = self._meet("start_game", name, digest, after, wake, addresses=addresses, client=client, seen_at=seen_at,
                           id=p2pserver.new_session_id(), session_key=p2pserver.new_session_id())
         return news._replace(peers=[host._replace(seen_at=p2pserver.published_at(host.seen_at, host.addresses)) for host in news.peers])
 

@@ -2893,6 +2893,30 @@ def test_a_hosted_game_lives_on_across_a_restart_of_the_server(start_server, mon
             game.accept(5)
 
 
+def test_a_game_that_its_owner_renames_by_another_client_comes_back_after_a_restart_of_the_server(start_server, monkeypatch):
+    monkeypatch.setattr(presence, "FAILED_PAUSE", 0.1)
+    port = free_port()
+    first = start_server(port=port)
+    with p2pclient.HostedGame(p2pclient.RendezvousClient(url_of(first), patience=0.1), "castle", peer_id="ada", info={"map": 1}) as game:
+        p2pclient.RendezvousClient(url_of(first)).update_game("castle", "ada", new_name="fortress")
+        wait_until(lambda: game.name == "fortress")
+        first.stop()
+        second = p2pclient.RendezvousClient(url_of(start_server(port=port)))
+        wait_until(lambda: [(each.name, each.info) for each in second.list_games()] == [("fortress", {"map": 1})])
+
+
+@pytest.mark.parametrize("timeout, max_waiting", [(1.0, 100), (2.5, 100), (8.0, 0)])
+def test_a_guest_takes_the_addresses_that_its_host_publishes_shortly_before_its_time_is_over(start_server, timeout, max_waiting):
+    """It asks once more, however long pollAfter is."""
+    url = url_of(start_server(poll_after=2, max_waiting=max_waiting))
+    p2pclient.RendezvousClient(url).register_game("castle", "ada")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(p2pclient.join_game, p2pclient.RendezvousClient(url), "castle", [], timeout)
+        time.sleep(timeout - 0.75)
+        with p2pclient.HostedGame(p2pclient.RendezvousClient(url), "castle", peer_id="ada"), joining.result(WAIT) as connection:
+            assert connection.remote_address
+
+
 def test_a_guest_that_waits_is_not_lost_when_the_server_is_restarted(start_server):
     """Its host comes back a moment later than itself."""
     port = free_port()

@@ -1441,6 +1441,14 @@ def test_the_version_of_the_list_stays_with_polls_and_starts_that_change_nothing
     assert registry.list_games() == before
 
 
+def test_the_version_of_the_list_stays_when_a_game_ends_that_is_not_listed(registry):
+    registry.register_game("castle", BY_HOST)
+    registry.register_game("island", BY_HOST, listed=False)
+    before = registry.list_games()
+    registry.delete_game("island", BY_HOST)
+    assert registry.list_games() == before
+
+
 # ---- registry: in a store -------------------------------------------------------------------------------------------
 
 def outcome(registry, operation, *args, **values):
@@ -4309,6 +4317,13 @@ def test_a_host_is_told_where_a_guest_behind_a_proxy_calls_from(serve, forwarded
     api.register_game("castle")
     api.call("POST", "/games/start", {"name": "castle", "peerId": GUEST, "addresses": THERE}, headers={"X-Forwarded-For": forwarded})
     assert [guest.get("from") for guest in api.poll_game("castle").json()["guests"]] == [told]
+
+
+def test_where_a_guest_calls_from_is_forgotten_when_its_proxy_tells_it_no_more(registry):
+    registry.register_game("castle", BY_HOST)
+    for seen_at in ("198.51.100.1", ""):
+        registry.start_game("castle", BY_GUEST, TWO, seen_at=seen_at)
+        assert [guest.seen_at for guest in registry.poll_game("castle", BY_HOST).peers] == [seen_at]
 
 
 def test_a_guest_is_told_where_its_host_behind_a_proxy_calls_from_if_the_host_publishes_it(serve):

@@ -170,8 +170,9 @@ def join_game(client: RendezvousClient, name: str, stun_servers: Optional[Sequen
     """Connect with the host of a game. Seconds of timeout are for all that the server is needed for until the host has published addresses;
     the checks then have 15. Who gives up leaves the game, for which the server has 1.5 more.
 
-    endpoint: one's own, which stays open when the connection is closed; peer_id: who comes back with the one of before has the same session;
-    report: takes a line when the host or the server is slow to answer; prediction, probing: as in Endpoint, without one's own.
+    endpoint: one's own, which stays open when the connection is closed. It is for one game at a time, and its moved is ours meanwhile. peer_id: who
+    comes back with the one of before has the same session; report: takes a line when the host or the server is slow to answer;
+    prediction, probing: as in Endpoint, without one's own.
     RendezvousError: no such game, or so; ConnectFailed says why there is no way.
     """
     deadline, peer_id = Deadline(timeout), peer_id or new_peer_id()
@@ -237,7 +238,7 @@ def start_with_addresses(client: RendezvousClient, name: str, endpoint: Endpoint
     """Start a game until its host has addresses. ConnectFailed: it publishes none in time; RendezvousError."""
     start = start_game(client, name, peer_id, endpoint, deadline, patience=0.0)
     while not start.addresses:
-        pause = 0.0 if start.waited else start.poll_after
+        pause = 0.0 if start.waited else min(start.poll_after, deadline.left() / 4)     # so that it asks a few times in any case
         if pause + MARGIN >= deadline.left():
             raise ConnectFailed("the host has published no address", "It is registered, but does not poll: it may just have crashed.")
         time.sleep(pause)

@@ -159,9 +159,14 @@ class RendezvousClient:
                 raise
             body.pop("after", None)
             _, answer, waited = self._transport.call("POST", "/games/poll", body)
+        present = answer.text("name")
+        if present != name:     # its owner has renamed it by another client
+            with self._registering:
+                if name in self._registered:
+                    self._registered[present] = {**self._registered.pop(name), "name": present}
         guests = [Guest(guest.identifier("sessionId"), guest.identifier("sessionKey"), guest.members("addresses"), guest.ip("from"))
                   for guest in answer.objects("guests")]
-        return Poll(answer.text("name"), guests, answer.whole("cursor"), answer.seconds("expiresIn"), answer.seconds("pollAfter"),
+        return Poll(present, guests, answer.whole("cursor"), answer.seconds("expiresIn"), answer.seconds("pollAfter"),
                     answer.texts("gone"), waited, answer.texts("left"))
 
     def start_game(self, name: str, peer_id: str, addresses: Sequence[Any], wait: float = 0, after: Optional[int] = None,
