@@ -814,9 +814,9 @@ class Registry(GameRegistry):
             waiter.is_over, waiter.is_busy = is_over, is_busy
             waiter.wake()
 
-    def _keep_alive(self, entry: Entry, seen_at: Optional[str] = None) -> None:
-        """Its owner has called, from that IP address, as text; None: from where it did before."""
-        entry.seen_at = entry.seen_at if seen_at is None else seen_at
+    def _keep_alive(self, entry: Entry, seen_at: str = "") -> None:
+        """Its owner has called, from that IP address if there is one."""
+        entry.seen_at = seen_at or entry.seen_at
         entries = self._queues[type(entry)]
         entries[entry] = self._clock() + self._ttls[type(entry)]
         entries.move_to_end(entry)

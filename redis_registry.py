@@ -282,11 +282,11 @@ class RedisRegistry:
     def poll_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, replies: Replies = None,
                   dismiss: Sequence[str] = (), wake: Wake = None, seen_at: str = "") -> News:
         pairs = replies and list(replies.items())
-        return self._meet("poll_game", name, digest, after, wake, addresses=addresses, replies=pairs, dismiss=list(dismiss), seen_at=seen_at)
+        return self._meet("poll_game", name, digest, after, wake, addresses=addresses, replies=pairs, dismiss=list(dismiss), seen_at=seen_at or None)
 
     def start_game(self, name: str, digest: bytes, addresses: Text = None, after: Optional[int] = None, client: bytes = b"", seen_at: str = "",
                    wake: Wake = None) -> News:
-        news = self._meet("start_game", name, digest, after, wake, addresses=addresses, client=client, seen_at=seen_at,
+        news = self._meet("start_game", name, digest, after, wake, addresses=addresses, client=client, seen_at=seen_at or None,
                           id=p2pserver.new_session_id(), session_key=p2pserver.new_session_id())
         return news._replace(peers=[host._replace(seen_at=p2pserver.published_at(host.seen_at, host.addresses)) for host in news.peers])
 
