@@ -1770,7 +1770,7 @@ class Server(http.server.ThreadingHTTPServer):
     def _bind(self) -> None:
         """Listen on each address of the host, everywhere on one port for TCP and one for UDP, and on a second one for UDP where that can be used."""
         settings, limiter, dualstack = self.settings, RateLimiter(self.settings.stun_rate, STUN_BURST), socket.has_dualstack_ipv6()
-        host = settings.host or ("::" if dualstack else "0.0.0.0")
+        host = settings.host or ("::" if dualstack else "0.0.0.0")     # looked up as bytes: as text, what is no name is a UnicodeError
         kind, port = "TCP", settings.port
         try:
             for family, address in dict.fromkeys([(row[0], row[4]) for row in socket.getaddrinfo(host.encode(), None, type=socket.SOCK_STREAM)]):

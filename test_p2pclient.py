@@ -3509,12 +3509,18 @@ def test_a_start_for_whose_answer_there_is_no_time_is_not_made():
         p2pclient.join_game(p2pclient.RendezvousClient(server.url), "castle", [], timeout=3)
 
 
-def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):
-    monkeypatch.setattr(checks, "CHECK_TIME", 0.5)
+def silent_host(start_server):
+    """A server with the game castle, and its host's client. Nobody is at the address that it publishes."""
     server = start_server()
     host = p2pclient.RendezvousClient(url_of(server))
     host.register_game("castle", "ada")
     host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"])
+    return server, host
+
+
+def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):
+    monkeypatch.setattr(checks, "CHECK_TIME", 0.5)
+    server, host = silent_host(start_server)
     threading.Timer(0.2, host.delete_game, ("castle", "ada")).start()
     with pytest.raises(p2pclient.ConnectFailed, match="the host is gone"):
         p2pclient.join_game(p2pclient.RendezvousClient(url_of(server)), "castle")
@@ -3522,10 +3528,7 @@ def test_a_host_that_is_gone_is_named_as_the_reason(start_server, monkeypatch):
 
 def test_a_host_that_is_silent_is_not_said_to_be_gone_because_the_server_is(start_server, monkeypatch):
     monkeypatch.setattr(checks, "CHECK_TIME", 1)
-    server = start_server()
-    host = p2pclient.RendezvousClient(url_of(server))
-    host.register_game("castle", "ada")
-    host.poll_game("castle", "ada", [f"127.0.0.1:{free_port()}"])
+    server, _ = silent_host(start_server)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         joining = pool.submit(p2pclient.join_game, p2pclient.RendezvousClient(url_of(server), patience=0.1), "castle")
         wait_until(lambda: server.counters[p2pserver.REQUESTS, ("start_game", 200)] or server.registry.counts()["waiting"])

@@ -2948,6 +2948,14 @@ def test_how_a_game_is_found_by(name, path, status, api):
         assert raw.answer().status == status
 
 
+@pytest.mark.parametrize("more", [{"replies": {"a": []}}, {"dismiss": ["a"]}], ids=str)
+def test_of_a_poll_with_replies_or_dismissals_nothing_is_kept_for_the_next_one(more, serve):
+    """Many small ones take far more than the bytes of their body."""
+    api = serve()
+    assert api.poll_game("castle", **more).status_code == 404 and not api.server.known_bodies
+    assert api.poll_game("castle").status_code == 404 and api.server.known_bodies
+
+
 def test_a_connection_that_pipelines_has_one_turn_at_a_time(serve):
     """Else one of thousands of requests would wait in the queue thousands of times, before those of others."""
     api, count, turns = serve(), 5000, set()

@@ -162,8 +162,7 @@ class RendezvousClient:
         present = answer.text("name")
         if present != name:     # its owner has renamed it by another client
             with self._registering:
-                if name in self._registered:
-                    self._registered[present] = {**self._registered.pop(name), "name": present}
+                self._keep_registered(name, name=present)
         guests = [Guest(guest.identifier("sessionId"), guest.identifier("sessionKey"), guest.members("addresses"), guest.ip("from"))
                   for guest in answer.objects("guests")]
         return Poll(present, guests, answer.whole("cursor"), answer.seconds("expiresIn"), answer.seconds("pollAfter"),
@@ -205,9 +204,8 @@ class RendezvousClient:
                 answer = self._transport.call("PATCH", game_path(name), body).body
             except RepeatedNotFound:    # a first try whose answer was lost may have renamed it: only its owner may update the new name
                 answer = self._transport.call("PATCH", game_path(new_name or name), body).body
-            game, registered = game_info(answer), self._registered.pop(normal(name), None)
-            if registered:
-                self._registered[game.name] = {**registered, **body, "name": game.name}
+            game = game_info(answer)
+            self._keep_registered(normal(name), **{**body, "name": game.name})
         return game
 
     def delete_game(self, name: str, peer_id: str, within: Optional[float] = None) -> None:
@@ -215,6 +213,12 @@ class RendezvousClient:
         self._registered.pop(normal(name), None)
         with contextlib.suppress(RepeatedNotFound):     # a first try whose answer was lost has done it
             self._transport.call("DELETE", game_path(name), {"peerId": peer_id}, within=within)
+
+    def _keep_registered(self, former: str, **changes: Any) -> None:
+        """Remember a game of ours under its present name, which is among the changes. _registering is held."""
+        registered = self._registered.pop(former, None)
+        if registered:
+            self._registered[changes["name"]] = {**registered, **changes}
 
     def _register_again(self, name: str) -> Optional[Body]:
         """The answer to another registration of a game of ours; None if it is not ours. A game that is deleted meanwhile is deleted again, for this
